@@ -1,0 +1,121 @@
+"""Calling a block: the arguments it gets, the checks on what it returns, and the parameters it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .replay import Replayed, Slot, submodules
+from .schemes import BlockFunction
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Arguments:
+    """The shape of the arguments that every block gets beside the state, with a place for each tensor in them.
+
+    Tensors are found at any depth of lists, tuples and dicts. They are kept apart so that autograd alone holds them.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._leaves, self._spec = pytree.tree_flatten((args, kwargs))
+        self._places = [place for place, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
+        self.count = len(self._places)
+        for place in self._places:
+            self._leaves[place] = None
+
+    @staticmethod
+    def tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        return [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+
+    def filled(self, tensors: Iterable[Tensor]) -> Call:
+        leaves = list(self._leaves)
+        for place, tensor in zip(self._places, tensors, strict=True):
+            leaves[place] = tensor
+        return pytree.tree_unflatten(leaves, self._spec)
+
+
+class Block:
+    """Block n of a stack during one forward pass and its backward pass.
+
+    Args:
+        dtype: of the stack's input, in which the block computes; the state around it may be wider.
+    """
+
+    def __init__(self, module: nn.Module, index: int, dtype: torch.dtype) -> None:
+        self.module, self.index, self.dtype = module, index, dtype
+
+    @cached_property
+    def modules(self) -> list[nn.Module]:
+        return submodules((self.module,))
+
+    def __call__(self, x: Tensor, call: Call) -> Tensor:
+        """f_n(x) in the dtype of x."""
+        args, kwargs = call
+        given = x.to(self.dtype)
+        version = None if given.is_inference() else given._version
+        out = self.module(given, *args, **kwargs)
+        self._check(given, version, out)
+        return out.to(x.dtype)
+
+    def function(self, call: Call) -> BlockFunction:
+        return lambda x: self(x, call)
+
+    def _check(self, given: Tensor, version: int | None, out: Any) -> None:
+        where = f"ResidualStack: block {self.index}"
+        if not isinstance(out, Tensor):
+            raise TypeError(f"{where} must return one tensor, got {type(out).__name__}; wrap it to return that tensor")
+        if out.shape != given.shape:
+            raise ValueError(
+                f"{where} must keep the shape of its input, got {list(given.shape)} -> {list(out.shape)}; "
+                "move blocks that change the shape outside the stack"
+            )
+        if out.device != given.device:
+            raise ValueError(
+                f"{where} must keep the device of its input, got {given.device} -> {out.device}; "
+                "move the stack to one device"
+            )
+        if out.dtype != given.dtype and out.dtype not in _autocast_dtypes(given.device.type):
+            raise TypeError(
+                f"{where} must keep the dtype of its input, got {given.dtype} -> {out.dtype}; "
+                "cast its output, or run the whole stack under torch.autocast"
+            )
+        if version is not None and given._version != version:
+            raise RuntimeError(
+                f"{where} must not modify its input in place, which is the state itself; "
+                "use inplace=False in its first operation"
+            )
+
+
+def _autocast_dtypes(device_type: str) -> tuple[torch.dtype, ...]:
+    """Dtypes other than its input's that a block may return: what autocast casts to, up or down."""
+    if not torch.is_autocast_enabled(device_type):
+        return ()
+    return torch.float32, torch.get_autocast_dtype(device_type)
+
+
+class BlockCall:
+    """A block's evaluation in one step of one forward pass, run again in the backward pass as it first ran."""
+
+    def __init__(self, block: Block, device: torch.device) -> None:
+        self.block = block
+        self.replayed = Replayed(block.modules, device)
+
+    def function(self, call: Call) -> BlockFunction:
+        return lambda x: self.replayed(lambda: self.block(x, call))
+
+
+def parameter_slots(blocks: Sequence[Block]) -> list[Slot]:
+    """Where the blocks hold their parameters; a parameter held in several places is listed once."""
+    found: dict[Tensor, Slot] = {}
+    for block in blocks:
+        for module in block.modules:
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    found.setdefault(parameter, Slot(module._parameters, name))
+    return list(found.values())

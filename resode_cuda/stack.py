@@ -1,0 +1,284 @@
+"""`ResidualStack`: any blocks, as a residual network that trains without storing its states."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import adjoint, checkpoint
+from .blocks import Arguments, Block
+from .drift import Drift, DriftMonitor
+from .replay import buffers_untouched
+from .reverse import Reverse, extrapolate, extrapolation_weights, predict, solver_from
+from .schemes import SCHEMES
+
+GRADIENTS = ("adjoint", "checkpoint", "backprop")
+
+
+class ResidualStack(nn.Module):
+    """A residual network of any blocks, x_{n+1} = x_n + Phi_n(x_n), with a backward pass of O(1) activation memory.
+
+    The forward pass, the parameters and the `state_dict` are those of the ordinary network (`nn.Sequential(*blocks)`
+    has the same keys). The backward pass of `gradient="adjoint"` starts from the output alone: it rebuilds each state
+    from the next one and applies the vector-Jacobian product there.
+
+    Args:
+        blocks: the modules f_n. Each maps a floating tensor of any shape, and the stack's further arguments, to a
+            tensor of the same shape, dtype and device. The same module may stand at several places.
+        scheme: `"euler"`, x + h f_n(x), N steps of N blocks; or `"heun"`, x + h/2 (k1 + k2) with k1 = f_n(x) and
+            k2 = f_{n+1}(x + h k1), N steps of N + 1 blocks.
+        step: h, dimensionless: a number > 0, or one for each step. None is 1/N; 1.0 with Euler is the ordinary
+            ResNet x + f(x).
+        gradient: `"adjoint"` rebuilds the states; `"checkpoint"` stores one state per step and is exact; `"backprop"`
+            stores everything and is the only one with higher derivatives, torch.func and forward mode.
+        reverse: how the adjoint rebuilds: `"paper"`, `"corrected"`, `"extrapolated"`, or a `Reverse`, which
+            states costs and orders.
+        anchors: keep the exact state of every step whose number is divisible by this, counted from 0. The error of
+            the reconstruction starts afresh there; memory is O(N / anchors), and `anchors=1` is exact. None keeps none.
+        stream_dtype: dtype of the states between blocks. None is float32 for 16-bit inputs, else the input's dtype: the
+            reconstruction subtracts small increments, which 16 bits lose. Blocks see, and the stack returns, the
+            input's dtype.
+
+    The gradient's relative error is O(h^p) with p = 1 ("paper") or 2 ("corrected") for Euler where blocks are smooth,
+    and grows like exp(L) with the Lipschitz constant L of the flow: watch `drift`. Where re-evaluating a block gives
+    other values than the forward pass did, the gradient is of another function; dropout masks, buffers, autocast and
+    train/eval flags are replayed, random numbers of Python, NumPy or two threads at once are not. A thread that trains
+    the stack may not share blocks that draw random numbers or change buffers with another.
+
+    Discrete adjoint method: Sander, Ablin and Peyré, NeurIPS 2022, arXiv:2205.14612.
+
+    Raises:
+        ValueError: for no block, one block under Heun, unknown names, a step that is not positive and finite or as many
+            as there are steps, anchors below 1.
+        TypeError: for blocks that are no modules, a step or anchors that is no number, or a `stream_dtype` that is no
+            floating dtype.
+    """
+
+    def __init__(
+        self,
+        blocks: Iterable[nn.Module],
+        scheme: str = "euler",
+        *,
+        step: float | Sequence[float] | None = None,
+        gradient: str = "adjoint",
+        reverse: str | Reverse = "corrected",
+        anchors: int | None = None,
+        stream_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        blocks = list(blocks)
+        for index, block in enumerate(blocks):
+            if not isinstance(block, nn.Module):
+                raise TypeError(f"ResidualStack: block {index} must be an nn.Module, got {type(block).__name__}")
+            self.add_module(str(index), block)
+        if scheme not in SCHEMES:
+            raise ValueError(f"ResidualStack: scheme must be one of {tuple(SCHEMES)}, got {scheme!r}")
+        self._scheme = SCHEMES[scheme]
+        needed = self._scheme.blocks_per_step
+        if len(blocks) < needed:
+            raise ValueError(
+                f"ResidualStack: scheme={scheme!r} needs at least {needed} block{'s'[: needed - 1]}, got {len(blocks)}; "
+                + ('use scheme="euler" or add a block' if blocks else "pass a list of modules")
+            )
+        self._block_count = len(blocks)
+        self._steps = _checked_steps(step, len(blocks) + 1 - needed)
+        if stream_dtype is not None and not (isinstance(stream_dtype, torch.dtype) and stream_dtype.is_floating_point):
+            raise TypeError(f"ResidualStack: stream_dtype must be a floating dtype or None, got {stream_dtype!r}")
+        self.stream_dtype = stream_dtype
+        self.gradient = gradient
+        self.reverse = reverse
+        self.anchors = anchors
+        self._monitor = DriftMonitor(len(self._steps))
+        self._verified = False
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x_N from x_0.
+
+        Args:
+            x: x_0, any shape, floating dtype, on the blocks' device.
+            *args, **kwargs: passed to every block; tensors among them, also inside lists, tuples and dicts, get
+                gradients.
+
+        Returns:
+            x_N, shape and dtype of x.
+
+        Raises:
+            TypeError: if x is not a floating tensor, or a block returns no tensor or another dtype.
+            ValueError: if a block changes the shape or device of its input.
+            RuntimeError: if a block modifies its input in place; in the backward pass, see `gradient`.
+        """
+        if torch.compiler.is_compiling():
+            return _forward_uncompiled(self, x, args, kwargs)
+        return self._forward(x, args, kwargs)
+
+    def _forward(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        self._monitor.look()
+        blocks, state = self._blocks_for(x), x.to(self._stream_dtype_for(x))
+        tensors = Arguments.tensors(args, kwargs)
+        differentiable = torch.is_grad_enabled() and any(
+            tensor.requires_grad for tensor in (x, *tensors, *self.parameters())
+        )
+        if self.gradient == "backprop" or not differentiable:
+            call = args, kwargs
+            for n, h in enumerate(self._steps):
+                functions = [block.function(call) for block in self._of_step(blocks, n)]
+                state = state + self._scheme.increment(functions, state, h)
+        elif self.gradient == "checkpoint":
+            state = checkpoint.propagate(self._scheme, blocks, self._steps, state, (args, kwargs))
+        else:
+            if torch._C._are_functorch_transforms_active():
+                raise adjoint.unsupported("a torch.func transform")
+            state = adjoint.propagate(
+                self._scheme,
+                self._solver,
+                blocks,
+                self._steps,
+                self._anchors,
+                state,
+                Arguments(args, kwargs),
+                tensors,
+                self._monitor,
+                verify=not self._verified,
+            )
+            self._verified = True
+        return state.to(x.dtype)
+
+    @torch.no_grad()
+    def invert(self, x_last: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x_0 rebuilt from x_N by the stack's reverse solver, without gradients. No buffer of a block changes.
+
+        Args:
+            x_last: x_N, the output of the forward pass, any shape, floating dtype, on the blocks' device.
+            *args, **kwargs: those of the forward pass.
+
+        Returns:
+            x_0, shape and dtype of x_last. Relative error O(h^p), p = 1 ("paper") or 2 ("corrected", "extrapolated")
+            for Euler where blocks are smooth; it grows like exp(L) with the Lipschitz constant L of the flow. Blocks
+            that draw random numbers draw new ones: put them in eval mode.
+
+        Raises:
+            TypeError, ValueError: as the forward pass.
+        """
+        blocks, state = self._blocks_for(x_last), x_last.to(self._stream_dtype_for(x_last))
+        call = args, kwargs
+        later: list[Tensor] = []  # the increments of the steps undone so far, newest first
+        for n in reversed(range(len(self._steps))):
+            used = self._of_step(blocks, n)
+            functions = [block.function(call) for block in used]
+            expected = None
+            if self._solver.extrapolates and len(later) == 2:
+                expected = extrapolate(extrapolation_weights(self._scheme, self._steps, n), *later)
+            with buffers_untouched({module for block in used for module in block.modules}):
+                y = predict(self._solver, self._scheme, functions, state, self._steps[n], expected)
+                if not self._solver.reuse:
+                    state = y
+                    continue
+                phi = self._scheme.increment(functions, y, self._steps[n])
+            state = state - phi
+            later = [phi, *later[:1]]
+        return state.to(x_last.dtype)
+
+    @property
+    def drift(self) -> Drift | None:
+        """Defects of the last backward pass; None before the first and for a solver without reuse.
+
+        Tensors on the device of the input; reading their values is what waits for the device.
+        """
+        return self._monitor.read()
+
+    @property
+    def gradient(self) -> str:
+        """`"adjoint"`, `"checkpoint"` or `"backprop"`; may be set between training steps."""
+        return self._gradient
+
+    @gradient.setter
+    def gradient(self, gradient: str) -> None:
+        if gradient not in GRADIENTS:
+            raise ValueError(f"ResidualStack: gradient must be one of {GRADIENTS}, got {gradient!r}")
+        self._gradient = gradient
+
+    @property
+    def reverse(self) -> Reverse:
+        """The reverse solver; may be set, also by a preset's name, between training steps."""
+        return self._solver
+
+    @reverse.setter
+    def reverse(self, reverse: str | Reverse) -> None:
+        self._solver = solver_from(reverse)
+
+    @property
+    def anchors(self) -> int | None:
+        """Steps from one kept state to the next; may be set between training steps."""
+        return self._anchors
+
+    @anchors.setter
+    def anchors(self, anchors: int | None) -> None:
+        if anchors is not None:
+            if not isinstance(anchors, int) or isinstance(anchors, bool):
+                raise TypeError(f"ResidualStack: anchors must be an integer or None, got {anchors!r}")
+            if anchors < 1:
+                raise ValueError(f"ResidualStack: anchors must be >= 1, got {anchors}; use None for no anchors")
+        self._anchors = anchors
+
+    @property
+    def steps(self) -> tuple[float, ...]:
+        """h of each step."""
+        return self._steps
+
+    def __len__(self) -> int:
+        """Number of blocks."""
+        return self._block_count
+
+    def __getitem__(self, index: int) -> nn.Module:
+        """Block `index`."""
+        return self._modules[str(range(self._block_count)[index])]  # type: ignore[return-value]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return (self[index] for index in range(self._block_count))
+
+    def extra_repr(self) -> str:
+        shown = f"scheme={self._scheme.name!r}, steps={len(self._steps)}, gradient={self._gradient!r}"
+        if self._gradient == "adjoint":
+            shown += f", reverse={self._solver}"
+        return shown if self._anchors is None else f"{shown}, anchors={self._anchors}"
+
+    def _of_step(self, blocks: Sequence[Block], n: int) -> Sequence[Block]:
+        return blocks[n : n + self._scheme.blocks_per_step]
+
+    def _blocks_for(self, x: Tensor) -> list[Block]:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"ResidualStack: x must be a tensor, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(
+                f"ResidualStack: x must have a real floating dtype, got {x.dtype}; convert it, or embed it first"
+            )
+        return [Block(module, index, x.dtype) for index, module in enumerate(self)]
+
+    def _stream_dtype_for(self, x: Tensor) -> torch.dtype:
+        return self.stream_dtype or torch.promote_types(x.dtype, torch.float32)
+
+
+@torch._disable_dynamo
+def _forward_uncompiled(stack: ResidualStack, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    # A compiler that traced the adjoint would be free to draw other random numbers, and to move the reconstruction
+    # into the forward pass. Blocks compiled on their own (block.compile()) stay compiled.
+    return stack._forward(x, args, kwargs)
+
+
+def _checked_steps(step: float | Sequence[float] | None, count: int) -> tuple[float, ...]:
+    if step is None:
+        return (1 / count,) * count
+    try:
+        steps = tuple(map(float, step)) if isinstance(step, Iterable) else (float(step),) * count
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"ResidualStack: step must be a number, one for each step, or None, got {step!r}") from error
+    if len(steps) != count:
+        raise ValueError(f"ResidualStack: step must be one number or {count}, one for each step, got {len(steps)}")
+    for h in steps:
+        if not (math.isfinite(h) and h > 0):
+            raise ValueError(f"ResidualStack: step must be positive and finite, got {h}; leave it out for 1/{count}")
+    return steps
