@@ -109,51 +109,53 @@ class _Rng:
             torch.get_device_module(self.device).set_rng_state(states[1], self.device)
 
 
-# In training these normalise with the statistics of the batch and only write their running ones.
+# In training these normalise with the statistics of the batch, and only write their running ones.
 _WRITE_ONLY = {_BatchNorm.forward, SyncBatchNorm.forward, _InstanceNorm.forward}
 
 
-def _statistics_unread(module: nn.Module) -> bool:
-    return module.training and type(module).forward in _WRITE_ONLY
-
-
 class _Before(NamedTuple):
-    """What a buffer held before an evaluation changed it."""
+    """A buffer that an evaluation may have written, and what it held before."""
 
     slot: Slot
     value: Tensor | None
+    kept: bool
+    """Whether `value` is that; else the evaluation's result does not depend on it."""
     unread: bool
-    """Nothing reads the value, so none was kept."""
+    """Whether nothing in the module reads the buffer at all, its dtype aside."""
 
     def scratch(self) -> Tensor | None:
         """A tensor for a re-evaluation to work on."""
-        if not self.unread:
+        if self.kept:
             return None if self.value is None else self.value.clone()
         buffer = self.slot.owner[self.slot.name]
-        # An integer counter is divided by; statistics that nothing reads may as well be uninitialised.
-        return torch.empty_like(buffer) if buffer.is_floating_point() else buffer.clone()
+        # Modules divide by their integer counters, so those need a value that makes sense.
+        return torch.empty_like(buffer) if self.unread and buffer.is_floating_point() else buffer.clone()
 
 
 class _BufferLog:
     """Buffers as they stand before an evaluation, to tell afterwards which of them it wrote."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self.entries: list[tuple[Tensor | None, int, _Before]] = []
+        self.entries: list[tuple[Tensor | None, int, bool, _Before]] = []
         for module in modules:
             if not module._buffers:
                 continue
-            unread = _statistics_unread(module)
+            unread = module.training and type(module).forward in _WRITE_ONLY
             for slot in buffer_slots(module):
                 buffer = slot.get()
+                # torch's normalisation kernels write running statistics without counting a new version.
+                uncounted = module.training and buffer is not None and buffer.is_floating_point() and buffer.ndim == 1
                 copy = None if unread or buffer is None else buffer.clone()
-                self.entries.append((buffer, _version(buffer), _Before(slot, copy, unread)))
+                self.entries.append((buffer, _version(buffer), uncounted, _Before(slot, copy, not unread, unread)))
 
-    def changed(self) -> list[_Before]:
-        return [
-            before
-            for buffer, version, before in self.entries
-            if before.slot.get() is not buffer or _version(buffer) != version
-        ]
+    def written(self) -> list[_Before]:
+        found = []
+        for buffer, version, uncounted, before in self.entries:
+            if before.slot.get() is not buffer or _version(buffer) != version:
+                found.append(before)
+            elif uncounted:
+                found.append(before._replace(value=None, kept=False))
+        return found
 
 
 def _version(tensor: Tensor | None) -> int:
@@ -193,7 +195,7 @@ class Replayed:
             out = run()
         if not all(map(torch.equal, states, self.rng.states())):
             self.rng_states = states
-        self.buffers = buffers.changed()
+        self.buffers = buffers.written()
         self.recorded = True
         return out
 

@@ -156,9 +156,9 @@ class ResidualStack(nn.Module):
             *args, **kwargs: those of the forward pass.
 
         Returns:
-            x_0, shape and dtype of x_last. Relative error O(h^p), p = 1 ("paper") or 2 ("corrected", "extrapolated")
-            for Euler where blocks are smooth; it grows like exp(L) with the Lipschitz constant L of the flow. Blocks
-            that draw random numbers draw new ones: put them in eval mode.
+            x_0, shape and dtype of x_last. Relative error O(h^p), for Euler with p = 1 ("paper") or 2 ("corrected"), and 3
+            ("extrapolated") where weights are smooth in depth; it grows like exp(L) with the Lipschitz constant L of
+            the flow. Blocks that draw random numbers draw new ones: put them in eval mode.
 
         Raises:
             TypeError, ValueError: as the forward pass.

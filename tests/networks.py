@@ -1,0 +1,115 @@
+"""Networks and comparisons that the tests share. Nothing here uses the library but `stacked`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from resode_cuda import ResidualStack
+
+DIM, HIDDEN, ROWS = 16, 32, 8
+
+
+class TanhBlock(nn.Module):
+    """tanh(x W1) W2, the block of the reference figures."""
+
+    def __init__(self, w1: Tensor, w2: Tensor) -> None:
+        super().__init__()
+        self.w1, self.w2 = nn.Parameter(w1), nn.Parameter(w2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.w1) @ self.w2
+
+
+def reference_blocks(count: int, weights: str) -> list[nn.Module]:
+    """The networks of the reference figures, `count` blocks: weights "smooth" in depth, "independent", or "rough"
+    (A + B and A - B in turn)."""
+    generator = torch.Generator().manual_seed(0)
+    depth = torch.linspace(0, 1, count, dtype=torch.float64)
+
+    def noise(shape: tuple[int, int]) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64) / math.sqrt(shape[0])
+
+    def layers(shape: tuple[int, int]) -> list[Tensor]:
+        if weights == "independent":
+            return [1.7 * noise(shape) for _ in range(count)]
+        a, b = noise(shape), noise(shape)
+        if weights == "rough":
+            return [a + (-1) ** n * b for n in range(count)]
+        c = noise(shape)
+        return [a + torch.sin(2 * t) * b + torch.cos(3 * t) * c for t in depth]
+
+    return [TanhBlock(*pair) for pair in zip(layers((DIM, HIDDEN)), layers((HIDDEN, DIM)), strict=True)]
+
+
+def reference_input() -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(ROWS, DIM, generator=generator, dtype=torch.float64)
+
+
+def mlp(dim: int = 6, hidden: int = 10, scale: float = 1.0) -> nn.Module:
+    block = nn.Sequential(nn.Linear(dim, hidden), nn.Tanh(), nn.Linear(hidden, dim))
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.mul_(scale)
+    return block
+
+
+def mlps(scheme: str, steps: int, **options: float) -> list[nn.Module]:
+    return [mlp(**options) for _ in range(block_count(scheme, steps))]
+
+
+def block_count(scheme: str, steps: int) -> int:
+    return steps + (scheme == "heun")
+
+
+def plain(blocks: Sequence[nn.Module], scheme: str, x: Tensor, *args, h: float | Sequence[float] | None = None, **kwargs):
+    """The ordinary network, as a user would write it."""
+    steps = len(blocks) - (scheme == "heun")
+    h = 1 / steps if h is None else h
+    for n in range(steps):
+        h_n = h[n] if isinstance(h, Sequence) else h
+        if scheme == "euler":
+            x = x + h_n * blocks[n](x, *args, **kwargs)
+        else:
+            k1 = blocks[n](x, *args, **kwargs)
+            k2 = blocks[n + 1](x + h_n * k1, *args, **kwargs)
+            x = x + h_n / 2 * (k1 + k2)
+    return x
+
+
+def half_square(x: Tensor) -> Tensor:
+    return x.double().square().sum() / 2
+
+
+def parameters_of(blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
+    return [p for p in nn.ModuleList(blocks).parameters() if p.requires_grad]
+
+
+def gradients(run: Callable[..., Tensor], inputs: Sequence[Tensor], loss: Callable[[Tensor], Tensor] = half_square):
+    return torch.autograd.grad(loss(run()), inputs)
+
+
+def relative_error(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """|got - exact| / |exact| over all tensors together."""
+    assert len(got) == len(exact)
+    difference = sum((a.double() - b.double()).square().sum() for a, b in zip(got, exact, strict=True))
+    return math.sqrt(difference / sum(b.double().square().sum() for b in exact))
+
+
+def gradient_error(blocks: Sequence[nn.Module], scheme: str, x: Tensor, **options) -> float:
+    """Relative error of the stack's parameter gradients against autograd through the ordinary network."""
+    parameters = parameters_of(blocks)
+    exact = gradients(lambda: plain(blocks, scheme, x), parameters)
+    return relative_error(gradients(lambda: ResidualStack(blocks, scheme, **options)(x), parameters), exact)
+
+
+def fitted_slope(depths: Sequence[int], errors: Sequence[float]) -> float:
+    """Order of convergence: the slope of -log(error) over log(depth), by least squares."""
+    u = torch.tensor(depths, dtype=torch.float64).log()
+    v = torch.tensor(errors, dtype=torch.float64).log()
+    u, v = u - u.mean(), v - v.mean()
+    return -(u @ v / (u @ u)).item()
