@@ -163,7 +163,8 @@ class AdjointStep(torch.autograd.Function):
         if needs_state:
             shadows[0] = x
             if step.solver.extrapolates:
-                shadows[1] = d_next if step.is_last else extrapolate(step.weights, phi, d_next)
+                extrapolates = step.weights is not None and d_next is not None
+                shadows[1] = extrapolate(step.weights, phi, d_next) if extrapolates else d_next  # type: ignore[arg-type]
                 shadows[2] = phi
         else:
             step.monitor.end()

@@ -28,12 +28,15 @@ class Arguments:
         self.count = len(self._places)
         for place in self._places:
             self._leaves[place] = None
+        self._constant = None if self._places else (args, kwargs)
 
     @staticmethod
     def tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         return [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
 
     def filled(self, tensors: Iterable[Tensor]) -> Call:
+        if self._constant is not None:
+            return self._constant
         leaves = list(self._leaves)
         for place, tensor in zip(self._places, tensors, strict=True):
             leaves[place] = tensor

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .schemes import BlockFunction, Scheme
@@ -116,4 +117,6 @@ def extrapolation_weights(scheme: type[Scheme], steps: Sequence[float], n: int) 
 def extrapolate(weights: tuple[float, float], d_next: Tensor, d_after: Tensor) -> Tensor:
     """The increment a d_{n+1} - b d_{n+2} expected of step n, from those of the two later steps."""
     a, b = weights
+    if a - b == 1:  # equal steps
+        return torch.lerp(d_after, d_next, a)
     return (a * d_next).sub_(d_after, alpha=b)

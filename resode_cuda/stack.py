@@ -80,9 +80,10 @@ class ResidualStack(nn.Module):
         self._scheme = SCHEMES[scheme]
         needed = self._scheme.blocks_per_step
         if len(blocks) < needed:
+            way_out = 'use scheme="euler" or add a block' if blocks else "pass a list of modules"
             raise ValueError(
-                f"ResidualStack: scheme={scheme!r} needs at least {needed} block{'s'[: needed - 1]}, got {len(blocks)}; "
-                + ('use scheme="euler" or add a block' if blocks else "pass a list of modules")
+                f"ResidualStack: scheme={scheme!r} needs at least {needed} block{'s'[: needed - 1]}, "
+                f"got {len(blocks)}; {way_out}"
             )
         self._block_count = len(blocks)
         self._steps = _checked_steps(step, len(blocks) + 1 - needed)
@@ -156,9 +157,9 @@ class ResidualStack(nn.Module):
             *args, **kwargs: those of the forward pass.
 
         Returns:
-            x_0, shape and dtype of x_last. Relative error O(h^p), for Euler with p = 1 ("paper") or 2 ("corrected"), and 3
-            ("extrapolated") where weights are smooth in depth; it grows like exp(L) with the Lipschitz constant L of
-            the flow. Blocks that draw random numbers draw new ones: put them in eval mode.
+            x_0, shape and dtype of x_last. Relative error O(h^p), for Euler with p = 1 ("paper") or 2 ("corrected"),
+            and 3 ("extrapolated") where weights are smooth in depth; it grows like exp(L) with the Lipschitz constant
+            L of the flow. Blocks that draw random numbers draw new ones: put them in eval mode.
 
         Raises:
             TypeError, ValueError: as the forward pass.

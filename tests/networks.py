@@ -66,7 +66,7 @@ def block_count(scheme: str, steps: int) -> int:
     return steps + (scheme == "heun")
 
 
-def plain(blocks: Sequence[nn.Module], scheme: str, x: Tensor, *args, h: float | Sequence[float] | None = None, **kwargs):
+def plain(blocks: Sequence[nn.Module], scheme: str, x: Tensor, *args, h=None, **kwargs) -> Tensor:
     """The ordinary network, as a user would write it."""
     steps = len(blocks) - (scheme == "heun")
     h = 1 / steps if h is None else h

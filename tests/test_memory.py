@@ -164,7 +164,8 @@ class Breaking(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("reverse", "calls"), [("corrected", 0), ("corrected", 1), ("corrected", 2), ("extrapolated", 0), ("extrapolated", 1)]
+    ("reverse", "calls"),
+    [("corrected", 0), ("corrected", 1), ("corrected", 2), ("extrapolated", 0), ("extrapolated", 1)],
 )
 def test_an_exception_leaves_nothing_behind(reverse, calls):
     seen = []

@@ -116,9 +116,7 @@ def test_extrapolation_is_exact_for_rates_linear_in_time_on_any_grid(scheme):
     steps, sample_point = [0.3, 0.1, 0.45], SCHEMES[scheme].sample_point
     start = [0.0, 0.3, 0.4]
     increments = [h * (2 - 5 * (t + sample_point * h)) for h, t in zip(steps, start, strict=True)]
-    expected = extrapolate(
-        extrapolation_weights(SCHEMES[scheme], steps, 0), *(torch.tensor(d) for d in increments[1:])
-    )
+    expected = extrapolate(extrapolation_weights(SCHEMES[scheme], steps, 0), *(torch.tensor(d) for d in increments[1:]))
     assert expected.item() == pytest.approx(increments[0], rel=1e-12)
 
 

@@ -17,17 +17,21 @@ from resode_cuda.schemes import SCHEMES
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        (lambda: ResidualStack([]), ValueError, r'scheme=\'euler\' needs at least 1 block, got 0; pass a list'),
+        (lambda: ResidualStack([]), ValueError, r"scheme='euler' needs at least 1 block, got 0; pass a list"),
         (
             lambda: ResidualStack([mlp()], "heun"),
             ValueError,
             "ResidualStack: scheme='heun' needs at least 2 blocks, got 1; use scheme=\"euler\" or add a block",
         ),
         (lambda: ResidualStack([mlp(), torch.tanh]), TypeError, "block 1 must be an nn.Module, got builtin_function"),
-        (lambda: ResidualStack([mlp()], "midpoint"), ValueError, r"scheme must be one of \('euler', 'heun'\), got 'mid"),
+        (lambda: ResidualStack([mlp()], "midpoint"), ValueError, r"scheme must be one of \('euler', 'heun'\), got 'mi"),
         (lambda: ResidualStack([mlp()], None), ValueError, "scheme must be one of"),
         (lambda: ResidualStack([mlp()], gradient="magic"), ValueError, "gradient must be one of .*got 'magic'"),
-        (lambda: ResidualStack([mlp()], reverse="magic"), ValueError, "reverse must be one of .*or a Reverse, got 'magi"),
+        (
+            lambda: ResidualStack([mlp()], reverse="magic"),
+            ValueError,
+            "reverse must be one of .*or a Reverse, got 'mag",
+        ),
         (lambda: ResidualStack([mlp()], reverse=3), ValueError, "reverse must be one of .*got 3"),
         (lambda: ResidualStack([mlp()], step=0), ValueError, "step must be positive and finite, got 0.0; leave it out"),
         (lambda: ResidualStack([mlp()], step=-1.0), ValueError, "step must be positive and finite, got -1.0"),
@@ -51,7 +55,7 @@ def test_bad_arguments_are_refused(build, error, message):
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (torch.ones(2, 6, dtype=torch.int64), "x must have a real floating dtype, got torch.int64; convert it, or embed"),
+        (torch.ones(2, 6, dtype=torch.int64), "x must have a real floating dtype, got torch.int64; convert it, or"),
         (torch.ones(2, 6, dtype=torch.complex64), "x must have a real floating dtype, got torch.complex64"),
         ([1.0], "x must be a tensor, got list"),
     ],
@@ -76,7 +80,7 @@ class Gives(nn.Module):
 @pytest.mark.parametrize(
     ("what", "error", "message"),
     [
-        (lambda x: x[:, :2], ValueError, r"block 1 must keep the shape of its input, got \[4, 6\] -> \[4, 2\]; move blo"),
+        (lambda x: x[:, :2], ValueError, r"block 1 must keep the shape of its input, got \[4, 6\] -> \[4, 2\]; move b"),
         (lambda x: x[:1], ValueError, r"block 1 must keep the shape of its input, got \[4, 6\] -> \[1, 6\]"),
         (lambda x: x.sum(), ValueError, r"block 1 must keep the shape of its input, got \[4, 6\] -> \[\]"),
         (lambda x: x.double(), TypeError, "must keep the dtype of its input, got torch.float32 -> torch.float64; cast"),
@@ -187,7 +191,9 @@ def test_a_training_step_evaluates_blocks_as_often_as_stated(scheme, reverse, co
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize(("options", "per_step"), [({"gradient": "backprop"}, 1), ({"gradient": "checkpoint"}, 2), ({"anchors": 1}, 2)])
+@pytest.mark.parametrize(
+    ("options", "per_step"), [({"gradient": "backprop"}, 1), ({"gradient": "checkpoint"}, 2), ({"anchors": 1}, 2)]
+)
 def test_exact_modes_evaluate_blocks_as_often_as_stated(scheme, options, per_step):
     blocks, calls = mlps(scheme, 7), []
     for block in blocks:
@@ -218,10 +224,11 @@ def test_a_wider_stream_takes_the_rounding_out_of_the_reconstruction():
     blocks, x = mlps("euler", 200, dim=16, hidden=32), torch.randn(8, 16)
     parameters, errors = parameters_of(blocks), {}
     for dtype in (torch.float32, torch.float64):
-        exact, got = (
-            gradients(lambda options=options, dtype=dtype: ResidualStack(blocks, stream_dtype=dtype, **options)(x), parameters)
-            for options in ({"gradient": "backprop"}, {"reverse": Reverse("step", corrections=3)})
+        stacks = (
+            ResidualStack(blocks, stream_dtype=dtype, gradient="backprop"),
+            ResidualStack(blocks, stream_dtype=dtype, reverse=Reverse("step", corrections=3)),
         )
+        exact, got = (gradients(lambda stack=stack: stack(x), parameters) for stack in stacks)
         errors[dtype] = relative_error(got, exact)
     assert errors[torch.float64] < 0.5 * errors[torch.float32]
 

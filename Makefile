@@ -1,0 +1,35 @@
+# make test    lint, types and tests
+# make bench   the main benchmark: table, plots and JSON under bench/results/latest
+# Both create .venv and install what they need on first use; PYTHON chooses the interpreter (>= 3.10).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BENCH_OPTIONS ?=
+
+.PHONY: test bench lint format clean
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+bench: $(VENV)/installed
+	$(BIN)/python -m bench $(BENCH_OPTIONS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The package is installed in place: Python changes need no new install, changes to what is compiled do.
+$(VENV)/installed: requirements-dev.txt pyproject.toml setup.py CMakeLists.txt MANIFEST.in $(wildcard csrc/*)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "resode_cuda needs Python >= 3.10, got " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info resode_cuda/_kernels*.so bench/results/latest
