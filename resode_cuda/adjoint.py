@@ -56,6 +56,7 @@ def propagate(
             n=n,
             is_last=n == last,
             is_anchored=anchors is not None and n % anchors == 0,
+            is_result_saved=n == last or (anchors is not None and (n + 1) % anchors == 0),
             scheme=scheme,
             solver=solver,
             h=h,
@@ -86,6 +87,8 @@ class Step:
     n: int
     is_last: bool
     is_anchored: bool
+    is_result_saved: bool
+    """By this step or, as its anchor, by the next one: a rebuilt x_{n+1} is then that tensor."""
     scheme: type[Scheme]
     solver: Reverse
     h: float
@@ -123,9 +126,11 @@ class AdjointStep(torch.autograd.Function):
     def forward(ctx: Any, step: Step, increments: list[Tensor], x: Tensor, *shadows_and_tensors: Any) -> Any:
         tensors = shadows_and_tensors[step.shadow_count :]
         phi = step.scheme.increment(step.functions(tensors[: step.arguments.count]), x, step.h)
-        x_next = x + phi
         if step.solver.extrapolates:
             increments[:] = [phi, *increments[:1]]
+            x_next = x + phi
+        else:
+            x_next = phi.add_(x)
         end = [x_next, *increments] if step.is_last else []
         anchor = [x] if step.is_anchored else []
         ctx.save_for_backward(*tensors, *end, *anchor)
@@ -156,15 +161,19 @@ class AdjointStep(torch.autograd.Function):
             phi, g_y, g_tensors = _increment_and_vjp(step, functions, y, leaves, g)
 
         y = y.detach()
-        x = x_next - phi if step.solver.reuse and anchor is None else y
+        # The states that travel are nobody else's, so they are rebuilt in place; those that are saved are not.
+        x = y
+        if step.solver.reuse and anchor is None:
+            x = torch.sub(x_next, phi, out=None if step.is_result_saved else x_next)
+        spare = torch.empty_like(phi) if step.solver.extrapolates else phi
         if anchor is None:
-            step.monitor.record(step.n, y, x if step.solver.reuse else None)
+            step.monitor.record(step.n, y, x, spare)
         shadows: list[Tensor | None] = [None] * step.shadow_count
         if needs_state:
             shadows[0] = x
             if step.solver.extrapolates:
-                extrapolates = step.weights is not None and d_next is not None
-                shadows[1] = extrapolate(step.weights, phi, d_next) if extrapolates else d_next  # type: ignore[arg-type]
+                # The last step has the increment before its own from the forward pass.
+                shadows[1] = d_next if step.weights is None else extrapolate(step.weights, phi, d_next, out=spare)  # type: ignore[arg-type]
                 shadows[2] = phi
         else:
             step.monitor.end()

@@ -51,14 +51,17 @@ class DriftMonitor:
             self._norms.zero_()
         self._measured = measures
 
-    def record(self, n: int, y: Tensor, x: Tensor | None) -> None:
-        """Step n took its vector-Jacobian product at y and rebuilt x; None where it rebuilt y itself."""
+    def record(self, n: int, y: Tensor, x: Tensor, spare: Tensor) -> None:
+        """Step n took its vector-Jacobian product at y and rebuilt x; spare is overwritten."""
         assert self._norms is not None
-        norms = self._norms
-        if x is not None:
-            torch.linalg.vector_norm(y - x, dtype=norms.dtype, out=norms[0, n])
-        torch.linalg.vector_norm(y if x is None else x, dtype=norms.dtype, out=norms[1, n])
+        if self._measured:
+            self._write(0, n, torch.sub(y, x, out=spare))
+        self._write(1, n, x)
         self._unchecked = True
+
+    def _write(self, row: int, n: int, vector: Tensor) -> None:
+        norms = self._norms
+        torch.linalg.vector_norm(vector, dtype=norms.dtype, out=norms[row, n])  # type: ignore[union-attr,index]
 
     def end(self) -> None:
         """A backward pass rebuilt all that it will."""

@@ -114,9 +114,9 @@ def extrapolation_weights(scheme: type[Scheme], steps: Sequence[float], n: int) 
     return (1 + ratio) * h / h1, ratio * h / h2
 
 
-def extrapolate(weights: tuple[float, float], d_next: Tensor, d_after: Tensor) -> Tensor:
+def extrapolate(weights: tuple[float, float], d_next: Tensor, d_after: Tensor, out: Tensor | None = None) -> Tensor:
     """The increment a d_{n+1} - b d_{n+2} expected of step n, from those of the two later steps."""
     a, b = weights
-    if a - b == 1:  # equal steps
-        return torch.lerp(d_after, d_next, a)
-    return (a * d_next).sub_(d_after, alpha=b)
+    if a - b == 1:  # equal steps: one pass
+        return torch.lerp(d_after, d_next, a, out=out)
+    return torch.mul(d_next, a, out=out).sub_(d_after, alpha=b)
