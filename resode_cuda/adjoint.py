@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blocks import Arguments, Block, BlockCall, parameter_slots
+from .blocks import Arguments, Block, BlockCall, HeldParameter, held_parameters, modified_in_place
 from .drift import DriftMonitor
-from .replay import Slot, swapped
+from .replay import swapped
 from .reverse import Reverse, extrapolate, extrapolation_weights, predict
 from .schemes import BlockFunction, Scheme
 
@@ -36,14 +36,12 @@ def propagate(
     arguments: Arguments,
     argument_tensors: Sequence[Tensor],
     monitor: DriftMonitor,
-    verify: bool,
 ) -> Tensor:
     """x_N from x_0, recorded so that the backward pass rebuilds the states.
 
     Args:
         steps: h of each step.
         anchors: keep the exact state at every step n divisible by it; None keeps x_N alone.
-        verify: have the backward pass look for tensors that need gradients but would get none.
     """
     blank = x.new_zeros(())
     shadows: Sequence[Tensor | None] = (None,) * (3 if solver.extrapolates else 1)
@@ -51,7 +49,7 @@ def propagate(
     last = len(steps) - 1
     for n, h in enumerate(steps):
         used = blocks[n : n + scheme.blocks_per_step]
-        slots = parameter_slots(used)
+        parameters = held_parameters(used)
         step = Step(
             n=n,
             is_last=n == last,
@@ -62,14 +60,13 @@ def propagate(
             h=h,
             weights=extrapolation_weights(scheme, steps, n - 1) if solver.extrapolates and 0 < n < last else None,
             calls=[BlockCall(block, x.device) for block in used],
-            slots=slots,
+            parameters=parameters,
             arguments=arguments,
             monitor=monitor,
             blank=blank,
-            verify=verify,
         )
-        parameters = [slot.get() for slot in slots]
-        x, *shadows = AdjointStep.apply(step, increments, x, *shadows, *argument_tensors, *parameters)
+        tensors = *argument_tensors, *(parameter.tensor for parameter in parameters)
+        x, *shadows = AdjointStep.apply(step, increments, x, *shadows, *tensors)
     return x
 
 
@@ -95,12 +92,11 @@ class Step:
     weights: tuple[float, float] | None
     """With which step n - 1 is extrapolated from this step's increment and the next one's."""
     calls: list[BlockCall]
-    slots: list[Slot]
+    parameters: list[HeldParameter]
     arguments: Arguments
     monitor: DriftMonitor
     blank: Tensor
     """One element, the storage of all shadows."""
-    verify: bool
 
     @property
     def shadow_count(self) -> int:
@@ -130,7 +126,7 @@ class AdjointStep(torch.autograd.Function):
             increments[:] = [phi, *increments[:1]]
             x_next = x + phi
         else:
-            x_next = phi.add_(x)
+            x_next = phi.add_(x) if phi.stride() == x.stride() else x + phi
         end = [x_next, *increments] if step.is_last else []
         anchor = [x] if step.is_anchored else []
         ctx.save_for_backward(*tensors, *end, *anchor)
@@ -192,11 +188,7 @@ def _saved_tensors(ctx: Any, count: int) -> tuple[Sequence[Tensor], Sequence[Ten
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise
-        raise RuntimeError(
-            "ResidualStack: between forward and backward neither the stack's output nor a parameter, an argument or "
-            "an anchored state may be modified in place, but one was; use y = y + z instead of y += z, and step the "
-            "optimizer after backward"
-        ) from error
+        raise modified_in_place() from error
     tensors, kept = saved[:count], saved[count:]
     return (tensors, kept[:-1], kept[-1]) if ctx.step.is_anchored else (tensors, kept, None)
 
@@ -225,13 +217,17 @@ def _leaves(step: Step, tensors: Sequence[Tensor], needs: Sequence[bool]) -> Ite
     count = step.arguments.count
     leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(tensors, needs, strict=True)]
     parameters = tensors[count:]
+    places = [held.slots for held in step.parameters]
     if all(
-        slot.get() is parameter and parameter.requires_grad == need and not parameter._backward_hooks
-        for slot, parameter, need in zip(step.slots, parameters, needs[count:], strict=True)
+        all(slot.get() is parameter for slot in slots)
+        and parameter.requires_grad == need
+        and not parameter._backward_hooks
+        for slots, parameter, need in zip(places, parameters, needs[count:], strict=True)
     ):
         yield (*leaves[:count], *parameters)
     else:
-        with swapped(step.slots, leaves[count:]):
+        pairs = [(slot, leaf) for slots, leaf in zip(places, leaves[count:], strict=True) for slot in slots]
+        with swapped([slot for slot, _ in pairs], [leaf for _, leaf in pairs]):
             yield leaves
 
 
@@ -244,8 +240,7 @@ def _increment_and_vjp(
     wanted = [tensor for tensor in (y, *leaves) if tensor.requires_grad]
     products: dict[int, Tensor | None] = {}
     if phi.requires_grad:
-        if step.verify:
-            _check_all_found(step.n, phi, wanted)
+        _check_all_found(step.n, phi, wanted)
         try:
             products = dict(zip(map(id, wanted), torch.autograd.grad(phi, wanted, g, allow_unused=True), strict=True))
         except RuntimeError as error:
@@ -260,18 +255,18 @@ def _increment_and_vjp(
 
 def _check_all_found(n: int, phi: Tensor, wanted: Sequence[Tensor]) -> None:
     """Raise if phi depends on a tensor that needs gradients and is not among those wanted."""
+    known = set(map(id, wanted))
     seen: set[Any] = set()
-    pending = [phi.grad_fn]
+    pending: list[Any] = [phi.grad_fn]
     while pending:
         node = pending.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         pending.extend(following for following, _ in node.next_functions)
-        variable = getattr(node, "variable", None)
-        if variable is not None and not any(variable is tensor for tensor in wanted):
+        if type(node).__name__ == "AccumulateGrad" and id(node.variable) not in known:
             raise RuntimeError(
-                f"ResidualStack: the blocks of step {n} use a tensor of shape {list(variable.shape)} that requires "
+                f"ResidualStack: the blocks of step {n} use a tensor of shape {list(node.variable.shape)} that needs "
                 "gradients and is neither their parameter nor an argument of the stack; register it as nn.Parameter, "
                 "pass it to the stack, or detach it"
             )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from .replay import Replayed, Slot, submodules
@@ -113,12 +114,37 @@ class BlockCall:
         return lambda x: self.replayed(lambda: self.block(x, call))
 
 
-def parameter_slots(blocks: Sequence[Block]) -> list[Slot]:
-    """Where the blocks hold their parameters; a parameter held in several places is listed once."""
-    found: dict[Tensor, Slot] = {}
+class HeldParameter(NamedTuple):
+    """A parameter, and every place in the blocks that holds it."""
+
+    tensor: Tensor
+    slots: list[Slot]
+
+
+def held_parameters(blocks: Sequence[Block]) -> list[HeldParameter]:
+    """The blocks' parameters, each once.
+
+    Raises:
+        RuntimeError: for a parameter of a lazy module that has not run yet.
+    """
+    found: dict[Tensor, HeldParameter] = {}
     for block in blocks:
         for module in block.modules:
             for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    found.setdefault(parameter, Slot(module._parameters, name))
+                if parameter is None:
+                    continue
+                if is_lazy(parameter):
+                    where = f"ResidualStack: the parameters of block {block.index}"
+                    raise RuntimeError(
+                        f"{where} must be initialised, got a lazy {name!r}; run the stack once under torch.no_grad()"
+                    )
+                found.setdefault(parameter, HeldParameter(parameter, [])).slots.append(Slot(module._parameters, name))
     return list(found.values())
+
+
+def modified_in_place() -> RuntimeError:
+    return RuntimeError(
+        "ResidualStack: between forward and backward neither the stack's output nor a parameter, an argument or a kept "
+        "state may be modified in place, but one was; use y = y + z instead of y += z, and step the optimizer after "
+        "backward"
+    )

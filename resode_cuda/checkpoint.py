@@ -4,19 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import Block, BlockCall, Call
+from .blocks import Block, BlockCall, Call, held_parameters, modified_in_place
+from .replay import swapped
 from .schemes import Scheme
 
 
-def propagate(scheme: type[Scheme], blocks: Sequence[Block], steps: Sequence[float], x: Tensor, call: Call) -> Tensor:
+def propagate(
+    scheme: type[Scheme],
+    blocks: Sequence[Block],
+    steps: Sequence[float],
+    x: Tensor,
+    call: Call,
+    argument_tensors: Sequence[Tensor],
+) -> Tensor:
     """x_N from x_0, with torch's non-reentrant checkpointing of every step.
 
     The blocks replay themselves, buffers included, which torch's own preserve_rng_state does not.
     """
     for n, h in enumerate(steps):
-        used = [BlockCall(block, x.device).function(call) for block in blocks[n : n + scheme.blocks_per_step]]
-        x = x + checkpoint(scheme.increment, used, x, h, use_reentrant=False, preserve_rng_state=False)
+        recomputed = _Increment(scheme, blocks[n : n + scheme.blocks_per_step], h, x.device, call, argument_tensors)
+        x = x + checkpoint(recomputed, x, use_reentrant=False, preserve_rng_state=False)
     return x
+
+
+class _Increment:
+    """Phi_n(x), from the same tensors whenever it is called; torch's checkpointing looks after x alone."""
+
+    def __init__(
+        self,
+        scheme: type[Scheme],
+        blocks: Sequence[Block],
+        h: float,
+        device: torch.device,
+        call: Call,
+        argument_tensors: Sequence[Tensor],
+    ) -> None:
+        self.scheme, self.h = scheme, h
+        self.functions = [BlockCall(block, device).function(call) for block in blocks]
+        self.parameters = held_parameters(blocks)
+        watched = [*argument_tensors, *(parameter.tensor for parameter in self.parameters)]
+        self.versions = [(tensor, tensor._version) for tensor in watched]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if any(tensor._version != version for tensor, version in self.versions):
+            raise modified_in_place()
+        held = [(slot, parameter.tensor) for parameter in self.parameters for slot in parameter.slots]
+        with swapped([slot for slot, _ in held], [tensor for _, tensor in held]):
+            return self.scheme.increment(self.functions, x, self.h)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils import parametrize
 
 
 def submodules(blocks: Iterable[nn.Module]) -> list[nn.Module]:
@@ -38,7 +39,7 @@ class Slot(NamedTuple):
     name: str
 
     def get(self) -> Tensor | None:
-        return self.owner.get(self.name)
+        return self.owner[self.name] if self.name in self.owner else None  # noqa: SIM401 (TorchScript's dict has no get)
 
 
 @contextmanager
@@ -77,19 +78,23 @@ class _Autocast(NamedTuple):
         return cls(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
 
     def replay(self) -> torch.autocast:
-        # The weight cache must stay out of it: a cast that it took without gradients would be handed to an evaluation
-        # that needs them, which then loses the weight's gradient in silence.
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
 
 
 @contextmanager
-def autocast_cache_off() -> Iterator[None]:
-    before = torch.is_autocast_cache_enabled()
+def caches_off() -> Iterator[None]:
+    """Neither autocast nor `parametrize.cached` hands a tensor made without gradients to a later use that needs them,
+    nor a tensor with another graph to this one."""
+    before = torch.is_autocast_cache_enabled(), parametrize._cache_enabled
     torch.set_autocast_cache_enabled(False)
+    if before[1]:
+        parametrize._cache_enabled = 0
     try:
         yield
     finally:
-        torch.set_autocast_cache_enabled(before)
+        torch.set_autocast_cache_enabled(before[0])
+        if before[1]:
+            parametrize._cache_enabled = before[1]
 
 
 class _Rng:
@@ -113,53 +118,48 @@ class _Rng:
 _WRITE_ONLY = {_BatchNorm.forward, SyncBatchNorm.forward, _InstanceNorm.forward}
 
 
-class _Before(NamedTuple):
-    """A buffer that an evaluation may have written, and what it held before."""
+class _Buffer(NamedTuple):
+    """A buffer before an evaluation."""
 
     slot: Slot
-    value: Tensor | None
-    kept: bool
-    """Whether `value` is that; else the evaluation's result does not depend on it."""
-    unread: bool
-    """Whether nothing in the module reads the buffer at all, its dtype aside."""
+    tensor: Tensor | None
+    version: int
+    copy: Tensor | None
+    """Its value; None where there is none, or where the module only writes it."""
+    uncounted: bool
+    """It may be written without a new version: torch's normalisation kernels write running statistics like that."""
+
+    @classmethod
+    def of(cls, slot: Slot, module: nn.Module) -> _Buffer:
+        tensor = slot.get()
+        if tensor is None:
+            return cls(slot, None, 0, None, False)
+        write_only = module.training and type(module).forward in _WRITE_ONLY
+        uncounted = module.training and tensor.is_floating_point() and tensor.ndim == 1
+        return cls(slot, tensor, tensor._version, None if write_only else tensor.clone(), uncounted)
+
+    def written(self) -> bool:
+        """Whether an evaluation since then may have written it."""
+        now = self.slot.get()
+        return self.uncounted or now is not self.tensor or (now is not None and now._version != self.version)
+
+    def without_copy(self) -> _Buffer:
+        return self._replace(copy=None)
 
     def scratch(self) -> Tensor | None:
-        """A tensor for a re-evaluation to work on."""
-        if self.kept:
-            return None if self.value is None else self.value.clone()
-        buffer = self.slot.owner[self.slot.name]
-        # Modules divide by their integer counters, so those need a value that makes sense.
-        return torch.empty_like(buffer) if self.unread and buffer.is_floating_point() else buffer.clone()
+        """A tensor with the value it had, for a re-evaluation to write."""
+        if self.copy is not None:
+            return self.copy.clone()
+        return None if self.tensor is None else self.tensor.clone()
 
-
-class _BufferLog:
-    """Buffers as they stand before an evaluation, to tell afterwards which of them it wrote."""
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self.entries: list[tuple[Tensor | None, int, bool, _Before]] = []
-        for module in modules:
-            if not module._buffers:
-                continue
-            unread = module.training and type(module).forward in _WRITE_ONLY
-            for slot in buffer_slots(module):
-                buffer = slot.get()
-                # torch's normalisation kernels write running statistics without counting a new version.
-                uncounted = module.training and buffer is not None and buffer.is_floating_point() and buffer.ndim == 1
-                copy = None if unread or buffer is None else buffer.clone()
-                self.entries.append((buffer, _version(buffer), uncounted, _Before(slot, copy, not unread, unread)))
-
-    def written(self) -> list[_Before]:
-        found = []
-        for buffer, version, uncounted, before in self.entries:
-            if before.slot.get() is not buffer or _version(buffer) != version:
-                found.append(before)
-            elif uncounted:
-                found.append(before._replace(value=None, kept=False))
-        return found
-
-
-def _version(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor._version
+    def unchanged(self) -> Tensor | None:
+        """The tensor itself, for a re-evaluation to read."""
+        if self.tensor is not None and self.tensor.is_floating_point() and self.tensor._version != self.version:
+            raise RuntimeError(
+                f"ResidualStack: between forward and backward a block's buffers must not be modified, but "
+                f"{self.slot.name!r} of shape {list(self.tensor.shape)} was; modify it after backward"
+            )
+        return self.tensor
 
 
 class Replayed:
@@ -178,24 +178,29 @@ class Replayed:
         self.training: list[bool] = []
         self.autocast: list[_Autocast] = []
         self.rng_states: tuple[Tensor, ...] | None = None
-        self.buffers: list[_Before] = []
+        self.written: list[_Buffer] = []
+        self.unwritten: list[_Buffer] = []
 
     def __call__(self, run: Callable[[], Tensor]) -> Tensor:
-        if self.recorded:
+        with caches_off():
+            if not self.recorded:
+                return self._record(run)
             with self._as_recorded():
                 return run()
-        return self._record(run)
 
     def _record(self, run: Callable[[], Tensor]) -> Tensor:
         self.training = [module.training for module in self.modules]
         self.autocast = [_Autocast.of(device_type) for device_type in self.device_types]
         states = self.rng.states()
-        buffers = _BufferLog(self.modules)
-        with autocast_cache_off():
-            out = run()
+        buffers = [_Buffer.of(slot, module) for module in self.modules for slot in buffer_slots(module)]
+        out = run()
         if not all(map(torch.equal, states, self.rng.states())):
             self.rng_states = states
-        self.buffers = buffers.written()
+        for buffer in buffers:
+            if buffer.written():
+                self.written.append(buffer)
+            else:
+                self.unwritten.append(buffer.without_copy())
         self.recorded = True
         return out
 
@@ -212,7 +217,7 @@ class Replayed:
                 if module.training != training:
                     restored.callback(setattr, module, "training", module.training)
                     module.training = training
-            if self.buffers:
-                slots = [before.slot for before in self.buffers]
-                restored.enter_context(swapped(slots, [before.scratch() for before in self.buffers]))
+            buffers = [*((b, b.scratch()) for b in self.written), *((b, b.unchanged()) for b in self.unwritten)]
+            if buffers:
+                restored.enter_context(swapped([b.slot for b, _ in buffers], [tensor for _, tensor in buffers]))
             yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from .reverse import Reverse, extrapolate, extrapolation_weights, predict, solve
 from .schemes import SCHEMES
 
 GRADIENTS = ("adjoint", "checkpoint", "backprop")
+STREAM_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class ResidualStack(nn.Module):
@@ -44,10 +46,17 @@ class ResidualStack(nn.Module):
             input's dtype.
 
     The gradient's relative error is O(h^p) with p = 1 ("paper") or 2 ("corrected") for Euler where blocks are smooth,
-    and grows like exp(L) with the Lipschitz constant L of the flow: watch `drift`. Where re-evaluating a block gives
-    other values than the forward pass did, the gradient is of another function; dropout masks, buffers, autocast and
-    train/eval flags are replayed, random numbers of Python, NumPy or two threads at once are not. A thread that trains
-    the stack may not share blocks that draw random numbers or change buffers with another.
+    and grows like exp(L) with the Lipschitz constant L of the flow: watch `drift`.
+
+    Under "adjoint" and "checkpoint" a block runs again in the backward pass, under "adjoint" without gradients in the
+    forward pass. Dropout masks, buffers, autocast and train/eval flags are replayed. Limits, all of them the blocks':
+
+    - What a block leaves behind for others (an auxiliary loss kept on the module, activations taken by a hook) has no
+      gradients under "adjoint"; pass it on through the state or use "backprop".
+    - Random numbers of Python, NumPy or a `torch.Generator` of the block's own are not replayed.
+    - Buffers written through `.data` are not seen to be written; write them under `torch.no_grad()`.
+    - Two threads may train one stack if its blocks draw no random numbers, write no buffers and have no hooks on their
+      parameters.
 
     Discrete adjoint method: Sander, Ablin and Peyré, NeurIPS 2022, arXiv:2205.14612.
 
@@ -87,16 +96,15 @@ class ResidualStack(nn.Module):
             )
         self._block_count = len(blocks)
         self._steps = _checked_steps(step, len(blocks) + 1 - needed)
-        if stream_dtype is not None and not (isinstance(stream_dtype, torch.dtype) and stream_dtype.is_floating_point):
-            raise TypeError(f"ResidualStack: stream_dtype must be a floating dtype or None, got {stream_dtype!r}")
+        if stream_dtype not in (None, *STREAM_DTYPES):
+            raise TypeError(f"ResidualStack: stream_dtype must be one of {STREAM_DTYPES} or None, got {stream_dtype!r}")
         self.stream_dtype = stream_dtype
         self.gradient = gradient
         self.reverse = reverse
         self.anchors = anchors
         self._monitor = DriftMonitor(len(self._steps))
-        self._verified = False
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
         """x_N from x_0.
 
         Args:
@@ -129,7 +137,7 @@ class ResidualStack(nn.Module):
                 functions = [block.function(call) for block in self._of_step(blocks, n)]
                 state = state + self._scheme.increment(functions, state, h)
         elif self.gradient == "checkpoint":
-            state = checkpoint.propagate(self._scheme, blocks, self._steps, state, (args, kwargs))
+            state = checkpoint.propagate(self._scheme, blocks, self._steps, state, (args, kwargs), tensors)
         else:
             if torch._C._are_functorch_transforms_active():
                 raise adjoint.unsupported("a torch.func transform")
@@ -143,13 +151,11 @@ class ResidualStack(nn.Module):
                 Arguments(args, kwargs),
                 tensors,
                 self._monitor,
-                verify=not self._verified,
             )
-            self._verified = True
         return state.to(x.dtype)
 
     @torch.no_grad()
-    def invert(self, x_last: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def invert(self, x_last: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
         """x_0 rebuilt from x_N by the stack's reverse solver, without gradients. No buffer of a block changes.
 
         Args:
@@ -236,7 +242,7 @@ class ResidualStack(nn.Module):
 
     def __getitem__(self, index: int) -> nn.Module:
         """Block `index`."""
-        return self._modules[str(range(self._block_count)[index])]  # type: ignore[return-value]
+        return self._modules[str(range(self._block_count)[operator.index(index)])]  # type: ignore[return-value]
 
     def __iter__(self) -> Iterator[nn.Module]:
         return (self[index] for index in range(self._block_count))
@@ -273,6 +279,8 @@ def _forward_uncompiled(stack: ResidualStack, x: Tensor, args: tuple[Any, ...], 
 def _checked_steps(step: float | Sequence[float] | None, count: int) -> tuple[float, ...]:
     if step is None:
         return (1 / count,) * count
+    if getattr(step, "requires_grad", False):
+        raise TypeError("ResidualStack: step must not require gradients, got a tensor that does; detach it")
     try:
         steps = tuple(map(float, step)) if isinstance(step, Iterable) else (float(step),) * count
     except (TypeError, ValueError) as error:

@@ -199,9 +199,10 @@ def test_saved_tensor_hooks_around_the_stack(scheme):
     assert relative_error(torch.autograd.grad(half_square(out), inputs), exact) < TIGHT
 
 
-def test_functional_call_differentiates_for_the_tensors_it_was_given(scheme):
+@pytest.mark.parametrize("options", [{"reverse": EXACT}, {"anchors": 1}, {"gradient": "checkpoint"}])
+def test_functional_call_differentiates_for_the_tensors_it_was_given(scheme, options):
     blocks, x = mlps(scheme, 6), torch.randn(5, 6)
-    stack = exact_stack(blocks, scheme)
+    stack = ResidualStack(blocks, scheme, **options)
     given = {name: (2 * p).detach().requires_grad_() for name, p in stack.named_parameters()}
     made = {name: p * 1.0 for name, p in given.items()}  # no leaves, as an inner loop of meta-learning has them
     got = torch.autograd.grad(half_square(torch.func.functional_call(stack, made, (x,))), list(given.values()))
@@ -210,6 +211,48 @@ def test_functional_call_differentiates_for_the_tensors_it_was_given(scheme):
             parameter.copy_(given[name])
     exact = gradients(lambda: plain(blocks, scheme, x), list(stack.parameters()))
     assert relative_error(got, exact) < TIGHT
+
+
+class Tied(nn.Module):
+    """One weight in two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("how", ["hook", "saved", "functional"])
+def test_a_weight_in_two_places_is_replaced_in_both(scheme, how):
+    blocks, x = [Tied() for _ in range(block_count(scheme, 5))], torch.randn(5, 6)
+    blocks[2].second.bias = blocks[1].first.bias  # and over the two blocks of a Heun step
+    parameters, stack = parameters_of(blocks), exact_stack(blocks, scheme)
+    exact = gradients(lambda: plain(blocks, scheme, x), parameters)
+    if how == "hook":
+        for parameter in parameters:
+            parameter.register_hook(lambda g: None)
+        got = gradients(lambda: stack(x), parameters)
+    elif how == "saved":
+        with torch.autograd.graph.save_on_cpu():
+            out = stack(x)
+        got = torch.autograd.grad(half_square(out), parameters)
+    else:
+        given = {name: p.detach().clone().requires_grad_() for name, p in stack.named_parameters()}
+        got = torch.autograd.grad(half_square(torch.func.functional_call(stack, given, (x,))), list(given.values()))
+    assert relative_error(got, exact) < TIGHT
+
+
+def test_lazy_blocks_must_have_run_once(scheme):
+    blocks = [nn.Sequential(nn.LazyLinear(6), nn.Tanh()) for _ in range(block_count(scheme, 3))]
+    stack, x = exact_stack(blocks, scheme), torch.randn(5, 6)
+    with pytest.raises(RuntimeError, match="parameters of block 0 must be initialised, got a lazy 'weight'; run the"):
+        stack(x)
+    with torch.no_grad():
+        stack(x)
+    assert_same_gradients(blocks, scheme, x)
 
 
 def test_hooks_on_parameters_fire_once_with_the_whole_gradient(scheme):
@@ -313,16 +356,29 @@ def test_arguments_reach_every_block_and_their_tensors_get_gradients(scheme, gra
     assert relative_error(gradients(lambda: call(stack), inputs), exact) < TIGHT
 
 
-def test_a_tensor_the_blocks_got_behind_the_stacks_back_is_an_error(scheme):
+def test_a_tensor_the_blocks_got_behind_the_stacks_back_is_an_error_every_time(scheme):
     secret = torch.randn(6, requires_grad=True)
 
     class Leaky(nn.Module):
         def forward(self, x):
             return torch.tanh(x) * secret
 
-    stack = exact_stack([mlp(), Leaky(), mlp()], scheme)
-    with pytest.raises(RuntimeError, match=r"a tensor of shape \[6\] that requires gradients and is neither"):
-        half_square(stack(torch.randn(5, 6))).backward()
+    stack, x = exact_stack([mlp(), Leaky(), mlp()], scheme), torch.randn(5, 6)
+    stack(x)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"a tensor of shape \[6\] that needs gradients and is neither"):
+            half_square(stack(x)).backward()
+
+
+def test_an_argument_may_be_called_x(scheme):
+    class Shifted(nn.Module):
+        def forward(self, state, x):
+            return torch.tanh(state) + x
+
+    blocks, x, shift = [Shifted() for _ in range(block_count(scheme, 3))], torch.randn(5, 6), torch.randn(6)
+    stack = exact_stack(blocks, scheme)
+    assert torch.equal(stack(x, x=shift), plain([lambda s: torch.tanh(s) + shift] * len(blocks), scheme, x))
+    assert relative_error([stack.invert(stack(x, x=shift), x=shift)], [x]) < TIGHT
 
 
 def test_no_graph_without_gradients(scheme):
@@ -392,10 +448,16 @@ def test_batched_gradients(scheme):
     assert relative_error(got, exact) < TIGHT
 
 
-@pytest.mark.parametrize("victim", ["output", "parameter", "argument", "anchor"])
-def test_what_backward_needs_must_not_change_in_place(scheme, victim):
+@pytest.mark.parametrize(
+    ("gradient", "victim"),
+    [
+        *(("adjoint", victim) for victim in ("output", "parameter", "argument", "anchor")),
+        *(("checkpoint", victim) for victim in ("parameter", "argument")),
+    ],
+)
+def test_what_backward_needs_must_not_change_in_place(scheme, gradient, victim):
     blocks = [Conditioned() for _ in range(block_count(scheme, 4))]
-    stack = exact_stack(blocks, scheme, anchors=2)
+    stack = exact_stack(blocks, scheme, gradient=gradient, anchors=2)
     x, scale, shift = torch.randn(5, 6), torch.randn(6), torch.randn(5, 6)
     out = stack(x, scale, more={"shift": [shift]})
     changed = {"output": out, "parameter": blocks[2].body[0].weight, "argument": scale, "anchor": x}[victim]

@@ -60,6 +60,14 @@ class OwnBatchNorm(nn.BatchNorm2d):
         )
 
 
+class Renorm(nn.BatchNorm2d):
+    """Reads the running statistics that it then updates."""
+
+    def forward(self, x):
+        scale = (self.running_var.clone() + 1).rsqrt()
+        return super().forward(x) * scale.view(1, -1, 1, 1)
+
+
 def norms():
     return [
         nn.BatchNorm2d,
@@ -67,11 +75,14 @@ def norms():
         lambda n: nn.InstanceNorm2d(n, affine=True, track_running_stats=True),
         lambda n: nn.BatchNorm2d(n, track_running_stats=False),
         OwnBatchNorm,
+        Renorm,
     ]
 
 
 @every_mode
-@pytest.mark.parametrize("norm", norms(), ids=["batch", "batch-cumulative", "instance", "batch-untracked", "own"])
+@pytest.mark.parametrize(
+    "norm", norms(), ids=["batch", "batch-cumulative", "instance", "batch-untracked", "own", "renorm"]
+)
 def test_running_statistics_are_updated_once(scheme, mode, norm):
     blocks = [conv_bn(norm) for _ in range(block_count(scheme, 6))]
     stack = ResidualStack(blocks, scheme, **MODES[mode])
@@ -163,6 +174,56 @@ def test_other_buffers_are_seen_as_they_first_were(scheme, mode, how):
         got, exact = train_step(stack, stack, x), train_step(run, twin, x)
     assert_same_buffers(stack, twin)
     assert relative_error(got, exact) < {"exact": 1e-12, "checkpoint": 1e-15, "extrapolated": 0.5}.get(mode, 0.1)
+
+
+class Tempered(nn.Module):
+    """Reads buffers and writes none."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = mlp()
+        self.register_buffer("temperature", torch.ones(1, 1))
+        self.register_buffer("uses", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        return self.body(x) * self.temperature
+
+
+@pytest.mark.parametrize("mode", ["exact", "checkpoint"])
+def test_buffers_given_by_functional_call_are_those_of_the_backward_pass_too(scheme, mode):
+    blocks, x = [Tempered() for _ in range(block_count(scheme, 4))], torch.randn(5, 6)
+    stack = ResidualStack(blocks, scheme, **MODES[mode])
+    parameters = list(stack.parameters())
+    given = {name: torch.full((1, 1), 3.0) for name, _ in stack.named_buffers() if "temperature" in name}
+    got = torch.autograd.grad(half_square(torch.func.functional_call(stack, given, (x,))), parameters)
+    stack.load_state_dict(given, strict=False)
+    exact = gradients(lambda: plain(blocks, scheme, x), parameters)
+    assert relative_error(got, exact) < 1e-9
+
+
+@pytest.mark.parametrize("mode", ["exact", "checkpoint"])
+def test_a_buffer_changed_between_forward_and_backward_is_an_error(scheme, mode):
+    blocks, x = [Tempered() for _ in range(block_count(scheme, 4))], torch.randn(5, 6)
+    stack = ResidualStack(blocks, scheme, **MODES[mode])
+    loss = half_square(stack(x))
+    blocks[1].uses.add_(1)  # a counter of the caller's own
+    loss.backward(retain_graph=True)
+    blocks[1].temperature.mul_(2)
+    with pytest.raises(RuntimeError, match="buffers must not be modified, but 'temperature' of shape"):
+        loss.backward()
+
+
+def test_cached_parametrizations_keep_their_gradients(scheme):
+    blocks, x = [mlp() for _ in range(block_count(scheme, 4))], torch.randn(5, 6)
+    for block in blocks:
+        parametrizations.weight_norm(block[0])
+    parameters = parameters_of(blocks)
+    exact = gradients(lambda: plain(blocks, scheme, x) + blocks[0][0].weight.sum(), parameters)
+    stack = ResidualStack(blocks, scheme, reverse=EXACT)
+    with nn.utils.parametrize.cached():
+        before = blocks[0][0].weight.sum()
+        got = gradients(lambda: stack(x) + before, parameters)
+    assert relative_error(got, exact) < 1e-12
 
 
 def test_invert_changes_no_buffer(scheme):

@@ -41,10 +41,16 @@ from resode_cuda.schemes import SCHEMES
         (lambda: ResidualStack([mlp(), mlp()], step=[1]), ValueError, "one number or 2, one for each step, got 1"),
         (lambda: ResidualStack([mlp(), mlp()], "heun", step=[1, 1]), ValueError, "one number or 1, one for each step"),
         (lambda: ResidualStack([mlp()], step="fast"), TypeError, "step must be a number, one for each step, or None"),
+        (
+            lambda: ResidualStack([mlp()], step=nn.Parameter(torch.ones(()))),
+            TypeError,
+            "step must not require gradients",
+        ),
+        (lambda: ResidualStack([mlp()], stream_dtype=torch.float8_e5m2), TypeError, "stream_dtype must be one of"),
         (lambda: ResidualStack([mlp()], anchors=0), ValueError, "anchors must be >= 1, got 0; use None for no anchors"),
         (lambda: ResidualStack([mlp()], anchors=2.0), TypeError, "anchors must be an integer or None, got 2.0"),
-        (lambda: ResidualStack([mlp()], stream_dtype=torch.int32), TypeError, "stream_dtype must be a floating dtype"),
-        (lambda: ResidualStack([mlp()], stream_dtype="float32"), TypeError, "stream_dtype must be a floating dtype"),
+        (lambda: ResidualStack([mlp()], stream_dtype=torch.int32), TypeError, "stream_dtype must be one of .*or None"),
+        (lambda: ResidualStack([mlp()], stream_dtype="float32"), TypeError, "stream_dtype must be one of .*or None"),
     ],
 )
 def test_bad_arguments_are_refused(build, error, message):
@@ -120,6 +126,8 @@ def test_blocks_can_be_counted_indexed_iterated_and_replaced():
     assert stack[-1] is blocks[11]
     with pytest.raises(IndexError):
         stack[12]
+    with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+        stack[0:2]
     replacement = mlp()
     setattr(stack, "3", replacement)  # as tools that wrap submodules do
     blocks[3] = replacement
