@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from .replay import Replayed, Slot, submodules
@@ -133,7 +133,7 @@ def held_parameters(blocks: Sequence[Block]) -> list[HeldParameter]:
             for name, parameter in module._parameters.items():
                 if parameter is None:
                     continue
-                if is_lazy(parameter):
+                if isinstance(parameter, UninitializedParameter):
                     where = f"ResidualStack: the parameters of block {block.index}"
                     raise RuntimeError(
                         f"{where} must be initialised, got a lazy {name!r}; run the stack once under torch.no_grad()"
