@@ -1,0 +1,67 @@
+"""Where and with what a result was measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import resode_cuda
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    return {
+        "device": device_name(device),
+        "cpu": _cpu_model(),
+        "cpu_cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        # Above the number of threads in use, other work was slowing the measurements.
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "torch": torch.__version__,
+        "resode_cuda": resode_cuda.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def one_line(environment: dict[str, Any]) -> str:
+    return (
+        f"{environment['device']}, {environment['cpu_cores']} CPU cores, {environment['torch_threads']} threads, torch "
+        f"{environment['torch']}, Python {environment['python']}, {environment['date'][:10]}"
+    )
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model()
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if model:
+            return model[1]
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """With "-dirty" where the working tree differs from it; None outside a git checkout."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+        )
+    except FileNotFoundError:
+        return None
+    return described.stdout.strip() if described.returncode == 0 else None

@@ -1,0 +1,21 @@
+"""The ways of training that the benchmark compares, as data."""
+
+from __future__ import annotations
+
+from resode_cuda import ResidualStack
+
+BASELINE = "backprop"
+MODES = {
+    BASELINE: {"gradient": "backprop"},
+    "checkpoint": {"gradient": "checkpoint"},
+    "paper": {"gradient": "adjoint", "reverse": "paper"},
+    "corrected": {"gradient": "adjoint", "reverse": "corrected"},
+    "extrapolated": {"gradient": "adjoint", "reverse": "extrapolated"},
+}
+REBUILDING = tuple(mode for mode, settings in MODES.items() if settings["gradient"] == "adjoint")
+SCHEMES = ("euler", "heun")
+
+
+def set_mode(stack: ResidualStack, mode: str) -> None:
+    for name, value in MODES[mode].items():
+        setattr(stack, name, value)

@@ -1,0 +1,90 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SECTIONS = ("digits", "cost", "sweep")
+DEFAULT_OUTPUT = Path("bench/results/latest")
+
+
+@dataclass(frozen=True)
+class Options:
+    only: tuple[str, ...]
+    epochs: int
+    depths: tuple[int, ...]
+    rounds: int
+    device: str
+    output: Path
+    seed: int
+    threads: int | None
+    quick: bool
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Memory, time, gradient error and test accuracy of training residual networks with plain "
+        "backprop, with checkpointing and with each reverse solver, Euler and Heun.",
+        epilog="Writes results.json, table.md and the plots of the sweep (PNG) to the output directory. Ends with "
+        "status 1 if a section failed; a missed target is printed, and is no failure.",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=SECTIONS,
+        default=SECTIONS,
+        metavar="SECTION",
+        help="run these sections alone: digits (trains on scikit-learn's handwritten digits), cost (time and memory of "
+        "a step of the reference job, an MLP stack of 64 and of 16 steps), sweep (memory, time and gradient error "
+        "against depth); default: all",
+    )
+    parser.add_argument("--epochs", type=_positive, help="epochs of each training on the digits; default: 7")
+    parser.add_argument(
+        "--depths", type=_positive, nargs="+", metavar="N", help="steps N of the sweep; default: 8 16 32 64 128 256"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=_positive,
+        help="rounds of timing, in each of which every mode takes one step; more rounds, narrower spread; the sweep "
+        "takes half of them; default: 7",
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU where there is one; default"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIRECTORY", help="default: bench/results/latest"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights, data and the order of batches; default: 0")
+    parser.add_argument(
+        "--threads",
+        type=_positive,
+        help="CPU threads that torch uses, and trainings on the digits at a time; default: torch's own choice",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="small networks and few rounds, to see in seconds that everything runs; targets are not judged",
+    )
+    given = parser.parse_args(arguments)
+    return Options(
+        only=tuple(section for section in SECTIONS if section in given.only),
+        epochs=given.epochs or (1 if given.quick else 7),
+        depths=tuple(sorted(set(given.depths or ((4, 16) if given.quick else (8, 16, 32, 64, 128, 256))))),
+        rounds=given.rounds or (2 if given.quick else 7),
+        device=given.device,
+        output=given.output,
+        seed=given.seed,
+        threads=given.threads,
+        quick=given.quick,
+    )
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {number}")
+    return number

@@ -1,0 +1,22 @@
+"""The files that a run leaves: results.json, with every figure, and table.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .report import Table
+
+
+def save(record: dict[str, Any], directory: Path) -> None:
+    """Whole or not at all: an interrupted run leaves the file of the section before."""
+    unfinished = directory / "results.json.unfinished"
+    unfinished.write_text(json.dumps(record, indent=1) + "\n")
+    unfinished.replace(directory / "results.json")
+
+
+def save_tables(tables: Sequence[Table], where: str, directory: Path) -> None:
+    parts = [table.markdown() for table in tables]
+    (directory / "table.md").write_text("\n\n".join([*parts, f"Measured on {where}."]) + "\n")
