@@ -37,8 +37,6 @@ def measure(options: Options, device: torch.device, progress: Progress) -> dict[
     for steps in depths:
         torch.manual_seed(options.seed)
         workload = mlp_workload("euler", steps, WIDTH, WIDTH, rows_per_batch, str(device), BATCHES)
-        memories = {mode: memory.measure(partial(workload.forward, mode), device) for mode in MODES}
-        progress.advance(measuring)
 
         def before_round(workload: Workload = workload) -> None:
             workload.next_batch()
@@ -47,6 +45,8 @@ def measure(options: Options, device: torch.device, progress: Progress) -> dict[
         clocked = TimedDrift(partial(workload.step, WATCHED), device)
         arms: dict[str, Callable[[], None]] = {**workload.steps(), CLOCKED: clocked}
         seconds = interleaved(arms, options.rounds, device, before_round)
+        memories = {mode: memory.measure(partial(workload.forward, mode), device) for mode in MODES}
+        progress.advance(measuring)
         for mode in MODES:
             rows.append(
                 {

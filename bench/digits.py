@@ -64,8 +64,8 @@ def measure(options: Options, device: torch.device, progress: Progress) -> dict[
         net = start.net(scheme).to(device)
         start_errors = gradient_errors(net, data)
         workload = net.workload(data.train_images[:BATCH_ROWS], data.train_labels[:BATCH_ROWS])
-        memories = {mode: memory.measure(partial(workload.forward, mode), device) for mode in MODES}
         seconds = interleaved(workload.steps(), options.rounds, device)
+        memories = {mode: memory.measure(partial(workload.forward, mode), device) for mode in MODES}
         for mode in MODES:
             rows.append(
                 {

@@ -34,9 +34,8 @@ class StepMemory:
 def measure(forward: Callable[[], Tensor], device: torch.device) -> StepMemory:
     """Memory of `forward().backward()`; forward returns the loss.
 
-    One step goes before it, for buffers that are allocated once. Allocate the gradients of parameters beforehand too.
+    Take a step before, so that buffers that are allocated once are there, the gradients of parameters among them.
     """
-    forward().backward()
     return _measure_cuda(forward, device) if device.type == "cuda" else _measure_cpu(forward)
 
 

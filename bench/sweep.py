@@ -26,16 +26,17 @@ ERROR_WIDTH, ERROR_ROWS = 16, 8
 
 def measure(options: Options, device: torch.device, progress: Progress) -> dict[str, Any]:
     rows_per_batch = 64 if options.quick else ROWS
-    rounds = (options.rounds + 1) // 2  # 60 steps are timed in each, and the deepest take seconds
     # The time of one depth grows with the depth.
     measuring = progress.add_task("sweep", total=sum(options.depths) * len(SCHEMES))
     rows = []
     for steps in options.depths:
+        # A step of a deep stack is an average over many alike, and takes long.
+        rounds = min(options.rounds, max(2, 32 * options.rounds // steps))
         for scheme in SCHEMES:
             shape = (scheme, steps, WIDTH, WIDTH, rows_per_batch, str(device), torch.float32, options.seed)
             workload = smooth_mlp_workload(*shape)
-            memories = {mode: memory.measure(partial(workload.forward, mode), device) for mode in MODES}
             seconds = interleaved(workload.steps(), rounds, device)
+            memories = {mode: memory.measure(partial(workload.forward, mode), device) for mode in MODES}
             shape = (scheme, steps, ERROR_WIDTH, 2 * ERROR_WIDTH, ERROR_ROWS, str(device), torch.float64, options.seed)
             errors = gradients.errors(smooth_mlp_workload(*shape))
             for mode in MODES:
@@ -73,9 +74,9 @@ def _order(rows: list[dict[str, Any]], scheme: str, mode: str) -> float | None:
 def tables(figures: dict[str, Any]) -> list[Table]:
     table = Table(
         "Sweep: relative gradient error against depth, weights smooth in depth",
-        ["scheme", "mode", *(f"N={steps}" for steps in figures["depths"]), "order"],
+        ["scheme", "mode", *(f"N={steps}" for steps in figures["depths"]), "p"],
         note=f"MLP blocks {figures['error_width']}-{2 * figures['error_width']}-{figures['error_width']}, "
-        f"{figures['error_batch_rows']} rows, float64. Order: fitted over N of 16 and more.",
+        f"{figures['error_batch_rows']} rows, float64. p: order, error ~ N^-p, fitted over N of 16 and more.",
     )
     for scheme, orders in figures["orders"].items():
         for mode, order in orders.items():

@@ -52,7 +52,7 @@ def propagate(
         parameters = held_parameters(used)
         step = Step(
             n=n,
-            is_last=n == last,
+            steps_after=last - n,
             is_anchored=anchors is not None and n % anchors == 0,
             is_result_saved=n == last or (anchors is not None and (n + 1) % anchors == 0),
             scheme=scheme,
@@ -82,7 +82,7 @@ class Step:
     """What step n needs beside tensors of the state's size, forwards and backwards."""
 
     n: int
-    is_last: bool
+    steps_after: int
     is_anchored: bool
     is_result_saved: bool
     """By this step or, as its anchor, by the next one: a rebuilt x_{n+1} is then that tensor."""
@@ -97,6 +97,15 @@ class Step:
     monitor: DriftMonitor
     blank: Tensor
     """One element, the storage of all shadows."""
+
+    @property
+    def is_last(self) -> bool:
+        return self.steps_after == 0
+
+    @property
+    def is_increment_saved(self) -> bool:
+        """By the last step: what arrives here as the expected increment is then that tensor."""
+        return self.solver.extrapolates and self.steps_after < 2
 
     @property
     def shadow_count(self) -> int:
@@ -122,11 +131,10 @@ class AdjointStep(torch.autograd.Function):
     def forward(ctx: Any, step: Step, increments: list[Tensor], x: Tensor, *shadows_and_tensors: Any) -> Any:
         tensors = shadows_and_tensors[step.shadow_count :]
         phi = step.scheme.increment(step.functions(tensors[: step.arguments.count]), x, step.h)
-        if step.solver.extrapolates:
-            increments[:] = [phi, *increments[:1]]
-            x_next = x + phi
-        else:
-            x_next = phi.add_(x) if phi.stride() == x.stride() else x + phi
+        if step.is_increment_saved:
+            increments.insert(0, phi)
+        in_place = not step.is_increment_saved and phi.stride() == x.stride()
+        x_next = phi.add_(x) if in_place else x + phi
         end = [x_next, *increments] if step.is_last else []
         anchor = [x] if step.is_anchored else []
         ctx.save_for_backward(*tensors, *end, *anchor)
@@ -152,24 +160,27 @@ class AdjointStep(torch.autograd.Function):
 
         with _leaves(step, tensors, needs_tensors) as leaves:
             functions = step.functions(leaves[: step.arguments.count])
-            y = predict(step.solver, step.scheme, functions, x_next, step.h, expected) if anchor is None else anchor
+            y = anchor
+            if y is None:
+                spare = None if step.is_increment_saved else expected
+                y = predict(step.solver, step.scheme, functions, x_next, step.h, expected, spare)
             y = y.detach().requires_grad_(needs_x)
             phi, g_y, g_tensors = _increment_and_vjp(step, functions, y, leaves, g)
 
         y = y.detach()
-        # The states that travel are nobody else's, so they are rebuilt in place; those that are saved are not.
+        # What travels is nobody else's and may be overwritten; what is saved may not.
         x = y
         if step.solver.reuse and anchor is None:
             x = torch.sub(x_next, phi, out=None if step.is_result_saved else x_next)
-        spare = torch.empty_like(phi) if step.solver.extrapolates else phi
         if anchor is None:
-            step.monitor.record(step.n, y, x, spare)
+            step.monitor.record(step.n, y, x)
         shadows: list[Tensor | None] = [None] * step.shadow_count
         if needs_state:
             shadows[0] = x
             if step.solver.extrapolates:
+                spare = None if anchor is not None else y
                 # The last step has the increment before its own from the forward pass.
-                shadows[1] = d_next if step.weights is None else extrapolate(step.weights, phi, d_next, out=spare)  # type: ignore[arg-type]
+                shadows[1] = d_next if step.weights is None else extrapolate(step.weights, phi, d_next, spare)  # type: ignore[arg-type]
                 shadows[2] = phi
         else:
             step.monitor.end()

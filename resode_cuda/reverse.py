@@ -91,12 +91,14 @@ def predict(
     x_next: Tensor,
     h: float,
     expected: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The point y at which the adjoint evaluates the step that led to x_next.
 
-    `expected` is the increment expected of this step, None where the reverse step has to predict.
+    `expected` is the increment expected of this step, None where the reverse step has to predict. `out` may be
+    overwritten with y; it may be `expected` itself.
     """
-    y = scheme.reverse_step(blocks, x_next, h) if expected is None else x_next - expected
+    y = scheme.reverse_step(blocks, x_next, h) if expected is None else torch.sub(x_next, expected, out=out)
     for _ in range(solver.corrections):
         y = x_next - scheme.increment(blocks, y, h)
     return y

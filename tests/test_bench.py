@@ -128,6 +128,7 @@ def test_memory_counts_a_storage_once_and_a_release_at_once():
         # Both products save the block, one of them as a view; each product is gone once it is summed.
         return (weight * block).sum() + (weight * block.view(3, -1)).sum()
 
+    forward().backward()
     measured = memory.measure(forward, CPU)
     assert measured.held == pytest.approx(3 * MIB, abs=1024)
     assert measured.peak == pytest.approx(6 * MIB, abs=1024)
@@ -136,6 +137,7 @@ def test_memory_counts_a_storage_once_and_a_release_at_once():
 def test_memory_of_backpropagation_is_what_it_saves():
     steps, rows, dim, hidden = 6, 512, 32, 64
     workload = models.mlp_workload("euler", steps, dim, hidden, rows, "cpu")
+    workload.step("backprop")
     measured = memory.measure(lambda: workload.forward("backprop"), CPU)
     # A block saves its input and its tanh. The first input was there before; the loss saves one tensor of that size.
     assert measured.held == pytest.approx(4 * rows * steps * (dim + hidden), abs=1024)
@@ -144,6 +146,7 @@ def test_memory_of_backpropagation_is_what_it_saves():
 def test_memory_of_the_adjoint_does_not_grow_with_depth():
     def held_and_peak(steps):
         workload = models.mlp_workload("euler", steps, 32, 32, 512, "cpu")
+        workload.step("extrapolated")
         measured = memory.measure(lambda: workload.forward("extrapolated"), CPU)
         return measured.held, measured.peak
 

@@ -27,9 +27,9 @@ def test_defects_measure_the_error_of_the_point_where_the_vjp_is_taken(float64, 
     blocks, x = reference_blocks(block_count(scheme, 32), "smooth"), reference_input()
     points, record = {}, DriftMonitor.record
 
-    def note(monitor, n, y, x, spare):
+    def note(monitor, n, y, x):
         points[n] = y.clone()
-        record(monitor, n, y, x, spare)
+        record(monitor, n, y, x)
 
     monkeypatch.setattr(DriftMonitor, "record", note)
     stack = ResidualStack(blocks, scheme, reverse=reverse)
