@@ -12,11 +12,11 @@ from rich.progress import Progress
 from . import memory, resident
 from .drift import TimedDrift
 from .models import mlp_workload
-from .modes import BASELINE, MODES
+from .modes import MODES
 from .options import Options
 from .report import MEMORY_NOTE, MIB, TIME_NOTE, Table, Target, mebibytes, relative_time
-from .timing import Spread, interleaved, ratios, spread
-from .workload import Workload
+from .timing import Spread, interleaved, spread
+from .workload import Workload, step_figures
 
 DEPTHS = (16, 64)
 WIDTH = 128
@@ -51,11 +51,7 @@ def measure(options: Options, device: torch.device, progress: Progress) -> dict[
             rows.append(
                 {
                     "steps": steps,
-                    "mode": mode,
-                    "peak_bytes": memories[mode].peak,
-                    "held_bytes": memories[mode].held,
-                    "seconds": seconds[mode],
-                    "relative_time": vars(ratios(seconds[mode], seconds[BASELINE])),
+                    **step_figures(mode, memories, seconds),
                 }
             )
         spent = clocked.seconds[-options.rounds :]  # not those of the round that warms up

@@ -23,7 +23,8 @@ from .models import DigitsNet, digits_loss
 from .modes import BASELINE, MODES, SCHEMES, set_mode
 from .options import Options
 from .report import MEMORY_NOTE, TIME_NOTE, Table, Target, error, mebibytes, relative_time
-from .timing import Spread, interleaved, ratios
+from .timing import Spread, interleaved
+from .workload import step_figures
 
 CHANNELS = 8
 BATCH_ROWS = 48
@@ -70,11 +71,7 @@ def measure(options: Options, device: torch.device, progress: Progress) -> dict[
             rows.append(
                 {
                     "scheme": scheme,
-                    "mode": mode,
-                    "peak_bytes": memories[mode].peak,
-                    "held_bytes": memories[mode].held,
-                    "seconds": seconds[mode],
-                    "relative_time": vars(ratios(seconds[mode], seconds[BASELINE])),
+                    **step_figures(mode, memories, seconds),
                     "gradient_error_at_start": start_errors[mode],
                     **trained[scheme, mode],
                 }

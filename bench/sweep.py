@@ -14,10 +14,11 @@ from rich.progress import Progress
 
 from . import gradients, memory
 from .models import smooth_mlp_workload
-from .modes import BASELINE, MODES, REBUILDING, SCHEMES
+from .modes import MODES, REBUILDING, SCHEMES
 from .options import Options
 from .report import Table, Target, error
-from .timing import interleaved, ratios
+from .timing import interleaved
+from .workload import step_figures
 
 WIDTH = 64
 ROWS = 256
@@ -44,11 +45,7 @@ def measure(options: Options, device: torch.device, progress: Progress) -> dict[
                     {
                         "steps": steps,
                         "scheme": scheme,
-                        "mode": mode,
-                        "peak_bytes": memories[mode].peak,
-                        "held_bytes": memories[mode].held,
-                        "seconds": seconds[mode],
-                        "relative_time": vars(ratios(seconds[mode], seconds[BASELINE])),
+                        **step_figures(mode, memories, seconds),
                         "gradient_error": errors[mode],
                     }
                 )

@@ -5,16 +5,19 @@ One model serves every mode, so all of them have the same weights to the last bi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import cycle
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from resode_cuda import ResidualStack
 
-from .modes import MODES, set_mode
+from .memory import StepMemory
+from .modes import BASELINE, MODES, set_mode
+from .timing import ratios
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -57,3 +60,16 @@ class Workload:
     def gradients(self, mode: str) -> list[Tensor]:
         """All parameter gradients on the current batch."""
         return list(torch.autograd.grad(self.forward(mode), list(self.model.parameters())))
+
+
+def step_figures(
+    mode: str, memories: Mapping[str, StepMemory], seconds: Mapping[str, Sequence[float]]
+) -> dict[str, Any]:
+    """What one mode's step took, as results.json keeps it: bytes, seconds of each round, and time against backprop."""
+    return {
+        "mode": mode,
+        "peak_bytes": memories[mode].peak,
+        "held_bytes": memories[mode].held,
+        "seconds": seconds[mode],
+        "relative_time": vars(ratios(seconds[mode], seconds[BASELINE])),
+    }
