@@ -31,8 +31,9 @@ DRIFT_LIMIT = 3.0  # percent of a step
 def measure(options: Options, device: torch.device, progress: Progress) -> dict[str, Any]:
     depths = (4, 8) if options.quick else DEPTHS
     rows_per_batch = 128 if options.quick else ROWS
-    measuring = progress.add_task("cost", total=len(depths) * (options.rounds + 2) + 1)
-    rows: list[dict[str, Any]] = []
+    rounds = 2 * options.rounds  # the limits on time are judged here
+    measuring = progress.add_task("cost", total=len(depths) * (rounds + 2) + 1)
+    workloads, seconds = {}, {}
     drift = []
     for steps in depths:
         torch.manual_seed(options.seed)
@@ -44,19 +45,15 @@ def measure(options: Options, device: torch.device, progress: Progress) -> dict[
 
         clocked = TimedDrift(partial(workload.step, WATCHED), device)
         arms: dict[str, Callable[[], None]] = {**workload.steps(), CLOCKED: clocked}
-        seconds = interleaved(arms, options.rounds, device, before_round)
+        workloads[steps], seconds[steps] = workload, interleaved(arms, rounds, device, before_round)
+        spent = clocked.seconds[-rounds:]  # not those of the round that warms up
+        share = [100 * part / whole for part, whole in zip(spent, seconds[steps][CLOCKED], strict=True)]
+        drift.append({"steps": steps, "seconds": spent, "percent": vars(spread(share))})
+    rows: list[dict[str, Any]] = []
+    for steps, workload in workloads.items():  # after all timing: a process in which torch's profiler ran is slower
         memories = {mode: memory.measure(partial(workload.forward, mode), device) for mode in MODES}
         progress.advance(measuring)
-        for mode in MODES:
-            rows.append(
-                {
-                    "steps": steps,
-                    **step_figures(mode, memories, seconds),
-                }
-            )
-        spent = clocked.seconds[-options.rounds :]  # not those of the round that warms up
-        share = [100 * part / whole for part, whole in zip(spent, seconds[CLOCKED], strict=True)]
-        drift.append({"steps": steps, "seconds": spent, "percent": vars(spread(share))})
+        rows += [{"steps": steps, **step_figures(mode, memories, seconds[steps])} for mode in MODES]
     sizes = {"scheme": "euler", "dim": WIDTH, "hidden": WIDTH, "rows": rows_per_batch, "device": "cpu"}
     jobs = [resident.Job("mlp_workload", {"steps": row["steps"], **sizes}, row["mode"]) for row in rows]
     for row, grown in zip(rows, resident.growth(jobs, device), strict=True):
@@ -100,6 +97,7 @@ def targets(figures: dict[str, Any]) -> list[Target]:
         if row["mode"] in TIME_LIMITS:
             found.append(Target(f"{name} peak", row["peak_bytes"] / MIB, PEAK_LIMIT, unit=" MiB"))
     for share in figures["drift"]:
-        name = f"cost, N={share['steps']}, {WATCHED}: share of drift"
-        found.append(Target(name, share["percent"]["median"], DRIFT_LIMIT, unit="%"))
+        if share["steps"] == deepest:
+            name = f"cost, N={deepest}, {WATCHED}: share of drift"
+            found.append(Target(name, share["percent"]["median"], DRIFT_LIMIT, unit="%"))
     return found

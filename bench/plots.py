@@ -37,12 +37,13 @@ class Plot:
     modes: Sequence[str]
     value: Callable[[Row], float]
     band: Callable[[Row], tuple[float, float]] | None = None
+    schemes: Sequence[str] = SCHEMES
     logarithmic: bool = True
     plain_numbers: bool = False
     """10 and 100 at a logarithmic axis, where there are no long ones."""
 
 
-def draw(figures: Row, directory: Path) -> list[Path]:
+def draw(figures: Row, directory: Path, timed_schemes: Sequence[str]) -> list[Path]:
     """Writes a PNG for each plot, from the sweep's figures as results.json keeps them."""
     fp32 = f"MLP blocks of {figures['width']}, {figures['batch_rows']} rows, fp32"
     plots = [
@@ -56,11 +57,12 @@ def draw(figures: Row, directory: Path) -> list[Path]:
         ),
         Plot(
             "time.png",
-            f"Time of a training step ({fp32}; median, shaded from quartile to quartile)",
+            f"Time of a training step\n({fp32}; median and quartiles)",
             "time relative to backprop",
             tuple(MODES),
             lambda row: row["relative_time"]["median"],
             lambda row: (row["relative_time"]["low"], row["relative_time"]["high"]),
+            schemes=timed_schemes,
             logarithmic=False,
         ),
         Plot(
@@ -75,12 +77,13 @@ def draw(figures: Row, directory: Path) -> list[Path]:
 
 
 def _draw(plot: Plot, figures: Row, path: Path) -> Path:
-    figure = Figure(figsize=(10, 4.2), dpi=160, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
+    width = 5.7 if len(plot.schemes) == 1 else 10
+    figure = Figure(figsize=(width, 4.2), dpi=160, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
     figure.suptitle(plot.title, x=0.012, ha="left", fontsize=12, color=INK)
-    panels = figure.subplots(1, len(SCHEMES), sharex=True, sharey=True)
+    panels = figure.subplots(1, len(plot.schemes), sharex=True, sharey=True, squeeze=False)[0]
     panels[0].set_ylabel(plot.axis, color=INK)
     ends: dict[str, dict[str, float]] = {}
-    for scheme, panel in zip(SCHEMES, panels, strict=True):
+    for scheme, panel in zip(plot.schemes, panels, strict=True):
         _frame(panel, plot, scheme, figures["depths"])
         ends[scheme] = {}
         for mode in plot.modes:
@@ -89,7 +92,7 @@ def _draw(plot: Plot, figures: Row, path: Path) -> Path:
             ends[scheme][mode] = plot.value(rows[-1])
     if not plot.logarithmic:
         panels[0].set_ylim(bottom=0)
-    for scheme, panel in zip(SCHEMES, panels, strict=True):  # the limits of the axes are known only now
+    for scheme, panel in zip(plot.schemes, panels, strict=True):  # the limits of the axes are known only now
         _label(panel, ends[scheme])
     figure.savefig(path)
     return path

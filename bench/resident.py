@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -39,6 +40,14 @@ def growth(jobs: Sequence[Job], device: torch.device) -> Sequence[int | None]:
     """Bytes by which each job's step makes a process grow at most; None on a GPU and where /proc does not tell."""
     if device.type != "cpu" or not os.access(_CLEAR, os.W_OK):
         return [None] * len(jobs)
+    # Two processes at a time, with one thread each.
+    halves = jobs[0::2], jobs[1::2]
+    with ThreadPoolExecutor(len(halves)) as pool:
+        even, odd = pool.map(_growth_elsewhere, halves)
+    return [(even, odd)[index % 2][index // 2] for index in range(len(jobs))]
+
+
+def _growth_elsewhere(jobs: Sequence[Job]) -> list[int]:
     measured = subprocess.run(
         [sys.executable, "-m", __name__],
         input=json.dumps([asdict(job) for job in jobs]),
@@ -46,7 +55,12 @@ def growth(jobs: Sequence[Job], device: torch.device) -> Sequence[int | None]:
         text=True,
         cwd=Path(__file__).parents[1],
         # OpenBLAS would start threads when it is imported, and a process with threads is not safe to fork.
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OPENBLAS_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        },
     )
     if measured.returncode:
         raise RuntimeError(f"bench.resident: the measuring process must end well, but wrote\n{measured.stderr}")

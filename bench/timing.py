@@ -33,13 +33,15 @@ def interleaved(
 
     Each round starts with another arm, so that none always runs after the same one.
     """
-    names = list(arms)
+    names, clock = list(arms), clock_of(device)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for count in range(rounds + 1):
         before_round()
         turn = count % len(names)
         for name in names[turn:] + names[:turn]:
-            elapsed = seconds_of(arms[name], device)
+            begin = clock()
+            arms[name]()
+            elapsed = clock() - begin
             if count:
                 seconds[name].append(elapsed)
     return seconds
@@ -57,14 +59,13 @@ def ratios(seconds: Sequence[float], baseline: Sequence[float]) -> Spread:
     return spread([a / b for a, b in zip(seconds, baseline, strict=True)])
 
 
-def seconds_of(arm: Callable[[], None], device: torch.device) -> float:
-    _wait(device)
-    begin = perf_counter()
-    arm()
-    _wait(device)
-    return perf_counter() - begin
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """A clock in seconds that shows a time when the device is done with everything asked of it."""
+    if device.type != "cuda":
+        return perf_counter
 
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
+    def clock() -> float:
         torch.cuda.synchronize(device)
+        return perf_counter()
+
+    return clock

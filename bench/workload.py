@@ -63,13 +63,16 @@ class Workload:
 
 
 def step_figures(
-    mode: str, memories: Mapping[str, StepMemory], seconds: Mapping[str, Sequence[float]]
+    mode: str, memories: Mapping[str, StepMemory], seconds: Mapping[str, Sequence[float]] | None
 ) -> dict[str, Any]:
-    """What one mode's step took, as results.json keeps it: bytes, seconds of each round, and time against backprop."""
-    return {
+    """What one mode's step took, as results.json keeps it: bytes and, where it was timed, seconds of each round and
+    time against backprop."""
+    figures: dict[str, Any] = {
         "mode": mode,
         "peak_bytes": memories[mode].peak,
         "held_bytes": memories[mode].held,
-        "seconds": seconds[mode],
-        "relative_time": vars(ratios(seconds[mode], seconds[BASELINE])),
     }
+    if seconds is not None:
+        figures["seconds"] = seconds[mode]
+        figures["relative_time"] = vars(ratios(seconds[mode], seconds[BASELINE]))
+    return figures

@@ -55,16 +55,19 @@ class DriftMonitor:
 
     def record(self, n: int, y: Tensor, x: Tensor) -> None:
         """Step n took its vector-Jacobian product at y and rebuilt x. Where defects are measured, y is overwritten."""
-        self._write(self._places[self._steps + n], x)
         if self._measured:
             self._write(self._places[n], y.sub_(x))
+        self._write(self._places[self._steps + n], x)
         self._unchecked = True
 
     @staticmethod
     def _write(place: Tensor, vector: Tensor) -> None:
-        if vector.device.type == "cpu":
-            # Half the time of a norm there. States are results of elementwise operations: dense, in whatever order.
-            flat = vector.as_strided((vector.numel(),), (1,)).to(place.dtype)
+        if vector.is_cpu:
+            # Half the time of a norm there. Few calls: after a block has run, code is cold and each costs tens of us.
+            # States are results of elementwise operations, so dense, in whatever order.
+            flat = vector.view(-1) if vector.is_contiguous() else vector.as_strided((vector.numel(),), (1,))
+            if flat.dtype != place.dtype:
+                flat = flat.to(place.dtype)
             torch.dot(flat, flat, out=place)
         else:
             torch.linalg.vector_norm(vector, dtype=place.dtype, out=place)
