@@ -6,8 +6,6 @@ Every mode of a scheme starts from the same weights and sees the same batches in
 from __future__ import annotations
 
 import copy
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +16,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from . import gradients, memory, resident
+from . import gradients, memory, resident, workers
 from .models import DigitsNet, digits_loss
 from .modes import BASELINE, MODES, SCHEMES, set_mode
 from .options import Options
@@ -96,30 +94,11 @@ def measure(options: Options, device: torch.device, progress: Progress) -> dict[
 def _train_all(
     start: Start, options: Options, device: torch.device, progress: Progress
 ) -> dict[tuple[str, str], dict[str, float]]:
-    """Figures of the trained net of each scheme and mode.
-
-    The tensors are so small that a second thread hardly helps a training: on a CPU each has one, and as many run at a
-    time as torch would use threads. So figures do not depend on how many there are.
-    """
+    """Figures of the trained net of each scheme and mode."""
     runs = [(scheme, mode) for scheme in reversed(SCHEMES) for mode in MODES]  # the longest first
     training = progress.add_task("digits: training", total=len(runs))
-    if device.type != "cpu":
-        found = {}
-        for run in runs:
-            found[run] = _trained(start, *run, options.epochs, str(device))
-            progress.advance(training)
-        return found
-    with ProcessPoolExecutor(
-        min(torch.get_num_threads(), len(runs)),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=torch.set_num_threads,
-        initargs=(1,),
-    ) as pool:
-        pending = {pool.submit(_trained, start, *run, options.epochs, str(device)): run for run in runs}
-        for done in as_completed(pending):
-            done.result()
-            progress.advance(training)
-        return {run: done.result() for done, run in pending.items()}
+    jobs = [(start, *run, options.epochs, str(device)) for run in runs]
+    return dict(zip(runs, workers.results(_trained, jobs, device, lambda _: progress.advance(training)), strict=True))
 
 
 def _trained(start: Start, scheme: str, mode: str, epochs: int, device: str) -> dict[str, float]:

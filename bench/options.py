@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-SECTIONS = ("cost", "digits", "sweep")  # cost, which has limits on time, before a profiler slows the process
+SECTIONS = ("cost", "digits", "sweep")  # cost first: a process in which torch's profiler ran is slower
 DEFAULT_OUTPUT = Path("bench/results/latest")
 
 
@@ -42,7 +42,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         "a step of the reference job, an MLP stack of 64 and of 16 steps), sweep (memory, time and gradient error "
         "against depth); default: all",
     )
-    parser.add_argument("--epochs", type=_positive, help="epochs of each training on the digits; default: 6")
+    parser.add_argument("--epochs", type=_positive, help="epochs of each training on the digits; default: 5")
     parser.add_argument(
         "--depths", type=_positive, nargs="+", metavar="N", help="steps N of the sweep; default: 8 16 32 64 128 256"
     )
@@ -50,7 +50,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         "--rounds",
         type=_positive,
         help="rounds of timing, in each of which every mode takes one step; more rounds, narrower spread; the "
-        "cost section takes twice as many, the sweep fewer, but 2 at least, where stacks are deep; default: 4",
+        "cost section takes two more, the sweep fewer, but 2 at least, where stacks are deep; default: 4",
     )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU where there is one; default"
@@ -72,7 +72,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     given = parser.parse_args(arguments)
     return Options(
         only=tuple(section for section in SECTIONS if section in given.only),
-        epochs=given.epochs or (1 if given.quick else 6),
+        epochs=given.epochs or (1 if given.quick else 5),
         depths=tuple(sorted(set(given.depths or ((4, 16) if given.quick else (8, 16, 32, 64, 128, 256))))),
         rounds=given.rounds or (2 if given.quick else 4),
         device=given.device,

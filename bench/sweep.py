@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from . import gradients, memory
+from . import gradients, memory, workers
 from .models import smooth_mlp_workload
 from .modes import BASELINE, MODES, REBUILDING, SCHEMES
 from .options import Options
 from .report import Table, Target, error
 from .timing import interleaved
-from .workload import step_figures
+from .workload import Workload, step_figures
 
 WIDTH = 64
 ROWS = 256
@@ -28,32 +28,36 @@ TIMED_SCHEMES = ("euler",)
 
 def measure(options: Options, device: torch.device, progress: Progress) -> dict[str, Any]:
     rows_per_batch = 64 if options.quick else ROWS
+    jobs = [
+        (scheme, steps, rows_per_batch, str(device), options.seed) for steps in options.depths for scheme in SCHEMES
+    ]
     # The time of one depth grows with the depth.
-    measuring = progress.add_task("sweep", total=sum(options.depths) * len(SCHEMES))
-    rows = []
-    for steps in options.depths:
+    timing = progress.add_task("sweep: time", total=sum(options.depths))
+    seconds: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for scheme, steps, *_ in jobs:
+        # Heun's times relative to backprop are in the digits' table; here they would take two thirds of the time.
+        if scheme not in TIMED_SCHEMES:
+            continue
         # A step of a deep stack is an average over many alike, and takes long.
         rounds = min(options.rounds, max(2, 32 * options.rounds // steps))
-        for scheme in SCHEMES:
-            shape = (scheme, steps, WIDTH, WIDTH, rows_per_batch, str(device), torch.float32, options.seed)
-            workload = smooth_mlp_workload(*shape)
-            # Heun's times relative to backprop are in the digits' table; here they would take half of the sweep.
-            seconds = interleaved(workload.steps(), rounds, device) if scheme in TIMED_SCHEMES else None
-            if seconds is None:
-                workload.step(BASELINE)  # so that what is allocated once is there
-            memories = {mode: memory.measure(partial(workload.forward, mode), device) for mode in MODES}
-            shape = (scheme, steps, ERROR_WIDTH, 2 * ERROR_WIDTH, ERROR_ROWS, str(device), torch.float64, options.seed)
-            errors = gradients.errors(smooth_mlp_workload(*shape), REBUILDING)
-            for mode in MODES:
-                rows.append(
-                    {
-                        "steps": steps,
-                        "scheme": scheme,
-                        **step_figures(mode, memories, seconds),
-                        "gradient_error": errors.get(mode),  # None where it is exact
-                    }
-                )
-            progress.advance(measuring, steps)
+        workload = _timed_workload(scheme, steps, rows_per_batch, str(device), options.seed)
+        seconds[scheme, steps] = interleaved(workload.steps(), rounds, device)
+        progress.advance(timing, steps)
+    measuring = progress.add_task("sweep: memory and errors", total=sum(job[1] for job in jobs))
+    measured = workers.results(
+        _memories_and_errors, jobs[::-1], device, lambda index: progress.advance(measuring, jobs[::-1][index][1])
+    )[::-1]
+    rows = []
+    for (scheme, steps, *_), (memories, errors) in zip(jobs, measured, strict=True):
+        for mode in MODES:
+            rows.append(
+                {
+                    "steps": steps,
+                    "scheme": scheme,
+                    **step_figures(mode, memories, seconds.get((scheme, steps))),
+                    "gradient_error": errors.get(mode),  # None where it is exact
+                }
+            )
     return {
         "width": WIDTH,
         "batch_rows": rows_per_batch,
@@ -65,6 +69,20 @@ def measure(options: Options, device: torch.device, progress: Progress) -> dict[
         "orders": {scheme: {mode: _order(rows, scheme, mode) for mode in REBUILDING} for scheme in SCHEMES},
         "rows": rows,
     }
+
+
+def _timed_workload(scheme: str, steps: int, rows: int, device: str, seed: int) -> Workload:
+    return smooth_mlp_workload(scheme, steps, WIDTH, WIDTH, rows, device, torch.float32, seed)
+
+
+def _memories_and_errors(
+    scheme: str, steps: int, rows: int, device: str, seed: int
+) -> tuple[dict[str, memory.StepMemory], dict[str, float]]:
+    workload = _timed_workload(scheme, steps, rows, device, seed)
+    workload.step(BASELINE)  # so that what is allocated once is there
+    memories = {mode: memory.measure(partial(workload.forward, mode), torch.device(device)) for mode in MODES}
+    small = smooth_mlp_workload(scheme, steps, ERROR_WIDTH, 2 * ERROR_WIDTH, ERROR_ROWS, device, torch.float64, seed)
+    return memories, gradients.errors(small, REBUILDING)
 
 
 def _order(rows: list[dict[str, Any]], scheme: str, mode: str) -> float | None:

@@ -32,7 +32,8 @@ class DriftMonitor:
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
-        self._norms: Tensor | None = None  # [2, steps]: |y - x_n|, |x_n|; their squares on a CPU
+        self._norms: Tensor | None = None  # [2, steps]: |y - x_n|, |x_n|
+        self._squared = False  # whether their squares are kept instead
         self._places: tuple[Tensor, ...] = ()  # each of them
         self._measured = False
         self._unchecked = False
@@ -51,26 +52,25 @@ class DriftMonitor:
             self._places = self._norms.view(-1).unbind()
         else:
             self._norms.zero_()
+        # On a CPU a dot product takes half the time of a norm.
+        self._squared = stream.is_cpu and stream.dtype == dtype
         self._measured = measures
 
     def record(self, n: int, y: Tensor, x: Tensor) -> None:
         """Step n took its vector-Jacobian product at y and rebuilt x. Where defects are measured, y is overwritten."""
+        vectors: tuple[tuple[int, Tensor], ...] = ((self._steps + n, x),)
         if self._measured:
-            self._write(self._places[n], y.sub_(x))
-        self._write(self._places[self._steps + n], x)
+            # The same call as rebuilt x: after a block has run, another one's code is cold, which on a CPU costs more
+            # than the pass over memory.
+            vectors = (n, torch.sub(y, x, out=y)), *vectors
+        for place, vector in vectors:
+            if self._squared:
+                # States are results of elementwise operations, so dense, in whatever order.
+                flat = vector.view(-1) if vector.is_contiguous() else vector.as_strided((vector.numel(),), (1,))
+                torch.dot(flat, flat, out=self._places[place])
+            else:
+                torch.linalg.vector_norm(vector, dtype=self._places[place].dtype, out=self._places[place])
         self._unchecked = True
-
-    @staticmethod
-    def _write(place: Tensor, vector: Tensor) -> None:
-        if vector.is_cpu:
-            # Half the time of a norm there. Few calls: after a block has run, code is cold and each costs tens of us.
-            # States are results of elementwise operations, so dense, in whatever order.
-            flat = vector.view(-1) if vector.is_contiguous() else vector.as_strided((vector.numel(),), (1,))
-            if flat.dtype != place.dtype:
-                flat = flat.to(place.dtype)
-            torch.dot(flat, flat, out=place)
-        else:
-            torch.linalg.vector_norm(vector, dtype=place.dtype, out=place)
 
     def end(self) -> None:
         """A backward pass rebuilt all that it will."""
@@ -96,7 +96,7 @@ class DriftMonitor:
         self.look()
         if self._norms is None or not self._measured:
             return None
-        difference, scale = self._norms.sqrt() if self._norms.device.type == "cpu" else self._norms
+        difference, scale = self._norms.sqrt() if self._squared else self._norms
         defects = torch.where(difference == 0, difference, difference / scale)
         return Drift(defects, defects.max())
 
