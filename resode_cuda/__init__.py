@@ -3,9 +3,23 @@
 from importlib.metadata import version
 
 from . import ops
-from .drift import Drift
+from .calibration import Candidate, Plan, calibrate
+from .drift import Drift, DriftError, DriftLogger
+from .initialize import deepen, smooth_init_
 from .reverse import Reverse
 from .stack import ResidualStack
 
 __version__ = version("resode_cuda")
-__all__ = ["Drift", "ResidualStack", "Reverse", "ops"]
+__all__ = [
+    "Candidate",
+    "Drift",
+    "DriftError",
+    "DriftLogger",
+    "Plan",
+    "ResidualStack",
+    "Reverse",
+    "calibrate",
+    "deepen",
+    "ops",
+    "smooth_init_",
+]

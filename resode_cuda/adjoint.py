@@ -36,12 +36,14 @@ def propagate(
     arguments: Arguments,
     argument_tensors: Sequence[Tensor],
     monitor: DriftMonitor,
+    keep_input: bool = False,
 ) -> Tensor:
     """x_N from x_0, recorded so that the backward pass rebuilds the states.
 
     Args:
         steps: h of each step.
         anchors: keep the exact state at every step n divisible by it; None keeps x_N alone.
+        keep_input: keep x_0, and measure how far the rebuilt one is from it.
     """
     blank = x.new_zeros(())
     shadows: Sequence[Tensor | None] = (None,) * (3 if solver.extrapolates else 1)
@@ -54,6 +56,7 @@ def propagate(
             n=n,
             steps_after=last - n,
             is_anchored=anchors is not None and n % anchors == 0,
+            is_input_kept=keep_input and n == 0,
             is_result_saved=n == last or (anchors is not None and (n + 1) % anchors == 0),
             scheme=scheme,
             solver=solver,
@@ -84,6 +87,7 @@ class Step:
     n: int
     steps_after: int
     is_anchored: bool
+    is_input_kept: bool
     is_result_saved: bool
     """By this step or, as its anchor, by the next one: a rebuilt x_{n+1} is then that tensor."""
     scheme: type[Scheme]
@@ -136,8 +140,8 @@ class AdjointStep(torch.autograd.Function):
         in_place = not step.is_increment_saved and phi.stride() == x.stride()
         x_next = phi.add_(x) if in_place else x + phi
         end = [x_next, *increments] if step.is_last else []
-        anchor = [x] if step.is_anchored else []
-        ctx.save_for_backward(*tensors, *end, *anchor)
+        start = [x] if step.is_anchored or step.is_input_kept else []
+        ctx.save_for_backward(*tensors, *end, *start)
         ctx.set_materialize_grads(False)
         ctx.step = step
         if step.is_last:
@@ -153,7 +157,8 @@ class AdjointStep(torch.autograd.Function):
             raise unsupported("a double backward (create_graph=True)")
         if g is None:
             return (None,) * len(ctx.needs_input_grad)
-        tensors, end, anchor = _saved_tensors(ctx, len(needs_tensors))
+        tensors, end, start = _saved_tensors(ctx, len(needs_tensors))
+        anchor = start if step.is_anchored else None
         if step.is_last:
             step.monitor.begin(g, measures=step.solver.reuse)
         x_next, expected, d_next = _known(end if step.is_last else cotangents, g)
@@ -168,6 +173,8 @@ class AdjointStep(torch.autograd.Function):
             phi, g_y, g_tensors = _increment_and_vjp(step, functions, y, leaves, g)
 
         y = y.detach()
+        if step.is_input_kept and start is not None:
+            step.monitor.record_input(x_next - phi if step.solver.reuse else y, start)
         # What travels is nobody else's and may be overwritten; what is saved may not.
         x = y
         if step.solver.reuse and anchor is None:
@@ -193,7 +200,7 @@ class AdjointStep(torch.autograd.Function):
 
 
 def _saved_tensors(ctx: Any, count: int) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor | None]:
-    """The step's tensors, what the last step keeps (x_N and increments, newest first), and the anchor."""
+    """The step's tensors, what the last step keeps (x_N and increments, newest first), and the state it starts from."""
     try:
         saved = ctx.saved_tensors
     except RuntimeError as error:
@@ -201,7 +208,8 @@ def _saved_tensors(ctx: Any, count: int) -> tuple[Sequence[Tensor], Sequence[Ten
             raise
         raise modified_in_place() from error
     tensors, kept = saved[:count], saved[count:]
-    return (tensors, kept[:-1], kept[-1]) if ctx.step.is_anchored else (tensors, kept, None)
+    keeps_start = ctx.step.is_anchored or ctx.step.is_input_kept
+    return (tensors, kept[:-1], kept[-1]) if keeps_start else (tensors, kept, None)
 
 
 def _known(tensors: Sequence[Tensor | None], g: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:

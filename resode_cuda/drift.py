@@ -1,26 +1,40 @@
-"""Watching the reconstruction: the defects that the solver measures for free, and states that are not finite."""
+"""Watching the reconstruction: the defects that the solver measures for free, and what is done about them."""
 
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+ON_DRIFT = ("ignore", "warn", "raise", "checkpoint")
+
+
+class DriftError(RuntimeError):
+    """A defect above `max_drift`, or a state that is not finite, in a stack with `on_drift="raise"`."""
+
 
 class Drift(NamedTuple):
-    """Defects of the last backward pass, |y - x_n| / |x_n| for each step n (2-norms over the whole batch).
+    """What the last backward pass measured of its own error.
 
-    y is the point at which the step's vector-Jacobian product was taken and x_n the rebuilt state, so the defect is a
-    running measure of the error of y. It is 0 for steps that start from an anchor or that were not rebuilt because
-    nothing before them needs a gradient.
+    y is the point at which a step's vector-Jacobian product was taken and x_n the rebuilt state, so the defect
+    |y - x_n| / |x_n| (2-norms over the whole batch) is a running measure of the error of y. It is 0 for steps that
+    start from an anchor or that were not rebuilt because nothing before them needs a gradient.
     """
 
     defects: Tensor
-    """Shape [steps], on the device of the stack's input; float64 for a float64 stream, else float32."""
+    """Shape [steps], on the device of the stack's input; float64 for a float64 stream, else float32. NaN for a solver
+    without reuse, which measures none."""
     maximum: Tensor
     """The largest defect, shape []."""
+    reconstruction: Tensor | None = None
+    """|rebuilt x_0 - x_0| / |x_0|, shape []: the true error at the end of the reconstruction. None without
+    `keep_input=True`, and where the backward pass ended before x_0. With anchors it has grown since the last one."""
+    gradient_error: Tensor | None = None
+    """Estimated relative error of the gradient, shape []: the root mean square of the defects, times the factor between
+    the two that `calibrate` measured. None before a plan was applied."""
 
 
 class DriftMonitor:
@@ -30,47 +44,65 @@ class DriftMonitor:
     read in a later forward pass, once the copy has arrived, or when `drift` is read.
     """
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, max_drift: float = 0.05, on_drift: str = "ignore") -> None:
+        self.max_drift, self.on_drift = max_drift, on_drift
+        self.gradient_error_per_defect: float | None = None
+        self.wants_exact = False
+        """Whether on_drift="checkpoint" has found reason to."""
         self._steps = steps
-        self._norms: Tensor | None = None  # [2, steps]: |y - x_n|, |x_n|
-        self._squared = False  # whether their squares are kept instead
+        # [2, steps + 1]: |y - x_n|, |x_n|, and at the end the same of the input. Squares, where that is faster.
+        self._norms: Tensor | None = None
+        self._squared = False
         self._places: tuple[Tensor, ...] = ()  # each of them
         self._measured = False
+        self._reached_input = False
         self._unchecked = False
         self._warned = False
-        self._arriving: list[tuple[Tensor, Any]] = []  # host copies of the norms, each with the event of its arrival
+        # Host copies of the norms, each with the event of its arrival.
+        self._arriving: list[tuple[Tensor, Any]] = []
 
-    def __reduce__(self) -> tuple[type[DriftMonitor], tuple[int]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         # A copied or unpickled stack has had no backward pass.
-        return DriftMonitor, (self._steps,)
+        return _monitor, (self._steps, self.max_drift, self.on_drift, self.gradient_error_per_defect)
 
     def begin(self, stream: Tensor, measures: bool) -> None:
         """A backward pass starts; it measures defects, or looks for NaN and Inf alone."""
         dtype = torch.promote_types(stream.dtype, torch.float32)
         if self._norms is None or self._norms.device != stream.device or self._norms.dtype != dtype:
-            self._norms = torch.zeros(2, self._steps, dtype=dtype, device=stream.device)
+            self._norms = torch.zeros(2, self._steps + 1, dtype=dtype, device=stream.device)
             self._places = self._norms.view(-1).unbind()
         else:
             self._norms.zero_()
         # On a CPU a dot product takes half the time of a norm.
         self._squared = stream.is_cpu and stream.dtype == dtype
-        self._measured = measures
+        self._measured, self._reached_input = measures, False
 
     def record(self, n: int, y: Tensor, x: Tensor) -> None:
         """Step n took its vector-Jacobian product at y and rebuilt x. Where defects are measured, y is overwritten."""
-        vectors: tuple[tuple[int, Tensor], ...] = ((self._steps + n, x),)
         if self._measured:
             # The same call as rebuilt x: after a block has run, another one's code is cold, which on a CPU costs more
             # than the pass over memory.
-            vectors = (n, torch.sub(y, x, out=y)), *vectors
-        for place, vector in vectors:
+            self._write(n, torch.sub(y, x, out=y), x)
+        else:
+            self._write(n, None, x)
+
+    def record_input(self, rebuilt: Tensor, x: Tensor) -> None:
+        """The state that the reconstruction ended with, and the one that it started from in the forward pass."""
+        self._reached_input = True
+        self._write(self._steps, rebuilt - x, x)
+
+    def _write(self, column: int, difference: Tensor | None, scale: Tensor) -> None:
+        self._unchecked = True
+        places = (column, difference), (self._steps + 1 + column, scale)
+        for place, vector in places:
+            if vector is None:
+                continue
             if self._squared:
                 # States are results of elementwise operations, so dense, in whatever order.
                 flat = vector.view(-1) if vector.is_contiguous() else vector.as_strided((vector.numel(),), (1,))
                 torch.dot(flat, flat, out=self._places[place])
             else:
                 torch.linalg.vector_norm(vector, dtype=self._places[place].dtype, out=self._places[place])
-        self._unchecked = True
 
     def end(self) -> None:
         """A backward pass rebuilt all that it will."""
@@ -78,8 +110,8 @@ class DriftMonitor:
             return
         self._unchecked = False
         if self._norms.device.type == "cpu":
-            self._warn_if_not_finite(self._norms)
-        elif not self._warned:
+            self._judge(self._norms)
+        elif not self._settled():
             host = torch.empty(self._norms.shape, dtype=self._norms.dtype, pin_memory=True)
             host.copy_(self._norms, non_blocking=True)
             arrived = torch.get_device_module(self._norms.device).Event()
@@ -87,27 +119,123 @@ class DriftMonitor:
             self._arriving.append((host, arrived))
 
     def look(self) -> None:
-        """Check what has arrived by now."""
+        """Judge what has arrived by now; all there is, where the answer decides what happens next."""
         self.end()
-        while self._arriving and self._arriving[0][1].query():
-            self._warn_if_not_finite(self._arriving.pop(0)[0])
+        must_know = self.on_drift in ("raise", "checkpoint")
+        while self._arriving and (must_know or self._arriving[0][1].query()):
+            host, arrived = self._arriving.pop(0)
+            arrived.synchronize()
+            self._judge(host)
 
     def read(self) -> Drift | None:
         self.look()
-        if self._norms is None or not self._measured:
+        if self._norms is None or not (self._measured or self._reached_input):
             return None
-        difference, scale = self._norms.sqrt() if self._squared else self._norms
-        defects = torch.where(difference == 0, difference, difference / scale)
-        return Drift(defects, defects.max())
+        ratios = self._ratios(self._norms)
+        defects = ratios[:-1] if self._measured else torch.full_like(ratios[:-1], torch.nan)
+        factor = self.gradient_error_per_defect
+        return Drift(
+            defects,
+            defects.max(),
+            ratios[-1] if self._reached_input else None,
+            None if factor is None else factor * root_mean_square(defects),
+        )
 
-    def _warn_if_not_finite(self, norms: Tensor) -> None:
-        broken = norms.isfinite().logical_not_().any(dim=0).nonzero()
-        if len(broken) and not self._warned:
-            self._warned = True
+    def _ratios(self, norms: Tensor) -> Tensor:
+        difference, scale = norms.sqrt() if self._squared else norms
+        return torch.where(difference == 0, difference, difference / scale)
+
+    def _settled(self) -> bool:
+        """Nothing that is found any more would be told."""
+        return self._warned and self.on_drift in ("ignore", "warn")
+
+    def _judge(self, norms: Tensor) -> None:
+        if self._settled():
+            return
+        broken = norms[:, :-1].isfinite().logical_not_().any(dim=0).nonzero()
+        if len(broken):
             n = int(broken[-1])
-            warnings.warn(
+            self._act(
                 f"ResidualStack: the reconstruction of step {n} met NaN or Inf, gradients of steps 0 to {n} are wrong; "
-                'use gradient="checkpoint", more corrections, anchors, or a smaller step',
-                RuntimeWarning,
-                stacklevel=2,
+                'use gradient="checkpoint", more corrections, anchors, or a smaller step'
             )
+        elif self.on_drift != "ignore" and self._measured:
+            defects = self._ratios(norms)[:-1]
+            worst = int(defects.argmax())
+            defect = defects[worst].item()
+            if defect > self.max_drift:
+                self._act(
+                    f"ResidualStack: the defect of step {worst} must be at most max_drift={self.max_drift:g}, got "
+                    f"{defect:.1e}, so gradients may be as far off; choose a solver with resode_cuda.calibrate, or "
+                    "use more corrections, anchors, or a smaller step"
+                )
+
+    def _act(self, message: str) -> None:
+        if self.on_drift == "raise":
+            raise DriftError(message)
+        if self.on_drift == "checkpoint":
+            self.wants_exact = True
+            message += '; gradient="checkpoint" from the next step on'
+        if not self._warned:
+            self._warned = True
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _monitor(steps: int, max_drift: float, on_drift: str, factor: float | None) -> DriftMonitor:
+    monitor = DriftMonitor(steps, max_drift, on_drift)
+    monitor.gradient_error_per_defect = factor
+    return monitor
+
+
+def root_mean_square(defects: Tensor) -> Tensor:
+    return defects.square().mean().sqrt()
+
+
+class HasDrift(Protocol):
+    @property
+    def drift(self) -> Drift | None: ...
+
+
+class DriftLogger:
+    """Writes the drift of a stack to any callable, such as `SummaryWriter.add_scalar` of TensorBoard.
+
+        from torch.utils.tensorboard import SummaryWriter
+
+        log = DriftLogger(stack, SummaryWriter().add_scalar)
+        for training_step, batch in enumerate(batches):
+            ...
+            loss.backward()
+            log(training_step)
+
+    Args:
+        stack: the `ResidualStack` to watch.
+        write: is called as write(tag, value, training_step) with a str, a float and an int.
+        every: training steps from one reading to the next; reading waits for the device.
+        tag: put before every name. Tags are `<tag>/maximum`, `<tag>/defect/<n>` for each step n of the stack and, where
+            the stack knows them, `<tag>/reconstruction` and `<tag>/gradient_error`.
+
+    Raises:
+        ValueError: if every is below 1.
+    """
+
+    def __init__(
+        self, stack: HasDrift, write: Callable[[str, float, int], object], *, every: int = 1, tag: str = "drift"
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"DriftLogger: every must be >= 1, got {every}; use 1 to log each training step")
+        self._stack, self._write, self._every, self._tag = stack, write, every, tag
+
+    def __call__(self, training_step: int) -> None:
+        """Log the last backward pass, if it is this training step's turn and the stack measured something."""
+        if training_step % self._every:
+            return
+        drift = self._stack.drift
+        if drift is None:
+            return
+        self._write(f"{self._tag}/maximum", drift.maximum.item(), training_step)
+        for name in ("reconstruction", "gradient_error"):
+            value = getattr(drift, name)
+            if value is not None:
+                self._write(f"{self._tag}/{name}", value.item(), training_step)
+        for n, defect in enumerate(drift.defects.tolist()):
+            self._write(f"{self._tag}/defect/{n}", defect, training_step)

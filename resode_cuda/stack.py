@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from . import adjoint, checkpoint
 from .blocks import Arguments, Block
-from .drift import Drift, DriftMonitor
+from .calibration import Loss, Plan, Recalibration
+from .drift import ON_DRIFT, Drift, DriftMonitor
 from .replay import buffers_untouched
 from .reverse import Reverse, extrapolate, extrapolation_weights, predict, solver_from
 from .schemes import SCHEMES
@@ -41,6 +42,15 @@ class ResidualStack(nn.Module):
             states costs and orders.
         anchors: keep the exact state of every step whose number is divisible by this, counted from 0. The error of
             the reconstruction starts afresh there; memory is O(N / anchors), and `anchors=1` is exact. None keeps none.
+        max_drift: the largest defect |y - x_n| / |x_n| of a step that is accepted, dimensionless. It compares defects,
+            the relative error of the points where vector-Jacobian products are taken, not an error of the gradient;
+            `calibrate` measures that one.
+        on_drift: what a larger defect, or NaN or Inf in the reconstruction, leads to. `"warn"` warns once per stack;
+            `"raise"` raises `DriftError`; `"checkpoint"` warns and sets `gradient="checkpoint"`, exact, for the
+            training steps that follow; `"ignore"` warns of NaN and Inf alone. Defects are free. They are judged at the
+            end of the backward pass on a CPU; on a GPU without waiting for it, by a forward pass once they have
+            arrived, except that "raise" and "checkpoint" make the next forward pass wait for them.
+        keep_input: keep x_0, one state more, and measure in `drift.reconstruction` how far the rebuilt one is from it.
         stream_dtype: dtype of the states between blocks. None is float32 for 16-bit inputs, else the input's dtype: the
             reconstruction subtracts small increments, which 16 bits lose. Blocks see, and the stack returns, the
             input's dtype.
@@ -77,6 +87,9 @@ class ResidualStack(nn.Module):
         reverse: str | Reverse = "corrected",
         anchors: int | None = None,
         stream_dtype: torch.dtype | None = None,
+        max_drift: float = 0.05,
+        on_drift: str = "warn",
+        keep_input: bool = False,
     ) -> None:
         super().__init__()
         blocks = list(blocks)
@@ -99,10 +112,14 @@ class ResidualStack(nn.Module):
         if stream_dtype not in (None, *STREAM_DTYPES):
             raise TypeError(f"ResidualStack: stream_dtype must be one of {STREAM_DTYPES} or None, got {stream_dtype!r}")
         self.stream_dtype = stream_dtype
+        self.keep_input = keep_input
+        self._monitor = DriftMonitor(len(self._steps))
+        self.max_drift = max_drift
+        self.on_drift = on_drift
         self.gradient = gradient
         self.reverse = reverse
         self.anchors = anchors
-        self._monitor = DriftMonitor(len(self._steps))
+        self._recalibration: Recalibration | None = None
 
     def forward(self, x: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
         """x_N from x_0.
@@ -126,6 +143,16 @@ class ResidualStack(nn.Module):
 
     def _forward(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         self._monitor.look()
+        if self._recalibration is not None and self.training and torch.is_grad_enabled():
+            recalibration, self._recalibration = self._recalibration, None  # which its own training steps do not count
+            try:
+                plan = recalibration.plan(self, x, args, kwargs)
+            finally:
+                self._recalibration = recalibration
+            if plan is not None:
+                self.apply_plan(plan)
+        if self._monitor.wants_exact:
+            self.gradient = "checkpoint"
         blocks, state = self._blocks_for(x), x.to(self._stream_dtype_for(x))
         tensors = Arguments.tensors(args, kwargs)
         differentiable = torch.is_grad_enabled() and any(
@@ -151,8 +178,39 @@ class ResidualStack(nn.Module):
                 Arguments(args, kwargs),
                 tensors,
                 self._monitor,
+                self.keep_input,
             )
         return state.to(x.dtype)
+
+    def apply_plan(self, plan: Plan) -> ResidualStack:
+        """Train as a plan of `resode_cuda.calibrate` says from now on. Returns the stack.
+
+        Its measured ratio of gradient error to defects makes `drift.gradient_error` an estimate of the former.
+        """
+        chosen = plan.chosen
+        self.gradient, self.anchors = chosen.gradient, chosen.anchors
+        if chosen.reverse is not None:
+            self.reverse = chosen.reverse
+        self._monitor.gradient_error_per_defect = chosen.error / chosen.defect if chosen.defect else None
+        return self
+
+    def recalibrate_every(
+        self, steps: int, tolerance: float = 1e-2, *, share: float = 0.01, loss: Loss | None = None
+    ) -> ResidualStack:
+        """Calibrate on the batch at hand at the next training step and every so many after it, and apply the plan.
+
+        Args:
+            steps: training steps (forward passes in train mode with gradients) from one calibration to the next; 0 ends
+                it.
+            tolerance, loss: as for `resode_cuda.calibrate`, which it calls before the forward pass.
+            share: of the time since the first calibration that all later ones together may take; a calibration for
+                which that does not suffice yet is left out.
+
+        Returns:
+            the stack.
+        """
+        self._recalibration = Recalibration(steps, tolerance, share, loss) if steps != 0 else None
+        return self
 
     @torch.no_grad()
     def invert(self, x_last: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
@@ -191,7 +249,8 @@ class ResidualStack(nn.Module):
 
     @property
     def drift(self) -> Drift | None:
-        """Defects of the last backward pass; None before the first and for a solver without reuse.
+        """What the last backward pass measured of its error; None before the first, and for a solver without reuse
+        unless `keep_input` is set.
 
         Tensors on the device of the input; reading their values is what waits for the device.
         """
@@ -207,6 +266,7 @@ class ResidualStack(nn.Module):
         if gradient not in GRADIENTS:
             raise ValueError(f"ResidualStack: gradient must be one of {GRADIENTS}, got {gradient!r}")
         self._gradient = gradient
+        self._monitor.wants_exact = False
 
     @property
     def reverse(self) -> Reverse:
@@ -230,6 +290,32 @@ class ResidualStack(nn.Module):
             if anchors < 1:
                 raise ValueError(f"ResidualStack: anchors must be >= 1, got {anchors}; use None for no anchors")
         self._anchors = anchors
+
+    @property
+    def max_drift(self) -> float:
+        """The largest defect that is accepted; may be set between training steps."""
+        return self._monitor.max_drift
+
+    @max_drift.setter
+    def max_drift(self, max_drift: float) -> None:
+        if not isinstance(max_drift, (int, float)) or isinstance(max_drift, bool):
+            raise TypeError(f"ResidualStack: max_drift must be a number, got {max_drift!r}")
+        if not max_drift > 0:
+            raise ValueError(
+                f'ResidualStack: max_drift must be > 0, got {max_drift}; use on_drift="ignore" for no limit'
+            )
+        self._monitor.max_drift = float(max_drift)
+
+    @property
+    def on_drift(self) -> str:
+        """`"ignore"`, `"warn"`, `"raise"` or `"checkpoint"`; may be set between training steps."""
+        return self._monitor.on_drift
+
+    @on_drift.setter
+    def on_drift(self, on_drift: str) -> None:
+        if on_drift not in ON_DRIFT:
+            raise ValueError(f"ResidualStack: on_drift must be one of {ON_DRIFT}, got {on_drift!r}")
+        self._monitor.on_drift = on_drift
 
     @property
     def steps(self) -> tuple[float, ...]:

@@ -140,8 +140,11 @@ def test_copies_of_norms_are_read_when_they_have_arrived():
             self.looks += 1
             return self.looks > 2
 
+        def synchronize(self):
+            assert self.looks > 2
+
     monitor = DriftMonitor(3)
-    norms = torch.ones(2, 3)
+    norms = torch.ones(2, 4)
     norms[0, 1] = torch.nan
     monitor._arriving.append((norms, Event()))
     monitor.look()
