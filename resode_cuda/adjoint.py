@@ -174,7 +174,7 @@ class AdjointStep(torch.autograd.Function):
 
         y = y.detach()
         if step.is_input_kept and start is not None:
-            step.monitor.record_input(x_next - phi if step.solver.reuse else y, start)
+            step.monitor.record_input(x_next - phi if step.solver.reuse or step.is_anchored else y, start)
         # What travels is nobody else's and may be overwritten; what is saved may not.
         x = y
         if step.solver.reuse and anchor is None:

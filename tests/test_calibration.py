@@ -266,24 +266,24 @@ def test_bad_input_is_refused():
         stack.recalibrate_every(5, -1)
 
 
-def counted(monkeypatch, seconds=0.0):
-    calls = []
-
-    def plan(stack, x, *args, **options):
-        calls.append(options)
-        time.sleep(seconds)
-        return real(stack, x, *args, **options)
-
+def counted(monkeypatch, plan, seconds):
+    """`calibrate` replaced by one that returns the plan after so many seconds, and the options it was called with."""
     import resode_cuda.calibration as module
 
-    real = module.calibrate
-    monkeypatch.setattr(module, "calibrate", plan)
+    calls = []
+
+    def calibrate_quickly(stack, x, *args, **options):
+        calls.append(options)
+        time.sleep(seconds)
+        return plan
+
+    monkeypatch.setattr(module, "calibrate", calibrate_quickly)
     return calls
 
 
 def test_recalibration_comes_every_so_many_training_steps(monkeypatch):
-    calls = counted(monkeypatch)
     stack, x = ResidualStack(mlps("euler", 4)), torch.randn(3, 6)
+    calls = counted(monkeypatch, calibrate(stack, x, tolerance=1e-4), seconds=0)
     stack.recalibrate_every(3, 1e-4, share=1.0, loss=half_square)
     for _ in range(7):
         half_square(stack(x)).backward()
@@ -302,8 +302,8 @@ def test_recalibration_comes_every_so_many_training_steps(monkeypatch):
 
 
 def test_recalibration_keeps_to_its_share_of_the_time(monkeypatch):
-    calls = counted(monkeypatch, seconds=0.05)
     stack, x = ResidualStack(mlps("euler", 2)), torch.randn(3, 6)
+    calls = counted(monkeypatch, calibrate(stack, x), seconds=0.05)
     stack.recalibrate_every(1, share=1e-6)
     for _ in range(10):
         half_square(stack(x)).backward()

@@ -16,7 +16,7 @@ from networks import (
 )
 
 from resode_cuda import ResidualStack, Reverse
-from resode_cuda.reverse import extrapolate, extrapolation_weights
+from resode_cuda.reverse import extrapolate, extrapolation_weights, predict
 from resode_cuda.schemes import SCHEMES
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -142,6 +142,8 @@ def test_each_step_may_have_its_own_length(scheme, reverse):
         ({"corrections": True}, TypeError, "corrections must be an integer, got True"),
         ({"reuse": 1}, TypeError, "reuse must be True or False, got 1"),
         ({"predictor": "extrapolate", "reuse": False}, ValueError, "needs reuse=True"),
+        ({"accelerate": 1}, TypeError, "accelerate must be True, False or None, got 1"),
+        ({"corrections": 1, "accelerate": True}, ValueError, "accelerate=True needs corrections >= 2, got 1"),
     ],
 )
 def test_bad_solvers_are_refused(arguments, error, message):
@@ -166,3 +168,84 @@ def test_invert_converges_at_the_order_of_its_docstring(reverse, order):
         stack = ResidualStack(reference_blocks(n, "smooth"), reverse=reverse)
         errors.append(relative_error([stack.invert(stack(x))], [x]))
     assert fitted_slope(DEPTHS, errors) == pytest.approx(order, abs=0.4)
+
+
+def test_two_corrections_and_more_are_accelerated_unless_told_otherwise():
+    assert [Reverse(corrections=k).accelerate for k in range(4)] == [False, False, True, True]
+    assert not Reverse(corrections=3, accelerate=False).accelerate
+
+
+def residuals(f, x, h, reverse, expected=None):
+    """|y - (x_next - h f(y))| of each row, at the point that the solver hands to the adjoint."""
+    x_next = x + h * f(x)
+    y = predict(reverse, SCHEMES["euler"], [f], x_next, h, None if expected is None else expected.clone())
+    assert y.shape == x.shape
+    return (y + h * f(y) - x_next).flatten(1).norm(dim=1)
+
+
+@pytest.mark.parametrize("corrections", [2, 3, 4])
+def test_acceleration_solves_what_one_direction_dominates(corrections):
+    # A Jacobian of rank one: the residuals lie on a line, where a secant finds the fixed point of a linear map.
+    u, v, x = torch.randn(6, 1), torch.randn(1, 6), torch.randn(4, 6)
+    for slope in (-3.0, -0.9, 0.5, 2.0):  # -3 and 2 diverge without
+        matrix = slope * u @ v / (v @ u)
+        plain_ = residuals(lambda y, a=matrix: y @ a.T, x, 1.0, Reverse("step", corrections, accelerate=False))
+        mixed = residuals(lambda y, a=matrix: y @ a.T, x, 1.0, Reverse("step", corrections))
+        assert (mixed < 1e-10 * plain_.clamp(min=1)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("corrections", [2, 3, 5])
+def test_nothing_is_divided_by_a_residual_that_vanished(dtype, corrections):
+    x = torch.randn(5, 6, dtype=dtype)
+    weight = torch.randn(6, 6, dtype=dtype) / 6
+
+    def f(y):
+        return torch.tanh(y @ weight)
+
+    exact = 0.1 * f(x)  # the increment that the step really made
+    expected = torch.where(torch.arange(5)[:, None] < 3, exact, exact + 0.1)  # in the first rows
+    found = residuals(f, x, 0.1, Reverse("extrapolate", corrections), expected)
+    assert (found[:3] < 10 * torch.finfo(dtype).eps).all()
+    assert (found[3:] < 0.3 * 0.1**corrections).all()
+    zero = torch.zeros(5, 6, dtype=dtype)
+    assert torch.equal(residuals(torch.zeros_like, zero, 0.1, Reverse("step", corrections)), zero.norm(dim=1))
+
+
+@pytest.mark.parametrize("corrections", [2, 3, 4])
+def test_acceleration_is_hardly_ever_worse_and_never_much(corrections):
+    worse, total, gains = 0, 0, []
+    for seed in range(60):
+        torch.manual_seed(seed)
+        x, bias = torch.randn(16, 12), torch.randn(24)
+        scale, h = (0.5, 1.0, 2.0, 4.0)[seed % 4], (1.0, 0.25, 0.05)[seed % 3]
+        first, last = scale * torch.randn(12, 24) / 12**0.5, torch.randn(24, 12) / 24**0.5
+        activation = (torch.tanh, torch.relu, torch.nn.functional.gelu)[seed % 3]
+
+        def f(y, first=first, last=last, bias=bias, activation=activation):
+            return activation(y @ first + bias) @ last
+
+        plain_ = residuals(f, x, h, Reverse("step", corrections, accelerate=False)) + 1e-14
+        mixed = residuals(f, x, h, Reverse("step", corrections)) + 1e-14
+        worse, total = worse + (mixed > 1.001 * plain_).sum().item(), total + len(x)
+        gains.append((mixed.norm() / plain_.norm()).item())
+    assert worse / total < 0.1
+    assert max(gains) < 1.2
+    assert min(gains) < 0.2
+
+
+def test_rows_are_mixed_each_for_itself():
+    x, weight = torch.randn(6, 3, 4), torch.randn(4, 4)
+
+    def run(rows):
+        f = lambda y: torch.tanh(y @ weight)  # noqa: E731
+        return predict(Reverse(corrections=3), SCHEMES["euler"], [f], x[rows], 0.5, None)
+
+    torch.testing.assert_close(run(slice(None))[2:4], run(slice(2, 4)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(5,), (1,), (0, 4), (3, 0), (2, 3, 4, 5)])
+def test_states_of_any_shape_are_mixed(shape):
+    x = torch.randn(shape)
+    y = predict(Reverse(corrections=12), SCHEMES["euler"], [torch.tanh], x + 0.3 * torch.tanh(x), 0.3, None)
+    torch.testing.assert_close(y, x, rtol=1e-6, atol=1e-6)
