@@ -35,18 +35,24 @@ def half_square(outputs: Tensor, targets: Tensor) -> Tensor:
 class DigitsNet(nn.Sequential):
     """Images [rows, 1, 8, 8] to 10 logits: a convolution up, the residual stack, a head.
 
-    All blocks start from the same weights, the initialisation smooth in depth that the reverse solvers are made for;
-    training is free to take them apart.
+    Tied blocks start from the same weights, the initialisation smooth in depth that the reverse solvers are made for;
+    training is free to take them apart. Step None is 1/N.
     """
 
-    def __init__(self, scheme: str, steps: int, channels: int) -> None:
+    def __init__(self, scheme: str, steps: int, channels: int, tied: bool = True, step: float | None = None) -> None:
         block = nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=1),
             nn.GroupNorm(2, channels),
             nn.ReLU(),
             nn.Conv2d(channels, channels, 3, padding=1),
         )
-        stack = ResidualStack([copy.deepcopy(block) for _ in range(block_count(scheme, steps))], scheme)
+        blocks = [copy.deepcopy(block) for _ in range(block_count(scheme, steps))]
+        if not tied:
+            for module in (module for block in blocks for module in block):
+                if isinstance(module, nn.Conv2d):
+                    module.reset_parameters()
+        # Solvers are compared with how they drift, and need not be warned about.
+        stack = ResidualStack(blocks, scheme, step=step, on_drift="ignore")
         super().__init__(
             nn.Conv2d(1, channels, 3, padding=1),
             stack,
@@ -74,7 +80,7 @@ def mlp_workload(scheme: str, steps: int, dim: int, hidden: int, rows: int, devi
     def block() -> nn.Module:
         return nn.Sequential(nn.Linear(dim, hidden), nn.Tanh(), nn.Linear(hidden, dim))
 
-    stack = ResidualStack([block() for _ in range(block_count(scheme, steps))], scheme).to(device)
+    stack = ResidualStack([block() for _ in range(block_count(scheme, steps))], scheme, on_drift="ignore").to(device)
     return _regression(stack, dim, rows, batches)
 
 
@@ -97,7 +103,7 @@ def smooth_mlp_workload(
                 linear.bias.copy_(bias(n / steps))
         blocks.append(nn.Sequential(first, nn.Tanh(), last).to(device, dtype))
     torch.manual_seed(seed)  # the same data at every depth
-    return _regression(ResidualStack(blocks, scheme), dim, rows)
+    return _regression(ResidualStack(blocks, scheme, on_drift="ignore"), dim, rows)
 
 
 def weight_curve(shape: tuple[int, ...], generator: torch.Generator) -> Callable[[float], Tensor]:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-SECTIONS = ("cost", "digits", "sweep")  # cost first: a process in which torch's profiler ran is slower
+DEFAULT = ("cost", "digits", "sweep")  # cost first: a process in which torch's profiler ran is slower
+SECTIONS = (*DEFAULT, "accuracy")
 DEFAULT_OUTPUT = Path("bench/results/latest")
 
 
@@ -36,11 +37,12 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         "--only",
         nargs="+",
         choices=SECTIONS,
-        default=SECTIONS,
+        default=DEFAULT,
         metavar="SECTION",
         help="run these sections alone: digits (trains on scikit-learn's handwritten digits), cost (time and memory of "
         "a step of the reference job, an MLP stack of 64 and of 16 steps), sweep (memory, time and gradient error "
-        "against depth); default: all",
+        "against depth), accuracy "
+        "(gradient errors of trained digits nets under every solver, takes ten minutes); default: all but accuracy",
     )
     parser.add_argument("--epochs", type=_positive, help="epochs of each training on the digits; default: 5")
     parser.add_argument(

@@ -76,6 +76,49 @@ def draw(figures: Row, directory: Path, timed_schemes: Sequence[str]) -> list[Pa
     return [_draw(plot, figures, directory / plot.file) for plot in plots]
 
 
+def draw_costs(panels: Mapping[str, Sequence[Row]], path: Path) -> Path:
+    """Gradient error against block evaluations of every candidate of `calibrate`, a panel for each network."""
+    figure = Figure(figsize=(4.2 * len(panels), 4.4), dpi=160, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
+    figure.suptitle("Gradient error of each candidate against its cost", x=0.012, ha="left", fontsize=12, color=INK)
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    axes[0].set_ylabel("relative error of the gradient", color=INK)
+    colours = {"extrapolate": STYLES["extrapolated"][0], "step": STYLES["corrected"][0]}
+    for axis, (title, candidates) in zip(axes, panels.items(), strict=True):
+        axis.set_title(title, fontsize=10, color=INK)
+        axis.set_xlabel("block evaluations a step", color=INK)
+        axis.set_yscale("log")
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(colors=INK)
+        axis.grid(axis="y", color=GRID, linewidth=0.8)
+        for predictor, colour in colours.items():
+            for accelerate, marker in ((False, "o"), (True, "^")):
+                for anchored in (False, True):
+                    points = [
+                        (candidate["evaluations"], candidate["error"])
+                        for candidate in candidates
+                        if (candidate["predictor"], candidate["accelerate"]) == (predictor, accelerate)
+                        and (candidate["anchors"] is not None) == anchored
+                        and candidate["error"]
+                    ]
+                    if points:
+                        name = f"{predictor}{', accelerated' if accelerate else ''}{', anchors' if anchored else ''}"
+                        axis.plot(
+                            *zip(*points, strict=True),
+                            linestyle="none",
+                            marker=marker,
+                            color=colour,
+                            markerfacecolor="none",
+                            alpha=0.45 if anchored else 1.0,
+                            markersize=4 if anchored else 7,
+                            label=name,
+                        )
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.savefig(path)
+    return path
+
+
 def _draw(plot: Plot, figures: Row, path: Path) -> Path:
     width = 5.7 if len(plot.schemes) == 1 else 10
     figure = Figure(figsize=(width, 4.2), dpi=160, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))

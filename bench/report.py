@@ -64,8 +64,9 @@ class Target:
 
     def __str__(self) -> str:
         relation = "at least" if self.at_least else "at most"
+        shown = f"{self.measured:.1e}" if 0 < self.measured < 0.01 else f"{self.measured:.2f}"
         verdict = "met" if self.met else "missed"
-        return f"{verdict}: {self.what} {self.measured:.2f}{self.unit}, {relation} {self.limit:g}{self.unit}"
+        return f"{verdict}: {self.what} {shown}{self.unit}, {relation} {self.limit:g}{self.unit}"
 
 
 def mebibytes(count: int | None) -> str:

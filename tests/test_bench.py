@@ -39,7 +39,7 @@ def quick_run(tmp_path_factory):
 def test_a_quick_run_leaves_figures_of_every_mode(quick_run):
     done, _, results = quick_run
     assert done.stderr == ""
-    assert set(results["sections"]) == set(options.SECTIONS)
+    assert set(results["sections"]) == set(options.DEFAULT)
     for field in ("device", "cpu", "cpu_cores", "torch", "python", "platform", "commit", "date"):
         assert field in results["environment"]
     assert results["options"]["quick"] is True
