@@ -1,14 +1,28 @@
-"""The README's example runs as printed."""
+"""The README's examples run as printed."""
 
 import re
 from pathlib import Path
 
+import torch
+from torch import nn
+
+from resode_cuda import ResidualStack
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+EXAMPLE, CALIBRATION = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
 
 def test_the_example_runs(capsys):
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
-    assert len(example.splitlines()) <= 13
-    exec(compile(example, "README.md", "exec"), {})
+    assert len(EXAMPLE.splitlines()) <= 13
+    exec(compile(EXAMPLE, "README.md", "exec"), {})
     assert re.fullmatch(
         r"loss \d\.\d{3}, largest relative error of a rebuilt state \d\.\de-\d\d\n", capsys.readouterr().out
     )
+
+
+def test_the_calibration_runs(capsys):
+    stack, head = ResidualStack([nn.Linear(8, 8) for _ in range(6)]), nn.Linear(8, 3)
+    names = {"stack": stack, "head": head, "x": torch.randn(5, 8), "labels": torch.arange(5) % 3, "nn": nn}
+    exec(compile(CALIBRATION, "README.md", "exec"), names)
+    assert "tolerance 0.01: " in capsys.readouterr().out
+    assert stack.reverse == names["plan"].chosen.reverse
