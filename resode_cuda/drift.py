@@ -57,7 +57,7 @@ class DriftMonitor:
         self._measured = False
         self._reached_input = False
         self._unchecked = False
-        self._warned = False
+        self._warned_of: set[str] = set()
         # Host copies of the norms, each with the event of its arrival.
         self._arriving: list[tuple[Tensor, Any]] = []
 
@@ -147,7 +147,8 @@ class DriftMonitor:
 
     def _settled(self) -> bool:
         """Nothing that is found any more would be told."""
-        return self._warned and self.on_drift in ("ignore", "warn")
+        told = {"ignore": {"broken"}, "warn": {"broken", "drift"}}
+        return self.on_drift in told and told[self.on_drift] <= self._warned_of
 
     def _judge(self, norms: Tensor) -> None:
         if self._settled():
@@ -156,8 +157,9 @@ class DriftMonitor:
         if len(broken):
             n = int(broken[-1])
             self._act(
+                "broken",
                 f"ResidualStack: the reconstruction of step {n} met NaN or Inf, gradients of steps 0 to {n} are wrong; "
-                'use gradient="checkpoint", more corrections, anchors, or a smaller step'
+                'use gradient="checkpoint", more corrections, anchors, or a smaller step',
             )
         elif self.on_drift != "ignore" and self._measured:
             defects = self._ratios(norms)[:-1]
@@ -165,19 +167,20 @@ class DriftMonitor:
             defect = defects[worst].item()
             if defect > self.max_drift:
                 self._act(
+                    "drift",
                     f"ResidualStack: the defect of step {worst} must be at most max_drift={self.max_drift:g}, got "
                     f"{defect:.1e}, so gradients may be as far off; choose a solver with resode_cuda.calibrate, or "
-                    "use more corrections, anchors, or a smaller step"
+                    "use more corrections, anchors, or a smaller step",
                 )
 
-    def _act(self, message: str) -> None:
+    def _act(self, what: str, message: str) -> None:
         if self.on_drift == "raise":
             raise DriftError(message)
         if self.on_drift == "checkpoint":
             self.wants_exact = True
             message += '; gradient="checkpoint" from the next step on'
-        if not self._warned:
-            self._warned = True
+        if what not in self._warned_of:
+            self._warned_of.add(what)
             warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 

@@ -249,6 +249,16 @@ def test_warn_on_drift_warns_once_with_the_step_and_the_defect():
     assert stack.gradient == "adjoint"
 
 
+def test_a_warning_of_drift_does_not_hide_one_of_nan():
+    stack = diverging()
+    with pytest.warns(RuntimeWarning, match="the defect of step"):
+        trained(stack, 2)
+    with torch.no_grad():
+        stack[2][0].weight.fill_(torch.inf)
+    with pytest.warns(RuntimeWarning, match="met NaN or Inf"):
+        trained(stack, 1)
+
+
 def test_ignored_drift_and_small_drift_say_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
