@@ -41,8 +41,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         metavar="SECTION",
         help="run these sections alone: digits (trains on scikit-learn's handwritten digits), cost (time and memory of "
         "a step of the reference job, an MLP stack of 64 and of 16 steps), sweep (memory, time and gradient error "
-        "against depth), accuracy "
-        "(gradient errors of trained digits nets under every solver, takes about twenty minutes); default: all but accuracy",
+        "against depth), accuracy (gradient errors of trained digits nets under every solver, takes about twenty "
+        "minutes); default: all but accuracy",
     )
     parser.add_argument("--epochs", type=_positive, help="epochs of each training on the digits; default: 5")
     parser.add_argument(
