@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,22 @@ def measure(options: Options, device: torch.device, progress: Progress) -> dict[
     }
 
 
+class _RestOf:
+    """The loss as a function of the stack's output, for the labels of the batch at hand."""
+
+    def __init__(self, model: DigitsNet) -> None:
+        self._layers = list(model)[2:]
+        self._labels = torch.empty(0)
+
+    def sees(self, labels: Tensor) -> None:
+        self._labels = labels
+
+    def __call__(self, out: Tensor) -> Tensor:
+        for layer in self._layers:
+            out = layer(out)
+        return F.cross_entropy(out, self._labels)
+
+
 def _job(kind: str, net: Net, epochs: int, seed: int, device: str) -> dict[str, Any]:
     return {"errors": _errors, "calibrated": _calibrated, "costs": _costs}[kind](net, epochs, seed, device)
 
@@ -127,12 +144,13 @@ def _costs(net: Net, epochs: int, seed: int, device: str) -> dict[str, Any]:
 
 def _candidates(model: DigitsNet, data: Split) -> list[dict[str, Any]]:
     stack = model.stack[0]
-    up, rest = model[0], model[2:]
+    loss = _RestOf(model)
     images, labels = _batch(data, 0, torch.float64)
+    loss.sees(labels)
     with torch.no_grad():
-        x = up(images)
+        x = model[0](images)
     stack.gradient = "backprop"
-    plan = calibrate(stack, x, tolerance=ALL_SOLVERS, loss=lambda out: F.cross_entropy(rest(out), labels))
+    plan = calibrate(stack, x, tolerance=ALL_SOLVERS, loss=loss)
     return [
         {
             "name": str(candidate),
@@ -148,8 +166,8 @@ def _candidates(model: DigitsNet, data: Split) -> list[dict[str, Any]]:
 
 def _calibrated(net: Net, epochs: int, seed: int, device: str) -> dict[str, Any]:
     data, model = load(torch.device(device)), net.build(seed, device)
-    stack = model.stack[0]
-    stack.recalibrate_every(RECALIBRATION, TOLERANCE, share=SHARE)
+    stack, loss = model.stack[0], _RestOf(model)
+    stack.recalibrate_every(RECALIBRATION, TOLERANCE, share=SHARE, loss=loss)
     checks: list[dict[str, Any]] = []
 
     def check(step: int, images: Tensor, labels: Tensor) -> None:
@@ -163,7 +181,7 @@ def _calibrated(net: Net, epochs: int, seed: int, device: str) -> dict[str, Any]
         stack.gradient, stack.reverse, stack._recalibration = gradient, reverse, recalibration
         checks.append({"step": step, "error": relative_error(got, exact), "solver": _solver(gradient, reverse)})
 
-    _train(model, data, epochs, seed, "adjoint", check)
+    _train(model, data, epochs, seed, "adjoint", loss.sees, check)
     return {
         "net": str(net),
         "checks": checks,
@@ -172,7 +190,13 @@ def _calibrated(net: Net, epochs: int, seed: int, device: str) -> dict[str, Any]
 
 
 def _train(
-    model: DigitsNet, data: Split, epochs: int, seed: int, gradient: str = "backprop", check: Any = lambda *_: None
+    model: DigitsNet,
+    data: Split,
+    epochs: int,
+    seed: int,
+    gradient: str = "backprop",
+    before: Callable[[Tensor], None] = lambda labels: None,
+    check: Callable[[int, Tensor, Tensor], None] = lambda step, images, labels: None,
 ) -> None:
     model.stack[0].gradient = gradient
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
@@ -182,6 +206,7 @@ def _train(
         order = torch.randperm(len(data.train_images), generator=shuffle).to(data.train_images.device)
         for rows in order.split(BATCH_ROWS):
             images, labels = data.train_images[rows], data.train_labels[rows]
+            before(labels)
             optimizer.zero_grad()
             F.cross_entropy(model(images), labels).backward()
             check(step, images, labels)

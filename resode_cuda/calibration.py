@@ -11,7 +11,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,13 +42,26 @@ class Candidate:
     evaluations: int
     """Block evaluations of a training step, forward pass included."""
     seconds: float
-    """Of one forward and backward pass."""
+    """Of one forward and backward pass of the stack."""
     held_bytes: int
     """Of what autograd held between the two, parameters and the input aside."""
     error: float
     """Relative error of all parameter gradients together; infinite where one was not finite."""
     defect: float | None
     """Root mean square of the defects; None without any, or where one was not finite."""
+
+    def __post_init__(self) -> None:
+        if self.gradient != ("checkpoint" if self.reverse is None else "adjoint"):
+            raise ValueError(
+                'Candidate: gradient must be "adjoint" with a Reverse, or "checkpoint" with None, got '
+                f"{self.gradient!r} with {self.reverse!r}"
+            )
+        if self.anchors is not None and not (type(self.anchors) is int and self.anchors >= 1):
+            raise ValueError(f"Candidate: anchors must be an integer >= 1 or None, got {self.anchors!r}")
+        if not self.error >= 0:
+            raise ValueError(f"Candidate: error must be >= 0, got {self.error!r}")
+        if self.defect is not None and not 0 <= self.defect < math.inf:
+            raise ValueError(f"Candidate: defect must be finite and >= 0, or None, got {self.defect!r}")
 
     def __str__(self) -> str:
         if self.reverse is None:
@@ -145,9 +158,15 @@ class Plan:
                 )
                 for fields in record["candidates"]
             ]
-            return Plan(record["tolerance"], (candidates[0], *candidates[1:]))
-        except (KeyError, IndexError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"Plan.load: {path} must hold a plan written by Plan.save, but does not") from error
+            return Plan(_checked_tolerance("Plan.load", record["tolerance"]), (candidates[0], *candidates[1:]))
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"Plan.load: {path} must hold a plan written by Plan.save, but does not: {error}"
+            ) from error
+
+
+class CalibrationError(ValueError):
+    """The batch does not allow to compare gradients."""
 
 
 def calibrate(
@@ -174,19 +193,21 @@ def calibrate(
         stack: in the mode (train or eval) in which it is to be used.
         x, *args, **kwargs: as for the stack's forward pass, a batch like those of training. A smaller one is cheaper.
         tolerance: of the relative error, > 0.
-        loss: from the stack's output to a scalar, the rest of the network and its loss. None is half the sum of
-            squares of the output. Errors depend on it somewhat.
+        loss: from the stack's output to a scalar, the rest of the network and its loss, for this batch. None is half
+            the sum of squares of the output. Errors depend on it somewhat. It is called once.
 
     Raises:
-        ValueError: if the tolerance is not positive, or the exact gradient is not finite or is zero.
+        ValueError: if the tolerance is not positive and finite; as `CalibrationError` if the exact gradient is not
+            finite or is zero.
+        TypeError: for a stack that is none (pass the model's own `ResidualStack`), or a loss that returns no
+            differentiable scalar.
     """
-    if not tolerance > 0:
-        raise ValueError(f"calibrate: tolerance must be > 0, got {tolerance}; 1e-2 is a good start")
-    trial = _Trial(stack, x, args, kwargs, loss or _half_square)
+    trial = _Trial(_checked_stack(stack), x, args, kwargs, loss or _half_square)
+    tolerance = _checked_tolerance("calibrate", tolerance)
     exact = trial.run("checkpoint")
     scale = _norm(exact.gradients)
     if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(
+        raise CalibrationError(
             f"calibrate: the exact gradient must be finite and not zero, got a norm of {scale}; scale the loss, or "
             "calibrate on another batch"
         )
@@ -242,44 +263,50 @@ class _Outcome:
 
 
 class _Trial:
-    """Training steps on one batch, after each of which everything is as it was before."""
+    """Training steps on one batch, after each of which everything is as it was before.
+
+    Forward passes are the same for every candidate, so they share the cotangent of the output, and the loss, which may
+    have effects of its own, is called once.
+    """
 
     def __init__(self, stack: ResidualStack, x: Tensor, args: Any, kwargs: Any, loss: Loss) -> None:
-        self.stack, self.args, self.kwargs, self.loss = stack, args, kwargs, loss
+        self.stack, self.args, self.kwargs = stack, args, kwargs
         self.x = x.detach()
         self.parameters: list[Tensor] = [parameter for parameter in stack.parameters() if parameter.requires_grad]
         self.modules = submodules(stack)
+        self.held_bytes: dict[tuple[str, bool, int | None], int] = {}
+        with self._as_before(), _set(stack, "checkpoint"), torch.no_grad():
+            out = stack(self.x, *args, **kwargs)
+        with self._as_before(), _without_effects(), torch.enable_grad():
+            out = out.detach().requires_grad_()
+            value = loss(out)
+            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+                raise TypeError(
+                    f"calibrate: loss must return a scalar tensor that depends on the output, got {value!r}"
+                )
+            (self.g,) = torch.autograd.grad(value, out)
 
     def run(self, gradient: str, reverse: Reverse | None = None, anchors: int | None = None) -> _Outcome:
-        held: dict[int, int] = {}
-        mine = {tensor.untyped_storage().data_ptr() for tensor in (self.x, *self.parameters)}
         calls = 0
 
         def count(module: torch.nn.Module, _: Any) -> None:
             nonlocal calls
             calls += module in blocks
 
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in mine:
-                held[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
         blocks = set(self.stack)
-        counting = torch.nn.modules.module.register_module_forward_pre_hook(count)
-        try:
-            with self._as_before(), _set(self.stack, gradient, reverse, anchors), torch.enable_grad():
-                x = self.x.clone().requires_grad_()
-                mine.add(x.untyped_storage().data_ptr())
+        with self._as_before(), _set(self.stack, gradient, reverse, anchors), torch.enable_grad():
+            x = self.x.clone().requires_grad_()
+            held = self._held_by(x, (gradient, reverse is not None and reverse.extrapolates, anchors))
+            counting = torch.nn.modules.module.register_module_forward_pre_hook(count)
+            try:
                 begin = _now(x.device)
-                with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                    out = self.stack(x, *self.args, **self.kwargs)
-                found = torch.autograd.grad(self.loss(out), self.parameters or [x], allow_unused=True)
+                out = self.stack(x, *self.args, **self.kwargs)
+                found = torch.autograd.grad(out, self.parameters or [x], self.g, allow_unused=True)
                 seconds = _now(x.device) - begin
-                drift = self.stack.drift
-                defect = math.nan if drift is None else root_mean_square(drift.defects).item()
-        finally:
-            counting.remove()
+            finally:
+                counting.remove()
+            drift = self.stack.drift
+            defect = math.nan if drift is None else root_mean_square(drift.defects).item()
         return _Outcome(
             gradient,
             reverse,
@@ -287,9 +314,30 @@ class _Trial:
             [g.detach() for g in found if g is not None],
             calls,
             seconds,
-            sum(held.values()),
+            held,
             defect if math.isfinite(defect) else None,
         )
+
+    def _held_by(self, x: Tensor, what: tuple[str, bool, int | None]) -> int:
+        """Bytes that autograd holds after a forward pass; measured once for all solvers that hold the same.
+
+        Apart from the pass that is timed: under these hooks parameters come back as other tensors, which blocks that
+        torch.compile compiled would be compiled for again.
+        """
+        if what not in self.held_bytes:
+            held: dict[int, int] = {}
+            mine = {tensor.untyped_storage().data_ptr() for tensor in (x, *self.parameters)}
+
+            def keep(tensor: Tensor) -> Tensor:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in mine:
+                    held[storage.data_ptr()] = storage.nbytes()
+                return tensor
+
+            with self._as_before(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                self.stack(x, *self.args, **self.kwargs)
+            self.held_bytes[what] = sum(held.values())
+        return self.held_bytes[what]
 
     @contextmanager
     def _as_before(self) -> Iterator[None]:
@@ -304,17 +352,39 @@ class _Trial:
 
 
 @contextmanager
-def _set(stack: ResidualStack, gradient: str, reverse: Reverse | None, anchors: int | None) -> Iterator[None]:
-    """The stack's settings for one trial, with a drift monitor of its own."""
-    before = stack.gradient, stack.reverse, stack.anchors, stack._monitor
+def _set(
+    stack: ResidualStack, gradient: str | None = None, reverse: Reverse | None = None, anchors: int | None = None
+) -> Iterator[None]:
+    """The stack's settings for one trial (None: as they are), no training step, with a drift monitor of its own."""
+    before = stack.gradient, stack.reverse, stack.anchors, stack._monitor, stack._recalibration
     try:
-        stack._monitor = DriftMonitor(len(stack.steps))
-        stack.gradient, stack.anchors = gradient, anchors
+        stack._monitor, stack._recalibration = DriftMonitor(len(stack.steps)), None
+        if gradient is not None:
+            stack.gradient, stack.anchors = gradient, anchors
         if reverse is not None:
             stack.reverse = reverse
         yield
     finally:
-        stack.gradient, stack.reverse, stack.anchors, stack._monitor = before
+        stack.gradient, stack.reverse, stack.anchors, stack._monitor, stack._recalibration = before
+
+
+@contextmanager
+def _without_effects() -> Iterator[None]:
+    """Whatever modules run inside, their buffers, and the settings of other stacks, are as before."""
+    from .stack import ResidualStack
+
+    seen: set[torch.nn.Module] = set()
+    with ExitStack() as restored:
+
+        def protect(module: torch.nn.Module, _: Any) -> None:
+            if module not in seen:
+                seen.add(module)
+                restored.enter_context(buffers_untouched([module]))
+                if isinstance(module, ResidualStack):
+                    restored.enter_context(_set(module))
+
+        restored.callback(torch.nn.modules.module.register_module_forward_pre_hook(protect).remove)
+        yield
 
 
 class Recalibration:
@@ -331,28 +401,47 @@ class Recalibration:
             raise ValueError(f"ResidualStack: recalibrate_every needs steps >= 1, got {steps!r}")
         if not 0 < share <= 1:
             raise ValueError(f"ResidualStack: recalibrate_every needs a share in (0, 1], got {share}; 0.01 is 1%")
-        if not tolerance > 0:
-            raise ValueError(f"ResidualStack: recalibrate_every needs a tolerance > 0, got {tolerance}")
-        self.steps, self.tolerance, self.share, self.loss = steps, tolerance, share, loss
+        self.steps, self.share, self.loss = steps, share, loss
+        self.tolerance = _checked_tolerance("ResidualStack: recalibrate_every", tolerance)
         self._count = 0
         self._begin: float | None = None
         self._spent = self._last = 0.0
 
     def plan(self, stack: ResidualStack, x: Tensor, args: Any, kwargs: Any) -> Plan | None:
-        """Counts a training step; the new plan, if it is time for one."""
+        """Counts a training step; the new plan, if it is time for one. A batch that allows none is only warned of."""
         self._count += 1
         now = time.perf_counter()
         if self._begin is not None and (
             (self._count - 1) % self.steps or self._spent + self._last > self.share * (now - self._begin)
         ):
             return None
-        plan = calibrate(stack, x, *args, tolerance=self.tolerance, loss=self.loss, **kwargs)
+        plan = None
+        try:
+            plan = calibrate(stack, x, *args, tolerance=self.tolerance, loss=self.loss, **kwargs)
+        except CalibrationError as error:
+            warnings.warn(f"ResidualStack: recalibration is left out this time; {error}", RuntimeWarning, stacklevel=2)
         self._last = time.perf_counter() - now
         if self._begin is None:
             self._begin = time.perf_counter()
         else:
             self._spent += self._last
         return plan
+
+
+def _checked_stack(stack: ResidualStack) -> ResidualStack:
+    from .stack import ResidualStack
+
+    if not isinstance(stack, ResidualStack):
+        raise TypeError(
+            f"calibrate: stack must be a ResidualStack, got {type(stack).__name__}; pass the stack itself, unwrapped"
+        )
+    return stack
+
+
+def _checked_tolerance(where: str, tolerance: float) -> float:
+    if not 0 < float(tolerance) < math.inf:
+        raise ValueError(f"{where}: tolerance must be positive and finite, got {tolerance}; 1e-2 is a good start")
+    return float(tolerance)
 
 
 def _half_square(x: Tensor) -> Tensor:

@@ -1,6 +1,9 @@
 """calibrate: the plan meets its tolerance, costs what it says, and measuring it leaves no trace."""
 
+import copy
+import json
 import math
+import pickle
 import time
 
 import pytest
@@ -17,6 +20,7 @@ from networks import (
     relative_error,
 )
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from resode_cuda import Candidate, Plan, ResidualStack, Reverse, calibrate
 from resode_cuda.calibration import candidates
@@ -252,7 +256,7 @@ def test_candidates_that_diverge_are_infinitely_far_off_and_kept(tmp_path):
 
 def test_bad_input_is_refused():
     stack, x = ResidualStack(mlps("euler", 4)), torch.randn(3, 6)
-    with pytest.raises(ValueError, match="calibrate: tolerance must be > 0, got 0"):
+    with pytest.raises(ValueError, match="calibrate: tolerance must be positive and finite, got 0"):
         calibrate(stack, x, tolerance=0)
     with pytest.raises(ValueError, match="exact gradient must be finite and not zero"):
         calibrate(stack, x, loss=lambda out: out.sum() * 0)
@@ -262,7 +266,7 @@ def test_bad_input_is_refused():
         stack.recalibrate_every(-1)
     with pytest.raises(ValueError, match=r"needs a share in \(0, 1\], got 2"):
         stack.recalibrate_every(5, share=2)
-    with pytest.raises(ValueError, match="needs a tolerance > 0, got -1"):
+    with pytest.raises(ValueError, match="recalibrate_every: tolerance must be positive and finite, got -1"):
         stack.recalibrate_every(5, -1)
 
 
@@ -330,11 +334,113 @@ def test_defects_estimate_the_gradients_error(weights, scale, scheme, reverse):
             evaluations=0,
             seconds=0.0,
             held_bytes=0,
-            error=errors_of(stack, x),
             defect=stack.drift.defects.square().mean().sqrt().item(),
+            error=errors_of(stack, x),
         )
-        stack.apply_plan(Plan(1.0, (measured,)))
         fresh = torch.randn(8, 16)
         truth = errors_of(stack, fresh)
+        stack.apply_plan(Plan(1.0, (measured,)))
         half_square(stack(fresh)).backward()
         assert truth / 5 < stack.drift.gradient_error.item() < 5 * truth
+
+
+def test_a_calibration_is_no_training_step(monkeypatch):
+    """Nor one of another stack inside the loss: neither is calibrated, changed or measured on the way."""
+    blocks, x = mlps("euler", 6, scale=3), torch.randn(4, 6)
+    alone = calibrate(ResidualStack(blocks, step=1.0), x, tolerance=1e-4)
+    stack = ResidualStack(blocks, step=1.0).recalibrate_every(1, tolerance=0.9)
+    assert [c.error for c in calibrate(stack, x, tolerance=1e-4).candidates] == [c.error for c in alone.candidates]
+    other = ResidualStack(mlps("euler", 4), max_drift=1e-9, on_drift="checkpoint").recalibrate_every(1)
+    plan = calibrate(ResidualStack(mlps("euler", 6)), x, loss=lambda out: half_square(other(out)))
+    assert not plan.is_last_resort
+    assert (other.gradient, other.drift, other._monitor.wants_exact) == ("adjoint", None, False)
+
+
+def test_the_loss_is_called_once_and_leaves_its_modules_as_they_were():
+    head, calls = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3), nn.ReLU(inplace=True)), []
+
+    def loss(out):
+        calls.append(out)
+        return head(out).sum()
+
+    calibrate(ResidualStack(mlps("euler", 8)), torch.randn(4, 6), tolerance=1e-8, loss=loss)
+    assert len(calls) == 1
+    assert head[0].num_batches_tracked == 0
+    assert (head[0].running_mean == 0).all()
+
+
+def test_a_loss_may_overwrite_the_output():
+    stack, x = ResidualStack(mlps("euler", 8)), torch.randn(4, 6)
+    in_place = calibrate(stack, x, loss=lambda out: out.clone().mul_(2).sum())
+    assert in_place.candidates[0].error == calibrate(stack, x, loss=lambda out: (2 * out).sum()).candidates[0].error
+
+
+@pytest.mark.parametrize("batch", [torch.zeros(0, 6), torch.full((3, 6), math.nan)], ids=["empty", "nan"])
+def test_a_batch_that_allows_no_calibration_does_not_end_the_training(batch):
+    stack = ResidualStack(mlps("euler", 4)).recalibrate_every(1, share=1.0)
+    with pytest.warns(RuntimeWarning, match="recalibration is left out this time"):
+        stack(batch)
+    half_square(stack(torch.randn(3, 6))).backward()
+
+
+def test_a_checkpoint_around_the_stack_repeats_its_forward_pass(monkeypatch):
+    stack = ResidualStack(mlps("euler", 6), reverse="extrapolated").recalibrate_every(2, 1e-9, share=1.0)
+    calls = counted(monkeypatch, calibrate(stack, torch.randn(3, 6), tolerance=1e-9), seconds=0)
+    for _ in range(4):
+        x = torch.randn(3, 6, requires_grad=True)
+        half_square(checkpoint(stack, x, use_reentrant=False)).backward()
+    assert len(calls) == 2
+
+
+def test_copies_and_pickles_do_not_calibrate():
+    stack = ResidualStack(mlps("euler", 3)).recalibrate_every(1, loss=lambda out: out.sum())
+    for copied in (copy.deepcopy(stack), pickle.loads(pickle.dumps(stack))):
+        assert copied._recalibration is None
+    assert stack._recalibration is not None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"gradient": "backprop"},
+        {"reverse": None},
+        {"anchors": 2.5},
+        {"anchors": 0},
+        {"error": "small"},
+        {"error": -1.0},
+        {"defect": -1.0},
+    ],
+    ids=str,
+)
+def test_a_plan_that_was_edited_wrongly_does_not_load(tmp_path, change):
+    calibrate(ResidualStack(mlps("euler", 4)), torch.randn(3, 6)).save(tmp_path / "plan.json")
+    record = json.loads((tmp_path / "plan.json").read_text())
+    record["candidates"][0].update(change)
+    (tmp_path / "plan.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"Plan\.load: .* must hold a plan"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_another_solver_has_no_estimate_of_the_gradients_error():
+    stack, x = ResidualStack(mlps("euler", 6)), torch.randn(3, 6)
+    for name, value in {"reverse": "extrapolated", "anchors": 2, "gradient": "adjoint"}.items():
+        stack.apply_plan(calibrate(stack, x))
+        half_square(stack(x)).backward()
+        assert stack.drift.gradient_error is not None
+        setattr(stack, name, value)
+        half_square(stack(x)).backward()
+        assert stack.drift.gradient_error is None
+
+
+@pytest.mark.parametrize(
+    ("stack", "loss", "error", "message"),
+    [
+        (nn.Linear(6, 6), None, TypeError, "stack must be a ResidualStack, got Linear"),
+        (None, lambda out: out, TypeError, "loss must return a scalar tensor"),
+        (None, lambda out: out.detach().sum(), TypeError, "loss must return a scalar tensor"),
+        (None, lambda out: 1.0, TypeError, "loss must return a scalar tensor"),
+    ],
+)
+def test_what_calibrate_cannot_use_is_named(stack, loss, error, message):
+    with pytest.raises(error, match=f"calibrate: {message}"):
+        calibrate(stack or ResidualStack(mlps("euler", 3)), torch.randn(3, 6), loss=loss)
