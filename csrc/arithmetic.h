@@ -1,5 +1,7 @@
 // The arithmetic of each element type: 16-bit values are computed in fp32; fp64 stays fp64.
+// What is rounded when is written out: nvcc would contract a product and a sum into one rounding wherever it sees them.
 #pragma once
+#include <cmath>
 #include <type_traits>
 
 #include "device.h"
@@ -23,8 +25,10 @@ __device__ __forceinline__ T narrow(Wide<T> value) {
   }
 }
 
-// Product and sum rounded one at a time, as torch does in eager mode; nvcc would contract `a + b * c` into one rounding.
+// One rounding each.
 __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double multiply(double a, double b) { return __dmul_rn(a, b); }
 __device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
 __device__ __forceinline__ double add(double a, double b) { return __dadd_rn(a, b); }
+__device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }

@@ -1,5 +1,6 @@
-// The CUDA vocabulary that kernels are written in: nvcc's own on a device, the meaning that host.h gives it under RESODE_HOST.
-// A kernel file includes this header and never asks which of the two it is compiled for.
+// The CUDA vocabulary that kernels are written in: nvcc's own on a device, the meaning that tests/cuda_host/host.h gives it under
+// RESODE_HOST. A kernel file includes this header and never asks which of the two it is compiled for. All PTX is here.
+// Beyond these, kernels use __syncthreads, __syncwarp, shuffles of whole warps and atomicAdd, as CUDA names them.
 #pragma once
 #ifdef RESODE_HOST
 #include "host.h"
@@ -8,6 +9,41 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cstdint>
+#include <cstring>
+
+// The block's dynamic shared memory. Static shared memory would not be poisoned on the host.
+#define DYN_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+
 // A misaligned vector access faults on a device; only the host has to look for it.
 __device__ __forceinline__ void require_alignment(const void*, size_t) {}
+
+// Asynchronous copies of 16 bytes into shared memory. copy_wait<N> returns when all of this thread's groups but the last N
+// committed ones have landed; other threads see them after a barrier.
+__device__ __forceinline__ void copy_async16(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
+}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kGroups>
+__device__ __forceinline__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+// Two values in one register, the first in the low half.
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+
+// d[16, 8] += a[16, 16] b[16, 8] by a whole warp: bf16 factors, fp32 sums; fragments as the PTX ISA lays them out for mma.m16n8k16.
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
 #endif

@@ -1,4 +1,4 @@
-// Starts a kernel on a one-dimensional grid and turns a refused launch into an exception with cudart's own words.
+// Starts kernels on one-dimensional grids; what the runtime refuses becomes an exception with cudart's own words.
 #pragma once
 #include <climits>
 #include <cstdint>
@@ -7,30 +7,31 @@
 
 #include "device.h"
 
+inline void check(const std::string& what, cudaError_t status) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // reported here; leave nothing behind for the next call to find
+  throw std::runtime_error(what + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")");
+}
+
 // blocks: in 64 bits, so that a size beyond the grid's limit is an error and never wraps around.
-// stream: a cudaStream_t of the current device, as torch.cuda.Stream.cuda_stream gives it.
+// shared: bytes of dynamic shared memory; stream: a cudaStream_t of the current device, as torch.cuda.Stream.cuda_stream gives it.
 template <class... Parameters, class... Arguments>
-void launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream, Arguments... arguments) {
+void launch(const std::string& op, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared, void* stream,
+            Arguments... arguments) {
   if (blocks > INT_MAX) {
-    throw std::runtime_error(std::string(op) + ": a launch must fit in " + std::to_string(INT_MAX) + " blocks, got " +
-                             std::to_string(blocks) + "; split the tensors");
+    throw std::runtime_error(op + ": a launch must fit in " + std::to_string(INT_MAX) + " blocks, got " + std::to_string(blocks) +
+                             "; split the tensors");
   }
-#ifdef RESODE_HOST
-  static_cast<void>(stream);
-  gridDim = {static_cast<unsigned>(blocks), 1, 1};
-  blockDim = {static_cast<unsigned>(threads), 1, 1};
-  for (blockIdx = {0, 0, 0}; blockIdx.x < gridDim.x; blockIdx.x++)
-    for (threadIdx = {0, 0, 0}; threadIdx.x < blockDim.x; threadIdx.x++) kernel(arguments...);
-#else
+  constexpr size_t kWithoutAsking = 48 * 1024;
+  if (shared > kWithoutAsking) {
+    check(op + ": " + std::to_string(shared) + " bytes of shared memory were refused",
+          cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared)));
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, arguments...);
-  if (status != cudaSuccess) {
-    cudaGetLastError();  // reported here; leave nothing behind for the next launch to find
-    throw std::runtime_error(std::string(op) + ": the kernel launch failed: " + cudaGetErrorString(status) + " (" +
-                             cudaGetErrorName(status) + ")");
-  }
-#endif
+  check(op + ": the kernel launch failed", cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }

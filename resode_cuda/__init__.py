@@ -6,6 +6,7 @@ from . import ops
 from .calibration import Candidate, Plan, calibrate
 from .drift import Drift, DriftError, DriftLogger
 from .initialize import deepen, smooth_init_
+from .ops import backends
 from .reverse import Reverse
 from .stack import ResidualStack
 
@@ -18,6 +19,7 @@ __all__ = [
     "Plan",
     "ResidualStack",
     "Reverse",
+    "backends",
     "calibrate",
     "deepen",
     "ops",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
+from .ops.operands import fits
 from .replay import Replayed, Slot, submodules
 from .schemes import BlockFunction
 
@@ -58,14 +59,17 @@ class Block:
     def modules(self) -> list[nn.Module]:
         return submodules((self.module,))
 
-    def __call__(self, x: Tensor, call: Call) -> Tensor:
-        """f_n(x) in the dtype of x."""
+    def __call__(self, x: Tensor, call: Call, parameters: dict[str, Tensor] | None = None) -> Tensor:
+        """f_n(x), in the dtype of x or a narrower one; with other parameters, by name, than the module holds."""
         args, kwargs = call
         given = x.to(self.dtype)
-        version = None if given.is_inference() else given._version
-        out = self.module(given, *args, **kwargs)
+        version = None if torch.compiler.is_compiling() or given.is_inference() else given._version
+        if parameters is None:
+            out = self.module(given, *args, **kwargs)
+        else:
+            out = torch.func.functional_call(self.module, parameters, (given, *args), kwargs)
         self._check(given, version, out)
-        return out.to(x.dtype)
+        return out if fits(out.dtype, x.dtype) else out.to(x.dtype)
 
     def function(self, call: Call) -> BlockFunction:
         return lambda x: self(x, call)

@@ -26,13 +26,13 @@ def propagate(
     The blocks replay themselves, buffers included, which torch's own preserve_rng_state does not.
     """
     for n, h in enumerate(steps):
-        recomputed = _Increment(scheme, blocks[n : n + scheme.blocks_per_step], h, x.device, call, argument_tensors)
-        x = x + checkpoint(recomputed, x, use_reentrant=False, preserve_rng_state=False)
+        recomputed = _Step(scheme, blocks[n : n + scheme.blocks_per_step], h, x.device, call, argument_tensors)
+        x = checkpoint(recomputed, x, use_reentrant=False, preserve_rng_state=False)
     return x
 
 
-class _Increment:
-    """Phi_n(x), from the same tensors whenever it is called; torch's checkpointing looks after x alone."""
+class _Step:
+    """x_{n+1} from x_n, by the same tensors whenever it is called; torch's checkpointing looks after x alone."""
 
     def __init__(
         self,
@@ -54,4 +54,4 @@ class _Increment:
             raise modified_in_place()
         held = [(slot, parameter.tensor) for parameter in self.parameters for slot in parameter.slots]
         with swapped([slot for slot, _ in held], [tensor for _, tensor in held]):
-            return self.scheme.increment(self.functions, x, self.h)
+            return self.scheme.add(x, self.scheme.stages(self.functions, x, self.h), self.h)

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .ops.operands import norm_dtype
+
 ON_DRIFT = ("ignore", "warn", "raise", "checkpoint")
 
 
@@ -50,10 +52,9 @@ class DriftMonitor:
         self.wants_exact = False
         """Whether on_drift="checkpoint" has found reason to."""
         self._steps = steps
-        # [2, steps + 1]: |y - x_n|, |x_n|, and at the end the same of the input. Squares, where that is faster.
-        self._norms: Tensor | None = None
-        self._squared = False
-        self._places: tuple[Tensor, ...] = ()  # each of them
+        # [steps + 1, 2]: |y - x_n|^2, |x_n|^2, and at the end the same of the input.
+        self._squares: Tensor | None = None
+        self._rows: tuple[Tensor, ...] = ()
         self._measured = False
         self._reached_input = False
         self._unchecked = False
@@ -67,54 +68,46 @@ class DriftMonitor:
 
     def begin(self, stream: Tensor, measures: bool) -> None:
         """A backward pass starts; it measures defects, or looks for NaN and Inf alone."""
-        dtype = torch.promote_types(stream.dtype, torch.float32)
-        if self._norms is None or self._norms.device != stream.device or self._norms.dtype != dtype:
-            self._norms = torch.zeros(2, self._steps + 1, dtype=dtype, device=stream.device)
-            self._places = self._norms.view(-1).unbind()
+        dtype = norm_dtype(stream.dtype)
+        if self._squares is None or self._squares.device != stream.device or self._squares.dtype != dtype:
+            self._squares = torch.zeros(self._steps + 1, 2, dtype=dtype, device=stream.device)
+            self._rows = self._squares.unbind()
         else:
-            self._norms.zero_()
-        # On a CPU a dot product takes half the time of a norm.
-        self._squared = stream.is_cpu and stream.dtype == dtype
+            self._squares.zero_()
         self._measured, self._reached_input = measures, False
 
-    def record(self, n: int, y: Tensor, x: Tensor) -> None:
-        """Step n took its vector-Jacobian product at y and rebuilt x. Where defects are measured, y is overwritten."""
-        if self._measured:
-            # The same call as rebuilt x: after a block has run, another one's code is cold, which on a CPU costs more
-            # than the pass over memory.
-            self._write(n, torch.sub(y, x, out=y), x)
-        else:
-            self._write(n, None, x)
+    def row(self, n: int) -> Tensor:
+        """Where the step's squared norms |y - x_n|^2 and |x_n|^2 are to be added up."""
+        self._unchecked = True
+        return self._rows[n]
+
+    def record(self, n: int, x: Tensor) -> None:
+        """Step n rebuilt x, and no defect was measured."""
+        self._square(self.row(n)[1], x)
 
     def record_input(self, rebuilt: Tensor, x: Tensor) -> None:
         """The state that the reconstruction ended with, and the one that it started from in the forward pass."""
         self._reached_input = True
-        self._write(self._steps, rebuilt - x, x)
+        row = self.row(self._steps)
+        self._square(row[0], rebuilt - x)
+        self._square(row[1], x)
 
-    def _write(self, column: int, difference: Tensor | None, scale: Tensor) -> None:
-        self._unchecked = True
-        places = (column, difference), (self._steps + 1 + column, scale)
-        for place, vector in places:
-            if vector is None:
-                continue
-            if self._squared:
-                # States are results of elementwise operations, so dense, in whatever order.
-                flat = vector.view(-1) if vector.is_contiguous() else vector.as_strided((vector.numel(),), (1,))
-                torch.dot(flat, flat, out=self._places[place])
-            else:
-                torch.linalg.vector_norm(vector, dtype=self._places[place].dtype, out=self._places[place])
+    @staticmethod
+    def _square(place: Tensor, vector: Tensor) -> None:
+        torch.linalg.vector_norm(vector, dtype=place.dtype, out=place)
+        place.square_()
 
     def end(self) -> None:
         """A backward pass rebuilt all that it will."""
-        if self._norms is None or not self._unchecked:
+        if self._squares is None or not self._unchecked:
             return
         self._unchecked = False
-        if self._norms.device.type == "cpu":
-            self._judge(self._norms)
+        if self._squares.device.type == "cpu":
+            self._judge(self._squares)
         elif not self._settled():
-            host = torch.empty(self._norms.shape, dtype=self._norms.dtype, pin_memory=True)
-            host.copy_(self._norms, non_blocking=True)
-            arrived = torch.get_device_module(self._norms.device).Event()
+            host = torch.empty(self._squares.shape, dtype=self._squares.dtype, pin_memory=True)
+            host.copy_(self._squares, non_blocking=True)
+            arrived = torch.get_device_module(self._squares.device).Event()
             arrived.record()
             self._arriving.append((host, arrived))
 
@@ -127,11 +120,15 @@ class DriftMonitor:
             arrived.synchronize()
             self._judge(host)
 
+    def forget(self) -> None:
+        """The next backward pass is not the adjoint's."""
+        self._measured = self._reached_input = False
+
     def read(self) -> Drift | None:
         self.look()
-        if self._norms is None or not (self._measured or self._reached_input):
+        if self._squares is None or not (self._measured or self._reached_input):
             return None
-        ratios = self._ratios(self._norms)
+        ratios = self._ratios(self._squares)
         defects = ratios[:-1] if self._measured else torch.full_like(ratios[:-1], torch.nan)
         factor = self.gradient_error_per_defect
         return Drift(
@@ -141,8 +138,8 @@ class DriftMonitor:
             None if factor is None else factor * root_mean_square(defects),
         )
 
-    def _ratios(self, norms: Tensor) -> Tensor:
-        difference, scale = norms.sqrt() if self._squared else norms
+    def _ratios(self, squares: Tensor) -> Tensor:
+        difference, scale = squares.sqrt().unbind(1)
         return torch.where(difference == 0, difference, difference / scale)
 
     def _settled(self) -> bool:
@@ -150,19 +147,20 @@ class DriftMonitor:
         told = {"ignore": {"broken"}, "warn": {"broken", "drift"}}
         return self.on_drift in told and told[self.on_drift] <= self._warned_of
 
-    def _judge(self, norms: Tensor) -> None:
+    def _judge(self, squares: Tensor) -> None:
         if self._settled():
             return
-        broken = norms[:, :-1].isfinite().logical_not_().any(dim=0).nonzero()
+        broken = squares[:-1].isfinite().logical_not_().any(dim=1).nonzero()
         if len(broken):
             n = int(broken[-1])
             self._act(
                 "broken",
-                f"ResidualStack: the reconstruction of step {n} met NaN or Inf, gradients of steps 0 to {n} are wrong; "
+                f"ResidualStack: the reconstruction of step {n} met NaN, Inf or a norm too large to be "
+                f"squared, gradients of steps 0 to {n} are wrong; "
                 'use gradient="checkpoint", more corrections, anchors, or a smaller step',
             )
         elif self.on_drift != "ignore" and self._measured:
-            defects = self._ratios(norms)[:-1]
+            defects = self._ratios(squares)[:-1]
             worst = int(defects.argmax())
             defect = defects[worst].item()
             if defect > self.max_drift:
@@ -176,10 +174,11 @@ class DriftMonitor:
     def _act(self, what: str, message: str) -> None:
         if self.on_drift == "raise":
             raise DriftError(message)
+        is_news = what not in self._warned_of
         if self.on_drift == "checkpoint":
-            self.wants_exact = True
+            is_news, self.wants_exact = not self.wants_exact, True
             message += '; gradient="checkpoint" from the next step on'
-        if what not in self._warned_of:
+        if is_news:
             self._warned_of.add(what)
             warnings.warn(message, RuntimeWarning, stacklevel=2)
 

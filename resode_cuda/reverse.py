@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .schemes import BlockFunction, Scheme
+from .schemes import BlockFunction, Scheme, add
 
 PREDICTORS = ("step", "extrapolate")
 WORTHWHILE = 0.8
@@ -117,19 +117,16 @@ def predict(
     blocks: Sequence[BlockFunction],
     x_next: Tensor,
     h: float,
-    expected: Tensor | None,
-    out: Tensor | None = None,
+    predicted: Tensor | None,
 ) -> Tensor:
     """The point y at which the adjoint evaluates the step that led to x_next.
 
-    `expected` is the increment expected of this step, None where the reverse step has to predict. `out` may be
-    overwritten with y; it may be `expected` itself.
+    `predicted` is x_next less the increment expected of this step; None where the reverse step has to predict.
     """
-    y = scheme.reverse_step(blocks, x_next, h) if expected is None else torch.sub(x_next, expected, out=out)
+    y = scheme.reverse_step(blocks, x_next, h) if predicted is None else predicted
     fresh_before = residual_before = None
     for _ in range(solver.corrections):
-        phi = scheme.increment(blocks, y, h)
-        fresh = torch.sub(x_next, phi, out=phi)
+        fresh = scheme.add(x_next, scheme.stages(blocks, y, h), -h)
         if not solver.accelerate:
             y = fresh
             continue
@@ -173,9 +170,7 @@ def extrapolation_weights(scheme: type[Scheme], steps: Sequence[float], n: int) 
     return (1 + ratio) * h / h1, ratio * h / h2
 
 
-def extrapolate(weights: tuple[float, float], d_next: Tensor, d_after: Tensor, out: Tensor | None = None) -> Tensor:
-    """The increment a d_{n+1} - b d_{n+2} expected of step n, from those of the two later steps."""
+def extrapolate(weights: tuple[float, float], x: Tensor, d_next: Tensor, d_after: Tensor) -> Tensor:
+    """x less the increment a d_{n+1} - b d_{n+2} expected of the step that led to it."""
     a, b = weights
-    if a - b == 1:  # equal steps: one pass
-        return torch.lerp(d_after, d_next, a, out=out)
-    return torch.mul(d_next, a, out=out).sub_(d_after, alpha=b)
+    return add(add(x, d_next, -a), d_after, b)

@@ -1,7 +1,9 @@
-"""The two schemes: how a step moves the state forward, and its first guess at the way back.
+"""The two schemes: how a step moves the state forward, its first guess at the way back, and its adjoint.
 
 `blocks` are the step's blocks as functions of the state alone, in depth order; `h` is dimensionless; states keep
-their shape and dtype. Everything else in the library (solver, autograd, kernels) is written against these formulas.
+their shape and dtype. A step adds its increment, weight(h) (k1 + k2), to the state; the stages k1 and k2 are the
+outputs of its blocks, and Euler has no k2. Everything else in the library (solver, autograd, kernels) is written
+against these formulas.
 Source: Sander, Ablin and Peyré, "Do Residual Neural Networks discretize Neural Ordinary Differential Equations?",
 NeurIPS 2022, arXiv:2205.14612.
 """
@@ -11,13 +13,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
+from .ops import reference
+
 BlockFunction = Callable[[Tensor], Tensor]
+Stages = tuple[Tensor, Tensor | None]
+Pullback = Callable[[Tensor], Tensor | None]
+"""From the cotangent of a block's output to that of its input, None for zero; parameters' are collected on the way."""
+Linearize = Callable[[BlockFunction, Tensor], tuple[Tensor, Pullback]]
+"""A block's output at a point, and its pullback there."""
 
 
 class Scheme(Protocol):
-    """What the solver and the stack ask of a scheme."""
+    """What the solver, the adjoint and the stack ask of a scheme."""
 
     name: ClassVar[str]
     blocks_per_step: ClassVar[int]
@@ -25,12 +35,29 @@ class Scheme(Protocol):
     """Where in its step, as a share of h, the increment divided by h samples dx/dt; extrapolation needs it."""
 
     @staticmethod
-    def increment(blocks: Sequence[BlockFunction], x: Tensor, h: float) -> Tensor:
-        """The increment of the step that starts at x."""
+    def weight(h: float) -> float:
+        """With which the sum of the stages is added to the state."""
+
+    @staticmethod
+    def stages(blocks: Sequence[BlockFunction], x: Tensor, h: float) -> Stages:
+        """The stages of the step that starts at x."""
+
+    @staticmethod
+    def add(x: Tensor, stages: Stages, h: float) -> Tensor:
+        """The state x moved by the stages of a step h; with -h, moved back."""
 
     @staticmethod
     def reverse_step(blocks: Sequence[BlockFunction], x_next: Tensor, h: float) -> Tensor:
         """An approximation of the state that the step led to x_next from."""
+
+    @staticmethod
+    def vjp(
+        blocks: Sequence[BlockFunction], x: Tensor, h: float, gamma: Tensor, linearize: Linearize
+    ) -> tuple[Stages, tuple[Tensor | None, Tensor | None]]:
+        """The stages at x, and the two terms whose sum is the vector-Jacobian product of their sum with gamma.
+
+        With gamma = weight(h) g that sum is the product of the increment with g.
+        """
 
 
 class Euler:
@@ -46,14 +73,30 @@ class Euler:
     sample_point: ClassVar[float] = 0.0
 
     @staticmethod
-    def increment(blocks: Sequence[BlockFunction], x: Tensor, h: float) -> Tensor:
+    def weight(h: float) -> float:
+        return h
+
+    @staticmethod
+    def stages(blocks: Sequence[BlockFunction], x: Tensor, h: float) -> Stages:
         (f,) = blocks
-        return h * f(x)
+        return f(x), None
+
+    @staticmethod
+    def add(x: Tensor, stages: Stages, h: float) -> Tensor:
+        return add(x, stages[0], h)
 
     @staticmethod
     def reverse_step(blocks: Sequence[BlockFunction], x_next: Tensor, h: float) -> Tensor:
         (f,) = blocks
-        return x_next - h * f(x_next)
+        return add(x_next, f(x_next), -h)
+
+    @staticmethod
+    def vjp(
+        blocks: Sequence[BlockFunction], x: Tensor, h: float, gamma: Tensor, linearize: Linearize
+    ) -> tuple[Stages, tuple[Tensor | None, Tensor | None]]:
+        (f,) = blocks
+        k1, pull = linearize(f, x)
+        return (k1, None), (pull(gamma), None)
 
 
 class Heun:
@@ -70,18 +113,57 @@ class Heun:
     sample_point: ClassVar[float] = 0.5
 
     @staticmethod
-    def increment(blocks: Sequence[BlockFunction], x: Tensor, h: float) -> Tensor:
+    def weight(h: float) -> float:
+        return 0.5 * h
+
+    @staticmethod
+    def stages(blocks: Sequence[BlockFunction], x: Tensor, h: float) -> Stages:
         f, f_next = blocks
         k1 = f(x)
-        k2 = f_next(x + h * k1)
-        return 0.5 * h * (k1 + k2)
+        return k1, f_next(add(x, k1, h))
+
+    @staticmethod
+    def add(x: Tensor, stages: Stages, h: float) -> Tensor:
+        k1, k2 = stages
+        assert k2 is not None
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return add(x, k1.to(x.dtype) + k2, 0.5 * h)
+        return torch.ops.resode.heun_step(x, k1, k2, h)
 
     @staticmethod
     def reverse_step(blocks: Sequence[BlockFunction], x_next: Tensor, h: float) -> Tensor:
         f, f_next = blocks
         k1 = f_next(x_next)
-        k2 = f(x_next - h * k1)
-        return x_next - 0.5 * h * (k1 + k2)
+        return Heun.add(x_next, (k1, f(add(x_next, k1, -h))), -h)
+
+    @staticmethod
+    def vjp(
+        blocks: Sequence[BlockFunction], x: Tensor, h: float, gamma: Tensor, linearize: Linearize
+    ) -> tuple[Stages, tuple[Tensor | None, Tensor | None]]:
+        f, f_next = blocks
+        k1, pull = linearize(f, x)
+        k2, pull_next = linearize(f_next, add(x, k1, h))
+        through_k2 = pull_next(gamma)
+        return (k1, k2), (through_k2, pull(gamma if through_k2 is None else add(gamma, through_k2, h)))
 
 
 SCHEMES: dict[str, type[Scheme]] = {scheme.name: scheme for scheme in (Euler, Heun)}
+
+
+def add(x: Tensor, f: Tensor, h: float) -> Tensor:
+    """x + h f.
+
+    The ops are for what autograd does not see: torch's own addition has derivatives of every kind, and a compiler
+    fuses it with what the blocks do.
+    """
+    if torch.compiler.is_compiling():
+        # Without alpha, which Inductor drops where f is a matrix product (torch 2.13; pytorch/pytorch#167313).
+        return x + h * f.to(x.dtype)
+    if torch.is_grad_enabled():
+        return reference.forward_step(x, f, h)
+    return torch.ops.resode.forward_step(x, f, h)
+
+
+def increment(scheme: type[Scheme], stages: Stages, h: float, like: Tensor) -> Tensor:
+    """What the stages of a step h add to the state, in the dtype and layout of `like`."""
+    return scheme.add(torch.zeros_like(like), stages, h)

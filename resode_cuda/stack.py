@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import adjoint, checkpoint
-from .blocks import Arguments, Block
+from . import adjoint, checkpoint, traced
+from .blocks import Arguments, Block, Call
 from .calibration import Loss, Plan, Recalibration
 from .drift import ON_DRIFT, Drift, DriftMonitor
 from .replay import buffers_untouched
 from .reverse import Reverse, extrapolate, extrapolation_weights, predict, solver_from
-from .schemes import SCHEMES
+from .schemes import SCHEMES, increment
 
 GRADIENTS = ("adjoint", "checkpoint", "backprop")
 STREAM_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -138,31 +138,23 @@ class ResidualStack(nn.Module):
             RuntimeError: if a block modifies its input in place; in the backward pass, see `gradient`.
         """
         if torch.compiler.is_compiling():
+            if self._is_traceable():
+                return self._forward_traced(x, args, kwargs)
             return _forward_uncompiled(self, x, args, kwargs)
         return self._forward(x, args, kwargs)
 
     def _forward(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        self._monitor.look()
-        if self._recalibration is not None and self.training and torch.is_grad_enabled():
-            recalibration, self._recalibration = self._recalibration, None  # which its own training steps do not count
-            try:
-                plan = recalibration.plan(self, x, args, kwargs)
-            finally:
-                self._recalibration = recalibration
-            if plan is not None:
-                self.apply_plan(plan)
-        if self._monitor.wants_exact:
-            self.gradient = "checkpoint"
+        if torch._C._current_graph_task_id() == -1:  # else a checkpoint around the stack repeats a forward pass
+            self._settle(x, args, kwargs)
         blocks, state = self._blocks_for(x), x.to(self._stream_dtype_for(x))
         tensors = Arguments.tensors(args, kwargs)
         differentiable = torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (x, *tensors, *self.parameters())
         )
+        if differentiable and self.gradient != "adjoint":
+            self._monitor.forget()
         if self.gradient == "backprop" or not differentiable:
-            call = args, kwargs
-            for n, h in enumerate(self._steps):
-                functions = [block.function(call) for block in self._of_step(blocks, n)]
-                state = state + self._scheme.increment(functions, state, h)
+            state = self._propagate_stored(blocks, state, (args, kwargs))
         elif self.gradient == "checkpoint":
             state = checkpoint.propagate(self._scheme, blocks, self._steps, state, (args, kwargs), tensors)
         else:
@@ -182,6 +174,44 @@ class ResidualStack(nn.Module):
             )
         return state.to(x.dtype)
 
+    def _is_traceable(self) -> bool:
+        """Whether a compiler may trace the stack; else it runs uncompiled inside the compiled model."""
+        autocasts = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+        is_watched = self.keep_input or self._monitor.on_drift in ("raise", "checkpoint")
+        wants_eager = autocasts or is_watched or self._recalibration is not None
+        return not wants_eager and traced.is_traceable(self.modules())
+
+    def _forward_traced(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        blocks, state = self._blocks_for(x), x.to(self._stream_dtype_for(x))
+        self._monitor.forget()
+        if torch.is_grad_enabled() and self.gradient == "adjoint":
+            arguments, tensors = Arguments(args, kwargs), Arguments.tensors(args, kwargs)
+            state = traced.propagate(
+                self._scheme, self._solver, blocks, self._steps, self._anchors, state, arguments, tensors
+            )
+        elif torch.is_grad_enabled() and self.gradient == "checkpoint":
+            state = traced.propagate_checkpointed(self._scheme, blocks, self._steps, state, (args, kwargs))
+        else:
+            state = self._propagate_stored(blocks, state, (args, kwargs))
+        return state.to(x.dtype)
+
+    def _propagate_stored(self, blocks: Sequence[Block], state: Tensor, call: Call) -> Tensor:
+        """x_N from x_0 as autograd records it, if it does."""
+        for n, h in enumerate(self._steps):
+            functions = [block.function(call) for block in self._of_step(blocks, n)]
+            state = self._scheme.add(state, self._scheme.stages(functions, state, h), h)
+        return state
+
+    def _settle(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Change the settings where the last backward pass, or a calibration that is due, asks for it."""
+        self._monitor.look()
+        if self._recalibration is not None and self.training and torch.is_grad_enabled():
+            plan = self._recalibration.plan(self, x, args, kwargs)
+            if plan is not None:
+                self.apply_plan(plan)
+        if self._monitor.wants_exact:
+            self.gradient = "checkpoint"
+
     def apply_plan(self, plan: Plan) -> ResidualStack:
         """Train as a plan of `resode_cuda.calibrate` says from now on. Returns the stack.
 
@@ -191,6 +221,7 @@ class ResidualStack(nn.Module):
         self.gradient, self.anchors = chosen.gradient, chosen.anchors
         if chosen.reverse is not None:
             self.reverse = chosen.reverse
+        # The setters have forgotten the last plan's.
         self._monitor.gradient_error_per_defect = chosen.error / chosen.defect if chosen.defect else None
         return self
 
@@ -202,9 +233,13 @@ class ResidualStack(nn.Module):
         Args:
             steps: training steps (forward passes in train mode with gradients) from one calibration to the next; 0 ends
                 it.
-            tolerance, loss: as for `resode_cuda.calibrate`, which it calls before the forward pass.
+            tolerance, loss: as for `resode_cuda.calibrate`, which it calls before the forward pass. A loss with labels
+                must have been given those of the coming batch.
             share: of the time since the first calibration that all later ones together may take; a calibration for
                 which that does not suffice yet is left out.
+
+        A batch that cannot serve, because its exact gradient is zero or not finite, is warned of and passed over.
+        Copies of the stack do not calibrate again, nor do pickled ones.
 
         Returns:
             the stack.
@@ -232,25 +267,26 @@ class ResidualStack(nn.Module):
         call = args, kwargs
         later: list[Tensor] = []  # the increments of the steps undone so far, newest first
         for n in reversed(range(len(self._steps))):
-            used = self._of_step(blocks, n)
+            used, h = self._of_step(blocks, n), self._steps[n]
             functions = [block.function(call) for block in used]
-            expected = None
+            predicted = None
             if self._solver.extrapolates and len(later) == 2:
-                expected = extrapolate(extrapolation_weights(self._scheme, self._steps, n), *later)
+                predicted = extrapolate(extrapolation_weights(self._scheme, self._steps, n), state, *later)
             with buffers_untouched({module for block in used for module in block.modules}):
-                y = predict(self._solver, self._scheme, functions, state, self._steps[n], expected)
+                y = predict(self._solver, self._scheme, functions, state, h, predicted)
                 if not self._solver.reuse:
                     state = y
                     continue
-                phi = self._scheme.increment(functions, y, self._steps[n])
-            state = state - phi
-            later = [phi, *later[:1]]
+                stages = self._scheme.stages(functions, y, h)
+            state = self._scheme.add(state, stages, -h)
+            if self._solver.extrapolates:
+                later = [increment(self._scheme, stages, h, state), *later[:1]]
         return state.to(x_last.dtype)
 
     @property
     def drift(self) -> Drift | None:
-        """What the last backward pass measured of its error; None before the first, and for a solver without reuse
-        unless `keep_input` is set.
+        """What the last backward pass measured of its error; None before the first, after a forward pass that is not
+        for the adjoint, and for a solver without reuse unless `keep_input` is set.
 
         Tensors on the device of the input; reading their values is what waits for the device.
         """
@@ -267,6 +303,7 @@ class ResidualStack(nn.Module):
             raise ValueError(f"ResidualStack: gradient must be one of {GRADIENTS}, got {gradient!r}")
         self._gradient = gradient
         self._monitor.wants_exact = False
+        self._monitor.gradient_error_per_defect = None
 
     @property
     def reverse(self) -> Reverse:
@@ -276,6 +313,7 @@ class ResidualStack(nn.Module):
     @reverse.setter
     def reverse(self, reverse: str | Reverse) -> None:
         self._solver = solver_from(reverse)
+        self._monitor.gradient_error_per_defect = None
 
     @property
     def anchors(self) -> int | None:
@@ -290,6 +328,7 @@ class ResidualStack(nn.Module):
             if anchors < 1:
                 raise ValueError(f"ResidualStack: anchors must be >= 1, got {anchors}; use None for no anchors")
         self._anchors = anchors
+        self._monitor.gradient_error_per_defect = None
 
     @property
     def max_drift(self) -> float:
@@ -332,6 +371,9 @@ class ResidualStack(nn.Module):
 
     def __iter__(self) -> Iterator[nn.Module]:
         return (self[index] for index in range(self._block_count))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_recalibration": None}
 
     def extra_repr(self) -> str:
         shown = f"scheme={self._scheme.name!r}, steps={len(self._steps)}, gradient={self._gradient!r}"

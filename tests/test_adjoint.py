@@ -1,6 +1,7 @@
 """The adjoint as autograd sees it: every way to ask for gradients that works on the ordinary network works here."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from resode_cuda import ResidualStack, Reverse
+from resode_cuda.reverse import PRESETS
 from resode_cuda.schemes import SCHEMES
 
 pytestmark = [
@@ -446,6 +448,42 @@ def test_batched_gradients(scheme):
     exact = torch.autograd.grad(plain(blocks, scheme, x), x, seeds, is_grads_batched=True)
     got = torch.autograd.grad(exact_stack(blocks, scheme)(x), x, seeds, is_grads_batched=True)
     assert relative_error(got, exact) < TIGHT
+
+
+class Echo(torch.autograd.Function):
+    """scale x, whose backward hands out tensors that it was given: x as the gradient of scale."""
+
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.save_for_backward(x)
+        return scale * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, ctx.saved_tensors[0].detach()
+
+
+class Echoing(nn.Module):
+    """Adds what it is given, so that the cotangent of its output is that of an argument and of a parameter, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.shift, self.scale = mlp(), nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x, shift, transposed):
+        return self.body(x) + Echo.apply(x, self.scale) + self.shift + shift + transposed.T
+
+
+@pytest.mark.parametrize("anchors", [1, None])
+@pytest.mark.parametrize("preset", ["paper", "corrected", "extrapolated"])
+def test_gradients_that_share_memory_with_the_cotangent_are_not_overwritten(scheme, preset, anchors):
+    blocks = [Echoing() for _ in range(block_count(scheme, 4))]
+    x, shift, transposed = (torch.randn(shape, requires_grad=True) for shape in [(5, 6), (5, 6), (6, 5)])
+    wanted, steps = [x, shift, transposed, *parameters_of(blocks)], [0.1, 0.07, 0.13, 0.03]
+    reverse = replace(PRESETS[preset], corrections=60)
+    stack = ResidualStack(blocks, scheme, step=steps, reverse=reverse, anchors=anchors)
+    exact = gradients(lambda: plain(blocks, scheme, x, shift, transposed, h=steps), wanted)
+    assert relative_error(gradients(lambda: stack(x, shift, transposed), wanted), exact) < TIGHT
 
 
 @pytest.mark.parametrize(

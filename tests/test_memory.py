@@ -118,7 +118,7 @@ def test_the_peak_of_a_step_does_not_depend_on_depth(scheme, reverse):
         peak(ResidualStack(mlps(scheme, n, dim=DIM, hidden=DIM), scheme, reverse=reverse), x) / STATE for n in (16, 64)
     ]
     assert peaks[1] == pytest.approx(peaks[0], rel=0.01)
-    assert peaks[1] < (12 if scheme == "euler" else 15)
+    assert peaks[1] < (12 if scheme == "euler" else 16)
 
 
 def test_300_training_steps_leave_memory_where_it_was():

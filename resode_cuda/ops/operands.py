@@ -1,6 +1,11 @@
-"""What the ops' tensors must be. Fakes and implementations make the same checks, so compiled code raises alike."""
+"""What the ops' tensors must be, and how they are handed to a kernel.
+
+Fakes and implementations make the same checks, so compiled code raises alike.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,26 +13,115 @@ from torch import Tensor
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_stream(op: str, x: Tensor, f: Tensor) -> None:
-    """Check a residual stream x and the f that is added to it.
+def check_stream(op: str, x: Tensor, **stages: Tensor | None) -> None:
+    """Check a residual stream x and the outputs of blocks that are added to it.
 
     Raises:
-        TypeError: if x is not floating point, or f's dtype is neither x's nor a narrower one.
-        ValueError: if f's shape or device is not x's.
+        TypeError: if x is not floating point, or a stage's dtype is neither x's nor a narrower one.
+        ValueError: if a stage's shape or device is not x's.
     """
     if x.dtype not in DTYPES:
         raise TypeError(f"{op}: x must be one of {_names(DTYPES)}, got {_name(x.dtype)}; convert x")
-    if f.dtype != x.dtype and (f.dtype not in DTYPES or f.dtype.itemsize >= x.dtype.itemsize):
-        raise TypeError(
-            f"{op}: f must have x's dtype or a narrower floating one, got {_name(f.dtype)} with x {_name(x.dtype)}; "
-            f"convert f to {_name(x.dtype)}"
-        )
-    if f.shape != x.shape:
+    for name, stage in stages.items():
+        if stage is None:
+            continue
+        if not fits(stage.dtype, x.dtype):
+            raise TypeError(
+                f"{op}: {name} must have x's dtype or a narrower floating one, got {_name(stage.dtype)} with x "
+                f"{_name(x.dtype)}; convert {name} to {_name(x.dtype)}"
+            )
+        _check_place(op, x, name, stage)
+
+
+def check_like(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """Check tensors that must have the shape, dtype and device of the residual stream x.
+
+    Raises:
+        TypeError: if one's dtype is not x's.
+        ValueError: if one's shape or device is not x's.
+    """
+    for name, other in others.items():
+        if other is None:
+            continue
+        if other.dtype != x.dtype:
+            raise TypeError(
+                f"{op}: {name} must have x's dtype, got {_name(other.dtype)} with x {_name(x.dtype)}; convert {name}"
+            )
+        _check_place(op, x, name, other)
+
+
+def check_norms(op: str, x: Tensor, norms: Tensor) -> None:
+    """Check the place where squared norms are added up.
+
+    Raises:
+        TypeError: if its dtype is not float64 for a float64 x, else float32.
+        ValueError: if it is not two contiguous values on x's device.
+    """
+    dtype = norm_dtype(x.dtype)
+    if norms.dtype != dtype:
+        raise TypeError(f"{op}: norms must be {_name(dtype)} with x {_name(x.dtype)}, got {_name(norms.dtype)}")
+    if norms.shape != (2,) or not norms.is_contiguous() or norms.device != x.device:
         raise ValueError(
-            f"{op}: f must have x's shape, got {list(f.shape)} with x {list(x.shape)}; nothing is broadcast: expand f"
+            f"{op}: norms must be two contiguous values on {x.device}, got shape {list(norms.shape)}, strides "
+            f"{list(norms.stride())} on {norms.device}"
         )
-    if f.device != x.device:
-        raise ValueError(f"{op}: f must be on x's device, got {f.device} with x on {x.device}; move f there")
+
+
+def fits(narrow: torch.dtype, wide: torch.dtype) -> bool:
+    """Whether a kernel adds values of the first dtype to a stream of the second."""
+    return narrow == wide or (narrow in DTYPES and narrow.itemsize < wide.itemsize)
+
+
+def norm_dtype(stream: torch.dtype) -> torch.dtype:
+    """In which squared norms of a stream are added up."""
+    return torch.promote_types(stream, torch.float32)
+
+
+def of_one_dtype(k1: Tensor, k2: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both stages in the wider one's dtype."""
+    if k2 is None or k1.dtype == k2.dtype:
+        return k1, k2
+    dtype = torch.promote_types(k1.dtype, k2.dtype)
+    return k1.to(dtype), k2.to(dtype)
+
+
+def laid_out_like(layout: Tensor, tensor: Tensor | None) -> Tensor | None:
+    """The tensor, copied where its strides are not those of `layout`, a dense tensor."""
+    if tensor is None or same_layout(tensor, layout):
+        return tensor
+    return torch.empty_like(layout, dtype=tensor.dtype).copy_(tensor)
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether tensors of one shape lie in memory in the same order. A dimension of size 1 has no say."""
+    if a.stride() == b.stride():
+        return True
+    return all(i == j or size == 1 for i, j, size in zip(a.stride(), b.stride(), a.shape, strict=True))
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its values fill a stretch of memory, each place once."""
+    return tensor.is_contiguous() or same_layout(tensor, torch.empty_like(tensor, device="meta"))
+
+
+def apart(read: Tensor | None, written: Sequence[Tensor]) -> Tensor | None:
+    """The tensor, copied where it shares memory with one that is written."""
+    if read is None:
+        return None
+    storage = read.untyped_storage().data_ptr()
+    return read.clone() if any(storage == other.untyped_storage().data_ptr() for other in written) else read
+
+
+def _check_place(op: str, x: Tensor, name: str, tensor: Tensor) -> None:
+    if tensor.shape != x.shape:
+        raise ValueError(
+            f"{op}: {name} must have x's shape, got {list(tensor.shape)} with x {list(x.shape)}; nothing is broadcast: "
+            f"expand {name}"
+        )
+    if tensor.device != x.device:
+        raise ValueError(
+            f"{op}: {name} must be on x's device, got {tensor.device} with x on {x.device}; move {name} there"
+        )
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,24 +1,7 @@
-// The host meaning of the CUDA vocabulary, so that tests execute the kernels' own source on CPU memory.
-// Threads run one after another, which is all that pointwise kernels need: there are no barriers, shuffles or shared memory
-// here. A kernel that needs them replaces the inside of this header by one fiber per thread; device.h and the kernels stay.
+// The 16-bit types of the host, and conversions that round as a device does: to the nearest, ties to even.
 #pragma once
-#include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <stdexcept>
-
-#define __global__
-#define __device__
-#define __host__
-#define __forceinline__ inline
-#define __restrict__ __restrict
-#define __launch_bounds__(...)
-
-struct dim3 {
-  unsigned x, y, z;
-};
-// One set per host thread: Python threads may launch at the same time.
-inline thread_local dim3 threadIdx{0, 0, 0}, blockIdx{0, 0, 0}, blockDim{1, 1, 1}, gridDim{1, 1, 1};
 
 // The compiler must not contract these into a fused multiply-add either: CMakeLists.txt passes -ffp-contract=off.
 inline float __fmul_rn(float a, float b) { return a * b; }
@@ -80,8 +63,4 @@ inline __half __float2half_rn(float value) {
     result = ((magnitude + 0xfff + (magnitude >> 13 & 1)) >> 13) - (112 << 10);
   }
   return {static_cast<uint16_t>(sign | result)};
-}
-
-inline void require_alignment(const void* pointer, size_t bytes) {
-  if (reinterpret_cast<uintptr_t>(pointer) % bytes) throw std::runtime_error("misaligned address");
 }

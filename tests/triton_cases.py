@@ -1,0 +1,129 @@
+"""What the Triton backend is asked in tests, in the interpreter and on a GPU alike, and what it must answer.
+
+Operands lie in larger buffers: what is read only between NaNs, what is written between sevens, so that a value read
+from outside shows in the results or the norms, and one written there in the sevens.
+"""
+
+import inspect
+import itertools
+from dataclasses import dataclass
+
+import torch
+
+from resode_cuda.ops import reference, triton_kernels
+
+STREAMS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+DTYPE_PAIRS = [(x, f) for x, f in itertools.product(STREAMS, STREAMS) if x == f or x.itemsize > f.itemsize]
+TILE = max(triton_kernels.VALUES_PER_TILE.values())
+MARGIN = 16
+
+SCALARS = {"h": 0.1, "weight": 0.1, "a": 1.7, "b": 0.6, "g_scale": 0.9, "v_scale": 0.3}
+"""None representable, so that each rounding shows, and float32 scalars in a float64 stream."""
+STAGES = ("f", "k1", "k2")
+WRITTEN = {
+    "reverse_update_": ("x", "norms", "g"),
+    "reverse_extrapolate_": ("x", "y", "d", "norms", "g"),
+    "adjoint_update_": ("g",),
+}
+PRODUCTS = [(), ("v2",), ("v1", "v2"), ("g", "v1", "v2")]
+"""Those that are not there, as the ops are called."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op, and which of its operands are None."""
+
+    op: str
+    absent: tuple[str, ...] = ()
+
+    def __str__(self):
+        return "-".join([self.op, *(f"no_{name}" for name in self.absent)])
+
+    @property
+    def written(self):
+        return [name for name in WRITTEN.get(self.op, ("out",)) if name not in self.absent]
+
+
+CASES = [
+    Case("forward_step"),
+    Case("heun_step"),
+    *(Case("adjoint_update_", absent) for absent in PRODUCTS[:3]),
+    *(
+        Case(op, stages + products)
+        for op in ("reverse_update_", "reverse_extrapolate_")
+        for stages, products in itertools.product([(), ("k2",)], PRODUCTS)
+    ),
+]
+
+
+def pair_id(pair):
+    return "-".join(str(dtype).removeprefix("torch.") for dtype in pair)
+
+
+def operands(case, pair, shape):
+    """By name, in the op's order; tensors of normal values on the CPU."""
+    stream, stage = pair
+    generator = torch.Generator().manual_seed(0)
+    values = {}
+    for name in inspect.signature(getattr(reference, case.op)).parameters:
+        if name in SCALARS:
+            values[name] = SCALARS[name]
+        elif name in case.absent:
+            values[name] = None
+        elif name == "norms":  # to which kernels add
+            values[name] = torch.tensor([3.0, 5.0], dtype=torch.promote_types(stream, torch.float32))
+        else:
+            value = torch.randn(shape, dtype=torch.float64, generator=generator)
+            values[name] = value.to(stage if name in STAGES else stream)
+    return values
+
+
+def by_reference(case, values, dtype=None):
+    """What the op writes, by name; computed in that dtype, if one is given."""
+    values = {
+        name: value.to(dtype or value.dtype, copy=True) if isinstance(value, torch.Tensor) else value
+        for name, value in values.items()
+    }
+    values["out"] = getattr(reference, case.op)(*values.values())
+    return {name: values[name] for name in case.written}
+
+
+def by_kernel(case, values, device="cpu", offset=lambda name: 0):
+    """What the op writes by Triton, by name, on the CPU. A tensor starts `offset` values after a 16-byte boundary."""
+    if "out" in case.written:
+        values = {**values, "out": torch.full_like(values["x"], torch.nan)}
+    buffers = {}
+    arguments = dict(values)
+    for name, value in values.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        around = 7.0 if name in case.written else torch.nan
+        start = MARGIN + offset(name)
+        buffers[name] = torch.full((value.numel() + start + MARGIN,), around, dtype=value.dtype, device=device)
+        arguments[name] = buffers[name].as_strided(value.shape, value.stride(), start).copy_(value)
+    assert getattr(triton_kernels, case.op)(*arguments.values()) is None
+    result = {name: arguments[name].to("cpu", copy=True) for name in case.written}
+    for name, buffer in buffers.items():
+        if name in case.written:
+            arguments[name].fill_(7.0)
+            assert (buffer == 7.0).all(), f"{case.op} wrote beyond {name}"
+        else:
+            torch.testing.assert_close(arguments[name].cpu(), values[name], rtol=0, atol=0, equal_nan=True)
+    return result
+
+
+def check(case, values, results):
+    """Results within the budget of the float64 reference, and bit for bit where rounding is laid down."""
+    stream = values["g" if case.op == "adjoint_update_" else "x"].dtype
+    wide = torch.promote_types(stream, torch.float32)
+    exact, own, widely = (by_reference(case, values, dtype) for dtype in (torch.float64, None, wide))
+    for name, result in results.items():
+        assert result.dtype == own[name].dtype
+        error, own_error = ((value.double() - exact[name]).abs() for value in (result, own[name]))
+        band = torch.finfo(result.dtype).eps * exact[name].abs().max()
+        assert (error.max() <= 2 * (own_error.max() + band)).item(), (
+            f"{name}: error {error.max():.3g}, the reference's own {own_error.max():.3g}, band {band:.3g}"
+        )
+        # y of a 16-bit stream starts from the x that is kept: two roundings, of which the wide reference has one.
+        if name != "norms" and (name != "y" or stream == wide):
+            assert torch.equal(result, widely[name].to(stream)), f"{name} differs from the reference's arithmetic"
