@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton_cases import CASES, DTYPE_PAIRS, TILE, Case, by_kernel, check, operands, pair_id
+from kernel_cases import CASES, DTYPE_PAIRS, Case, by_kernel, check, operands, pair_id
 
 from resode_cuda.ops import reference, triton_kernels
 
@@ -23,6 +23,7 @@ else:
     TESTED = []
 
 TESTS = Path(__file__).parent
+TILE = max(triton_kernels.VALUES_PER_TILE.values())
 FLOAT32, FLOAT64 = (torch.float32, torch.float32), (torch.float64, torch.float64)
 
 
@@ -200,7 +201,7 @@ def test_on_a_gpu(case):
     for pair in DTYPE_PAIRS:
         for n in (1, TILE + 5):
             values = operands(case, pair, (n,))
-            check(case, values, by_kernel(case, values, "cuda"))
+            check(case, values, by_kernel(triton_kernels, case, values, "cuda"))
 
 
 @pytest.mark.gpu
@@ -211,7 +212,7 @@ def test_misaligned_operands_on_a_gpu(op):
     values = operands(case, (torch.float32, torch.bfloat16), (TILE + 3,))
     order = [*values, "out"]
     for offset in (lambda name: order.index(name) % 2, lambda name: 1):
-        check(case, values, by_kernel(case, values, "cuda", offset))
+        check(case, values, by_kernel(triton_kernels, case, values, "cuda", offset))
 
 
 @pytest.mark.gpu
@@ -221,7 +222,7 @@ def test_several_tiles_a_program_on_a_gpu(pair):
     case = Case("reverse_extrapolate_")
     programs = triton_kernels.most_programs(torch.device("cuda", torch.cuda.current_device()))
     values = operands(case, pair, ((2 * programs + 1) * TILE + 5,))
-    check(case, values, by_kernel(case, values, "cuda"))
+    check(case, values, by_kernel(triton_kernels, case, values, "cuda"))
 
 
 @pytest.mark.gpu
@@ -230,10 +231,10 @@ def test_several_tiles_a_program_on_a_gpu(pair):
 def test_deterministic_norms_on_a_gpu(deterministic, pair):
     case = Case("reverse_update_")
     values = operands(case, pair, (3_000_001,))
-    first = by_kernel(case, values, "cuda")
+    first = by_kernel(triton_kernels, case, values, "cuda")
     check(case, values, first)
     for _ in range(5):
-        assert torch.equal(by_kernel(case, values, "cuda")["norms"], first["norms"])
+        assert torch.equal(by_kernel(triton_kernels, case, values, "cuda")["norms"], first["norms"])
 
 
 @pytest.mark.gpu

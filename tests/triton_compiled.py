@@ -22,10 +22,10 @@ from unittest import mock
 
 import torch
 import triton
+from kernel_cases import CASES, DTYPE_PAIRS, Case, operands, pair_id
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
-from triton_cases import CASES, DTYPE_PAIRS, Case, operands, pair_id
 
 from resode_cuda.ops import triton_kernels
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 import triton
+from kernel_cases import CASES, DTYPE_PAIRS, Case, by_kernel, by_reference, check, operands, pair_id
 from triton.runtime import interpreter
-from triton_cases import CASES, DTYPE_PAIRS, Case, by_kernel, by_reference, check, operands, pair_id
 
 from resode_cuda.ops import triton_kernels, triton_source
 
@@ -62,14 +62,14 @@ MANY = (2 * PROGRAMS + 1) * TILE + 5
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_the_reference(case, pair):
     values = operands(case, pair, (MANY,))
-    check(case, values, by_kernel(case, values))
+    check(case, values, by_kernel(triton_kernels, case, values))
 
 
 @pytest.mark.parametrize("n", [1, TILE - 1, TILE, PROGRAMS * TILE])
 @pytest.mark.parametrize("case", CASES[:2] + CASES[-1:], ids=str)
 def test_sizes(case, n):
     values = operands(case, (torch.float32, torch.float16), (n,))
-    check(case, values, by_kernel(case, values))
+    check(case, values, by_kernel(triton_kernels, case, values))
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -77,7 +77,7 @@ def test_sizes(case, n):
 def test_misaligned_operands(case, first):
     values = operands(case, (torch.float32, torch.float16), (TILE + 3,))
     order = [*values, "out"]
-    check(case, values, by_kernel(case, values, offset=lambda name: (first + order.index(name)) % 2))
+    check(case, values, by_kernel(triton_kernels, case, values, offset=lambda name: (first + order.index(name)) % 2))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -86,7 +86,7 @@ def test_any_order_of_dimensions(case):
         name: value.permute(2, 0, 1) if isinstance(value, torch.Tensor) and value.dim() == 3 else value
         for name, value in operands(case, (torch.float32, torch.float32), (3, 5, 11)).items()
     }
-    results = by_kernel(case, values)
+    results = by_kernel(triton_kernels, case, values)
     check(case, values, results)
 
 
@@ -103,7 +103,7 @@ def test_what_is_not_finite_goes_through(op, operand, value):
     case = Case(op)
     values = operands(case, (torch.float32, torch.float16), (5,))
     values[operand][3] = value
-    results, expected = by_kernel(case, values), by_reference(case, values)
+    results, expected = by_kernel(triton_kernels, case, values), by_reference(case, values)
     for name in set(results) - {"norms"}:
         assert torch.equal(results[name].nan_to_num(nan=9.0), expected[name].nan_to_num(nan=9.0)), name
     if "norms" in results:
@@ -136,9 +136,9 @@ def deterministic():
 def test_deterministic_norms(deterministic, op, pair):
     case = Case(op)
     values = operands(case, pair, (MANY,))
-    results = by_kernel(case, values)
+    results = by_kernel(triton_kernels, case, values)
     check(case, values, results)
-    assert torch.equal(results["norms"], by_kernel(case, values)["norms"])
+    assert torch.equal(results["norms"], by_kernel(triton_kernels, case, values)["norms"])
 
 
 @pytest.mark.parametrize("count", [1, 1023, 1024, 2500])  # 1024 are added at a time

@@ -1,4 +1,4 @@
-"""What the Triton backend is asked in tests, in the interpreter and on a GPU alike, and what it must answer.
+"""What a backend with kernels is asked in tests, on the host and on a GPU alike, and what it must answer.
 
 Operands lie in larger buffers: what is read only between NaNs, what is written between sevens, so that a value read
 from outside shows in the results or the norms, and one written there in the sevens.
@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from resode_cuda.ops import reference, triton_kernels
+from resode_cuda.ops import reference
 
 STREAMS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 DTYPE_PAIRS = [(x, f) for x, f in itertools.product(STREAMS, STREAMS) if x == f or x.itemsize > f.itemsize]
-TILE = max(triton_kernels.VALUES_PER_TILE.values())
 MARGIN = 16
 
 SCALARS = {"h": 0.1, "weight": 0.1, "a": 1.7, "b": 0.6, "g_scale": 0.9, "v_scale": 0.3}
@@ -88,8 +87,8 @@ def by_reference(case, values, dtype=None):
     return {name: values[name] for name in case.written}
 
 
-def by_kernel(case, values, device="cpu", offset=lambda name: 0):
-    """What the op writes by Triton, by name, on the CPU. A tensor starts `offset` values after a 16-byte boundary."""
+def by_kernel(backend, case, values, device="cpu", offset=lambda name: 0):
+    """What the op writes, by name, on the CPU. A tensor starts `offset` values after a 16-byte boundary."""
     if "out" in case.written:
         values = {**values, "out": torch.full_like(values["x"], torch.nan)}
     buffers = {}
@@ -101,7 +100,7 @@ def by_kernel(case, values, device="cpu", offset=lambda name: 0):
         start = MARGIN + offset(name)
         buffers[name] = torch.full((value.numel() + start + MARGIN,), around, dtype=value.dtype, device=device)
         arguments[name] = buffers[name].as_strided(value.shape, value.stride(), start).copy_(value)
-    assert getattr(triton_kernels, case.op)(*arguments.values()) is None
+    assert getattr(backend, case.op)(*arguments.values()) is None
     result = {name: arguments[name].to("cpu", copy=True) for name in case.written}
     for name, buffer in buffers.items():
         if name in case.written:
