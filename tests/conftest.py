@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from host_build import build
 
 # The tensors are tiny: a second thread costs more than it brings, and much more on a busy machine.
 torch.set_num_threads(1)
@@ -27,3 +28,10 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture(scope="session")
+def host_build(tmp_path_factory, worker_id):
+    """The folder of the CUDA sources' modules for the CPU."""
+    shared = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
+    return build(shared / "host_build")

@@ -118,11 +118,22 @@ def check(case, values, results):
     exact, own, widely = (by_reference(case, values, dtype) for dtype in (torch.float64, None, wide))
     for name, result in results.items():
         assert result.dtype == own[name].dtype
+        if name == "norms":
+            _check_norms(values, results)
+            continue
         error, own_error = ((value.double() - exact[name]).abs() for value in (result, own[name]))
         band = torch.finfo(result.dtype).eps * exact[name].abs().max()
         assert (error.max() <= 2 * (own_error.max() + band)).item(), (
             f"{name}: error {error.max():.3g}, the reference's own {own_error.max():.3g}, band {band:.3g}"
         )
         # y of a 16-bit stream starts from the x that is kept: two roundings, of which the wide reference has one.
-        if name != "norms" and (name != "y" or stream == wide):
+        if name != "y" or stream == wide:
             assert torch.equal(result, widely[name].to(stream)), f"{name} differs from the reference's arithmetic"
+
+
+def _check_norms(values, results):
+    """The norms are those of the x that is kept; each thread adds up few squares, so few roundings pile up."""
+    x = results["x"].double()
+    exact = values["norms"].double() + torch.stack([(values["y"].double() - x).square().sum(), x.square().sum()])
+    eps = torch.finfo(results["norms"].dtype).eps
+    torch.testing.assert_close(results["norms"].double(), exact, rtol=64 * eps, atol=0)
