@@ -26,8 +26,9 @@
 #include "processors.h"
 
 namespace {
-constexpr int kReverseBlocksPerProcessor = 4;  // up to 64 registers a thread; 8 operands in flight make up for fewer threads
-constexpr int kAdjointBlocksPerProcessor = 8;
+// Up to 80 registers a thread; 3 to 8 operands under way at a time make up for fewer threads.
+constexpr int kReverseBlocksPerProcessor = 3;
+constexpr int kAdjointBlocksPerProcessor = 6;  // as in forward_step.cu
 
 template <class X, class F>
 struct State {

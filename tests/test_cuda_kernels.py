@@ -8,8 +8,8 @@ from kernel_cases import CASES, DTYPE_PAIRS, Case, by_kernel, by_reference, chec
 from resode_cuda.ops import build_info, reference
 from resode_cuda.ops.compiled import Compiled, require
 
-THREADS, BLOCKS = 256, {"step": 8, "reverse": 4, "adjoint": 8}
-"""Of a block; and the blocks of a grid at most on the host, which has one multiprocessor."""
+THREADS = 256
+"""Of a block. A grid has at most 6 blocks, those of the reverse updates 3, on the one multiprocessor of the host."""
 MIXED = (torch.float32, torch.bfloat16)
 BARRIERS = [case for case in CASES if case.op.startswith("reverse")]
 
@@ -32,7 +32,7 @@ def test_matches_the_reference(host, case, pair):
     check(case, values, by_kernel(host, case, values))
 
 
-@pytest.mark.parametrize("n", [1, 3, 4, 8, 17, 2 * 8 * THREADS * 4 + 5])
+@pytest.mark.parametrize("n", [1, 3, 4, 8, 17, 2 * 6 * THREADS * 4 + 5])
 @pytest.mark.parametrize(
     "case", [Case("forward_step"), Case("heun_step"), *BARRIERS[:1], BARRIERS[8], CASES[2]], ids=str
 )
@@ -239,4 +239,4 @@ def test_attributes_on_a_gpu(library):
     for kernel in require("tests").kernel_attributes():
         assert kernel["registers"] > 0
         assert kernel["local"] == 0, f"{kernel['name']} spills"
-        assert kernel["blocks_per_processor"] >= 4
+        assert kernel["blocks_per_processor"] >= 3
