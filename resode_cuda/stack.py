@@ -65,6 +65,9 @@ class ResidualStack(nn.Module):
       gradients under "adjoint"; pass it on through the state or use "backprop".
     - Random numbers of Python, NumPy or a `torch.Generator` of the block's own are not replayed.
     - Buffers written through `.data` are not seen to be written; write them under `torch.no_grad()`.
+    - `torch.compile` of the stack, or of a model with it, does not see random numbers that a block draws by a function
+      instead of a module, nor buffers that it writes by itself: call such a stack through `torch.compiler.disable`.
+      Drift is not measured in compiled code.
     - Two threads may train one stack if its blocks draw no random numbers, write no buffers and have no hooks on their
       parameters.
 

@@ -62,11 +62,6 @@ def build_info() -> BuildInfo:
     )
 
 
-def available() -> bool:
-    """Whether the compiled library loads."""
-    return _load()[0] is not None
-
-
 def require(where: str) -> ModuleType:
     """The library, for a caller that was asked for it by name.
 
