@@ -60,6 +60,7 @@ py::list kernel_attributes() {
   for (const Kernel& kernel : all_kernels()) {
     py::dict entry;
     entry["name"] = kernel.name;
+    entry["threads"] = kernel.threads;
 #ifndef RESODE_HOST
     const KernelAttributes found = attributes_of(kernel);
     entry["registers"] = found.registers;
@@ -95,8 +96,8 @@ PYBIND11_MODULE(_kernels, module) {
   module.def("most_reverse_blocks", &most_reverse_blocks,
              "Blocks of a reverse kernel on the current device, at most; partial_norms needs room for two values of each.");
   module.def("kernel_attributes", &kernel_attributes,
-             "For each kernel, on the current device: its name, registers of a thread, bytes of shared memory of a block and of "
-             "local memory of a thread, and how many blocks a multiprocessor holds.");
+             "For each kernel, on the current device: its name, threads of a block, registers of a thread, bytes of shared memory of "
+             "a block and of local memory of a thread, and how many blocks a multiprocessor holds.");
 #ifdef RESODE_HOST
   define_host_functions(module);
 #endif
