@@ -91,7 +91,7 @@ def _kernels() -> Iterator[str]:
     kernels = compiled.require("python -m resode_cuda").kernel_attributes()
     width = max(len(kernel["name"]) for kernel in kernels)
     yield ""
-    yield f"kernels on {device.name}, {HARDWARE}: registers and bytes of local memory of a thread, bytes of shared memory"
+    yield f"kernels on {device.name}, {HARDWARE}; registers and bytes of local memory of a thread, shared of a block"
     yield f"  {'kernel':{width}} registers  local  shared  occupancy"
     for kernel in kernels:
         occupancy = kernel["blocks_per_processor"] * kernel["threads"] / device.max_threads_per_multi_processor
