@@ -143,7 +143,11 @@ def _beside_a_copy(
 
 
 def _plain_comparison(options: Options, device: torch.device, progress: Progress) -> list[dict[str, Any]]:
-    states = torch.randn(8, 128 if options.quick else ROWS, WIDTH, device=device).unbind()
+    rows_per_batch = 128 if options.quick else ROWS
+    states = tuple(torch.randn(rows_per_batch, WIDTH, device=device) for _ in range(8))
+    # glibc's malloc maps and unmaps large tensors until one as large as this was freed: fresh pages cost several times
+    # what the formulas do, and to either side by chance.
+    torch.empty(31 * MIB, dtype=torch.uint8, device=device)
     norms = torch.zeros(2, device=device)
     measuring = progress.add_task("pointwise work", total=len(STEPS))
     rows = []

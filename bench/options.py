@@ -41,8 +41,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         metavar="SECTION",
         help="run these sections alone: digits (trains on scikit-learn's handwritten digits), cost (time and memory of "
         "a step of the reference job, an MLP stack of 64 and of 16 steps), sweep (memory, time and gradient error "
-        "against depth), kernels (the ops alone: on a GPU the bandwidth of each backend beside a copy's, on a CPU the time "
-        "beside plain torch's), accuracy (gradient errors of trained digits nets under every solver, takes about "
+        "against depth), kernels (the ops alone: on a GPU the bandwidth of each backend beside a copy's, on a CPU the "
+        "time beside plain torch's), accuracy (gradient errors of trained digits nets under every solver, takes about "
         "twenty minutes); default: cost, digits and sweep",
     )
     parser.add_argument("--epochs", type=_positive, help="epochs of each training on the digits; default: 5")

@@ -143,7 +143,7 @@ class AdjointStep(torch.autograd.Function):
             x_next = x_next.clone() if step.is_rebuilt and step.is_result_saved else x_next
             d_next = d_next.clone() if step.is_last and weights is not None and d_next is not None else d_next
             overwritten = [tensor for tensor in (x_next, y, d_next, gamma) if tensor is not None]
-            products.found = [apart(product, overwritten) for product in products.found]
+            products.found = apart(products.found, overwritten)
             x, travels, g_x = continued_in_place(step, x_next, y, d_next, stages, weights, adjoint, monitor)
         if evaluation.is_input_kept and start is not None and monitor is not None:
             monitor.record_input(x if anchor is None else step.scheme.add(x_next, stages, -step.h), start)

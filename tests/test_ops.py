@@ -193,7 +193,8 @@ def test_kernels_are_handed_dense_operands_of_one_layout(monkeypatch, name, layo
         torch.testing.assert_close(result.double(), truth, rtol=1e-5, atol=1e-5)
 
 
-def test_operands_of_one_layout_are_not_copied(monkeypatch):
+@pytest.mark.parametrize("together", [False, True], ids=["apart", "in one storage"])
+def test_operands_of_one_layout_are_not_copied(monkeypatch, together):
     seen = []
 
     class Spy:
@@ -201,10 +202,11 @@ def test_operands_of_one_layout_are_not_copied(monkeypatch):
             seen.extend(value.data_ptr() for value in values if isinstance(value, torch.Tensor))
 
     monkeypatch.setattr(op, "chosen", lambda device: Spy())
-    values = [
-        value.t() if isinstance(value, torch.Tensor) and value.ndim == 2 else value
-        for value in operands("reverse_update_")
-    ]
+    values = operands("reverse_update_")
+    states = [place for place, value in enumerate(values) if isinstance(value, torch.Tensor) and value.ndim == 2]
+    stored = torch.stack([values[place] for place in states])
+    for place, state in zip(states, stored, strict=True):
+        values[place] = state.t() if together else state.t().clone()
     torch.ops.resode.reverse_update_(*values)
     assert seen == [value.data_ptr() for value in values if isinstance(value, torch.Tensor)]
 

@@ -83,9 +83,8 @@ class Op:
             return
         written = {name: operands[name] for name in self.written if operands[name] is not None}
         states = [name for name in (self.names[0], *self.streams, *self.stages) if operands[name] is not None]
-        for name in states:
-            if name not in written:
-                operands[name] = apart(operands[name], list(written.values()))
+        read = [name for name in states if name not in written]
+        operands.update(zip(read, apart([operands[name] for name in read], list(written.values())), strict=True))
         self._one_dtype(operands)
         backend = chosen(x.device)
         if backend is reference:

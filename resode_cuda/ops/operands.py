@@ -104,12 +104,26 @@ def is_dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or same_layout(tensor, torch.empty_like(tensor, device="meta"))
 
 
-def apart(read: Tensor | None, written: Sequence[Tensor]) -> Tensor | None:
-    """The tensor, copied where it shares memory with one that is written."""
-    if read is None:
-        return None
-    storage = read.untyped_storage().data_ptr()
-    return read.clone() if any(storage == other.untyped_storage().data_ptr() for other in written) else read
+def apart(read: Sequence[Tensor | None], written: Sequence[Tensor]) -> list[Tensor | None]:
+    """The tensors, copied where the stretch of memory that one lies in reaches into one that is written."""
+    storages = [tensor.untyped_storage().data_ptr() for tensor in written]
+    return [
+        tensor.clone()
+        if tensor is not None
+        and (storage := tensor.untyped_storage().data_ptr()) in storages
+        and any(
+            storage == other_storage and tensor.data_ptr() < _end(other) and other.data_ptr() < _end(tensor)
+            for other, other_storage in zip(written, storages, strict=True)
+        )
+        else tensor
+        for tensor in read
+    ]
+
+
+def _end(tensor: Tensor) -> int:
+    """The address behind its last value."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.data_ptr() + tensor.itemsize * (1 + sum((size - 1) * stride for size, stride in steps))
 
 
 def _check_place(op: str, x: Tensor, name: str, tensor: Tensor) -> None:
