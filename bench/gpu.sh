@@ -1,19 +1,45 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command and within ten minutes: build, test, check memory accesses, measure.
-#
-#   RESULTS=some/folder bench/gpu.sh        (default: bench/results/gpu)
-#
-# No network. Needs python3 with torch, pytest, pytest-benchmark, cmake, ninja, pybind11 and setuptools, and nvcc.
-# Each stage writes $RESULTS/<stage>.log; a stage that fails does not stop the next; the exit status is 1 if any failed.
+usage='Everything that needs a GPU, in one command and within nine minutes.
+
+  [RESULTS=FOLDER] bench/gpu.sh [PART...]        (FOLDER: by default bench/results/gpu; PART: by default all, in this order)
+
+  tests      the tests marked `gpu`: every kernel on hardware against the specification
+  memcheck   some of them under compute-sanitizer: no access beyond a tensor
+  racecheck  and no two threads at odds over shared memory
+  kernels    the bandwidth of every op and backend beside a copy of as many bytes
+  overhead   what a call of an op costs
+  bench      python -m bench: training modes against each other, with the time that is left
+
+Before them, always: the machine is described, and the package built in place for its GPU alone.
+
+Needs no network, but python3 with torch, pytest, pytest-benchmark, rich, scikit-learn, matplotlib, setuptools, pybind11,
+cmake and ninja, and nvcc. FOLDER gets gpu.log with what all parts printed, and the figures of kernels/ and bench/, eight
+files in all. A part that fails does not stop the next; the exit status is 1 if any failed.'
 set -uo pipefail
-cd "$(dirname "$0")/.."
+parts=(tests memcheck racecheck kernels overhead bench)
+for part in "$@"; do
+  case " ${parts[*]} " in
+    *" $part "*) ;;
+    *)
+      [ "$part" = --help ] || [ "$part" = -h ] || echo "gpu.sh: PART must be one of ${parts[*]}, got $part" >&2
+      [ "$part" = --help ] || [ "$part" = -h ] || exit 2
+      echo "$usage"
+      exit
+      ;;
+  esac
+done
+[ $# -eq 0 ] || parts=("$@")
+
+cd "$(dirname "$0")/.." || exit
 RESULTS=${RESULTS:-bench/results/gpu}
 mkdir -p "$RESULTS"
 RESULTS=$(cd "$RESULTS" && pwd)
-export RESULTS PYTHONUNBUFFERED=1
-export PIP_BREAK_SYSTEM_PACKAGES=1 PIP_DISABLE_PIP_VERSION_CHECK=1 # python3 may be the system's, and there is no network
+log=$RESULTS/gpu.log
+: >"$log"
+export RESULTS PYTHONUNBUFFERED=1 NO_COLOR=1 COLUMNS=120
+export PIP_BREAK_SYSTEM_PACKAGES=1 PIP_DISABLE_PIP_VERSION_CHECK=1 # python3 may be the system's
 unset RESODE_SKIP_CUDA
-deadline=590
+deadline=540
 summary=()
 failed=0
 
@@ -26,9 +52,10 @@ stage() { # stage NAME SECONDS COMMAND...: at most so many seconds, and none bey
     left_out "$name" "FAILED: no time left"
     return
   fi
-  echo "== $name: $*"
-  timeout --kill-after=5 "$limit" "$@" >"$RESULTS/$name.log" 2>&1
+  printf '\n== %s: %s\n' "$name" "$*" | tee -a "$log"
+  timeout --kill-after=5 "$limit" "$@" >"$log.part" 2>&1
   status=$?
+  cat "$log.part" >>"$log"
   case $status in
     0) result=ok ;;
     124 | 137) result="FAILED: over its $limit s" ;;
@@ -36,45 +63,53 @@ stage() { # stage NAME SECONDS COMMAND...: at most so many seconds, and none bey
   esac
   if [ $status -ne 0 ]; then
     failed=1
-    tail -n 15 "$RESULTS/$name.log"
+    tail -n 25 "$log.part"
   fi
+  rm "$log.part"
   summary+=("$(printf '%-12s %4d s  %s' "$name" $((SECONDS - begin)) "$result")")
 }
 
 left_out() { # left_out NAME REASON
-  echo "== $1: left out: $2"
+  printf '\n== %s: left out: %s\n' "$1" "$2" | tee -a "$log"
   summary+=("$(printf '%-12s    – s  left out: %s' "$1" "$2")")
 }
 
+sanitize() { # sanitize TOOL
+  if ! command -v compute-sanitizer >/dev/null; then
+    left_out "$1" "compute-sanitizer is not on PATH"
+    return
+  fi
+  # Without torch's caching allocator each tensor is an allocation of its own, so that an access beyond its end is seen.
+  stage "$1" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    compute-sanitizer --tool "$1" --report-api-errors no --error-exitcode 1 \
+    python3 -m pytest -q -ra -m gpu tests/test_cuda_kernels.py
+}
+
 if python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then gpu=yes; else gpu=no; fi
-if [ $gpu = yes ] && [ -z "${RESODE_CUDA_ARCHS:-}" ]; then # this GPU's code alone
+if [ $gpu = yes ] && [ -z "${RESODE_CUDA_ARCHS:-}" ]; then
   RESODE_CUDA_ARCHS=$(python3 -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
   export RESODE_CUDA_ARCHS
 fi
-
 workers=()
 if python3 -c 'import xdist' 2>/dev/null; then workers=(-n 4); fi
 
-stage machine 30 bash -c 'nvidia-smi; nvcc --version; cmake --version; python3 -VV; python3 -m pip list; git describe --always --dirty || true'
-stage build 150 python3 -m pip install --no-build-isolation --no-deps --verbose --editable .
-stage library 60 python3 -c 'from resode_cuda.ops import build_info as b; print(b()); raise SystemExit(not b().compiled)'
-stage tests 240 python3 -m pytest -q -ra --durations=10 "${workers[@]}"
-if [ $gpu = no ]; then
-  left_out memcheck "no CUDA device"
-elif ! command -v compute-sanitizer >/dev/null; then
-  left_out memcheck "compute-sanitizer is not on PATH"
-else
-  # Without torch's caching allocator each tensor is an allocation of its own, so that an access beyond its end is seen.
-  stage memcheck 120 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-    compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 \
-    python3 -m pytest -q -ra tests/test_ops.py -m gpu -k 'layouts or every_16_bit or (matches and 2049)'
-fi
-stage overhead 90 python3 -m pytest -q bench/test_ops.py --benchmark-json="$RESULTS/overhead.json" --benchmark-max-time=0.3
-if [ $gpu = no ]; then
-  left_out bench "no CUDA device"
-else
-  stage bench $deadline python3 -m bench --device cuda --output "$RESULTS/bench"
-fi
+stage machine 30 bash -c 'nvidia-smi; nvcc --version; python3 -m pip list; git describe --always --dirty'
+stage build 120 python3 -m pip install --no-build-isolation --no-deps --verbose --editable .
+stage library 60 bash -c 'python3 -m resode_cuda && python3 -c "import resode_cuda.ops as o, sys; sys.exit(not o.build_info().compiled)"'
+for part in "${parts[@]}"; do
+  if [ $gpu = no ] && [ "$part" != overhead ]; then
+    left_out "$part" "no CUDA device"
+    continue
+  fi
+  case $part in
+    tests) stage tests 180 python3 -m pytest -q -ra -m gpu --durations=10 "${workers[@]}" ;;
+    memcheck | racecheck) sanitize "$part" ;;
+    kernels) stage kernels 60 python3 -m bench --device cuda --only kernels --output "$RESULTS/kernels" ;;
+    overhead) stage overhead 60 python3 -m pytest -q bench/test_ops.py --benchmark-max-time=0.3 ;;
+    bench) stage bench $deadline python3 -m bench --device cuda --output "$RESULTS/bench" ;;
+  esac
+done
 
-printf '%s\n' "${summary[@]}" | tee "$RESULTS/summary.txt"
+printf '\n' | tee -a "$log"
+printf '%s\n' "${summary[@]}" | tee -a "$log"
 exit $failed

@@ -154,7 +154,7 @@ def _plain_comparison(options: Options, device: torch.device, progress: Progress
     for scheme, reverse in STEPS:
         arms = {
             name: _repeated(partial(_step, formulas, scheme, reverse, states, norms))
-            for name, formulas in (("ops", torch.ops.resode), ("plain", Plain))
+            for name, formulas in (("ops", ops), ("plain", Plain))
         }
         seconds = interleaved(arms, 10 * options.rounds, device)
         against = vars(ratios(seconds["ops"], seconds["plain"]))

@@ -15,8 +15,9 @@ from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from .ops import reference
+from . import ops
 
 BlockFunction = Callable[[Tensor], Tensor]
 Stages = tuple[Tensor, Tensor | None]
@@ -126,9 +127,9 @@ class Heun:
     def add(x: Tensor, stages: Stages, h: float) -> Tensor:
         k1, k2 = stages
         assert k2 is not None
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if _is_transformed():
             return add(x, k1.to(x.dtype) + k2, 0.5 * h)
-        return torch.ops.resode.heun_step(x, k1, k2, h)
+        return ops.heun_step(x, k1, k2, h)
 
     @staticmethod
     def reverse_step(blocks: Sequence[BlockFunction], x_next: Tensor, h: float) -> Tensor:
@@ -153,15 +154,25 @@ SCHEMES: dict[str, type[Scheme]] = {scheme.name: scheme for scheme in (Euler, He
 def add(x: Tensor, f: Tensor, h: float) -> Tensor:
     """x + h f.
 
-    The ops are for what autograd does not see: torch's own addition has derivatives of every kind, and a compiler
-    fuses it with what the blocks do.
+    The ops are for what nobody differentiates or compiles: torch's own addition has derivatives of every kind, and a
+    compiler fuses it with what the blocks do.
     """
     if torch.compiler.is_compiling():
         # Without alpha, which Inductor drops where f is a matrix product (torch 2.13; pytorch/pytorch#167313).
         return x + h * f.to(x.dtype)
-    if torch.is_grad_enabled():
-        return reference.forward_step(x, f, h)
-    return torch.ops.resode.forward_step(x, f, h)
+    if _is_transformed():
+        return ops.reference.forward_step(x, f, h)
+    return ops.forward_step(x, f, h)
+
+
+def _is_transformed() -> bool:
+    """Whether somebody differentiates, batches or compiles what is computed here."""
+    return (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def increment(scheme: type[Scheme], stages: Stages, h: float, like: Tensor) -> Tensor:

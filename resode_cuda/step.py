@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from . import ops
 from .drift import DriftMonitor
 from .reverse import Reverse, extrapolate, extrapolation_weights
 from .schemes import Scheme, Stages, add, increment
@@ -148,8 +148,7 @@ def continued_in_place(
     monitor: DriftMonitor,
 ) -> Continued:
     """`continued` by the ops that mutate, each buffer read and written once, and the defect's norms with it."""
-    ops, weight = torch.ops.resode, step.scheme.weight(step.h)
-    gamma = adjoint[0]
+    weight, gamma = step.scheme.weight(step.h), adjoint[0]
     if not step.is_rebuilt:
         if not step.is_anchored:
             monitor.record(step.n, y)

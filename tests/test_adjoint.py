@@ -442,6 +442,21 @@ def test_forward_mode_is_refused(scheme):
         stack(torch.autograd.forward_ad.make_dual(x, tangent))
 
 
+@pytest.mark.parametrize("gradient", ["adjoint", "checkpoint", "backprop"])
+@pytest.mark.parametrize("with_transform", [False, True], ids=["dual tensors", "torch.func"])
+def test_forward_mode_where_reverse_mode_is_off(scheme, gradient, with_transform):
+    stack, x, tangent = exact_stack(mlps(scheme, 3), scheme, gradient=gradient), torch.randn(2, 6), torch.randn(2, 6)
+    with torch.no_grad():
+        if with_transform:
+            got = torch.func.jvp(stack, (x,), (tangent,))[1]
+        else:
+            with torch.autograd.forward_ad.dual_level():
+                dual = torch.autograd.forward_ad.make_dual(x, tangent)
+                got = torch.autograd.forward_ad.unpack_dual(stack(dual)).tangent
+    exact = torch.func.jvp(lambda x: plain(list(stack), scheme, x), (x,), (tangent,))[1]
+    assert relative_error([got], [exact.detach()]) < TIGHT
+
+
 def test_batched_gradients(scheme):
     blocks, x = mlps(scheme, 3), torch.randn(2, 6, requires_grad=True)
     seeds = torch.randn(4, 2, 6)

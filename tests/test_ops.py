@@ -5,6 +5,7 @@ The kernels themselves are tested in test_cuda_kernels.py and test_triton.py.
 
 import itertools
 import sysconfig
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -209,6 +210,18 @@ def test_operands_of_one_layout_are_not_copied(monkeypatch, together):
         values[place] = state.t() if together else state.t().clone()
     torch.ops.resode.reverse_update_(*values)
     assert seen == [value.data_ptr() for value in values if isinstance(value, torch.Tensor)]
+
+
+@pytest.mark.parametrize("name", NAMES[2:])
+@pytest.mark.parametrize("has_kernel", [False, True])
+def test_autograd_notices_what_was_written(monkeypatch, name, has_kernel):
+    if has_kernel:  # which torch does not see writing
+        monkeypatch.setattr(op, "chosen", lambda device: SimpleNamespace(**{name: lambda *values: None}))
+    values = operands(name)
+    loss = (torch.ones_like(values[0], requires_grad=True) * values[0]).sum()
+    getattr(torch.ops.resode, name)(*values)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("name", NAMES[2:])

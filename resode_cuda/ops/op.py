@@ -30,87 +30,99 @@ class Op:
         self.schema = schema
         self.qualified_name = parsed.name
         self.name = parsed.name.removeprefix("resode::")
-        self.names = [argument.name for argument in parsed.arguments]
-        self.written = [
-            argument.name for argument in parsed.arguments if argument.is_write and argument.name != "norms"
-        ]
-        self.has_products = self.names[-len(_PRODUCTS) :] == [*_PRODUCTS] and self.names[0] != "g"
-        self.stages = tuple(stages)
-        self.streams = (*streams, *(("g", "v1", "v2") if self.has_products else ()))
+        names = [argument.name for argument in parsed.arguments]
+        self._has_products = names[-len(_PRODUCTS) :] == [*_PRODUCTS] and names[0] != "g"
+        # Places among the operands, with their names where errors need them.
+        self._stages = [(names.index(name), name) for name in stages]
+        streams = (*streams, *(_PRODUCTS[:3] if self._has_products else ()))
+        self._streams = [(names.index(name), name) for name in streams]
+        self._norms = names.index("norms") if "norms" in names else None
+        self._states = [0, *(place for place, _ in (*self._streams, *self._stages))]
+        self._written = [place for place in self._states if parsed.arguments[place].is_write]
+        self._read = [place for place in self._states if place not in self._written]
+
+    def __call__(self, *values: Any) -> Any:
+        """The op where nobody differentiates: autograd's own bookkeeping costs as much again."""
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._overload(*values)
 
     def register(self, library: torch.library.Library) -> None:
         library.define(self.schema)
-        run = self._write if self.written else self._compute
+        run = self._write if self._written else self._compute
         library.impl(self.name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(self.qualified_name, self._fake, lib=library)
         torch.library.register_vmap(self.qualified_name, self._vmap, lib=library)
+        self._overload = getattr(torch.ops.resode, self.name).default
 
-    def _check(self, operands: dict[str, Any]) -> Tensor:
-        x: Tensor = operands[self.names[0]]
-        check_stream(self.name, x, **{name: operands[name] for name in self.stages})
-        check_like(self.name, x, **{name: operands[name] for name in self.streams})
-        if "norms" in operands:
-            check_norms(self.name, x, operands["norms"])
+    def _check(self, values: Sequence[Any]) -> Tensor:
+        x: Tensor = values[0]
+        check_stream(self.name, x, [(name, values[place]) for place, name in self._stages])
+        check_like(self.name, x, [(name, values[place]) for place, name in self._streams])
+        if self._norms is not None:
+            check_norms(self.name, x, values[self._norms])
         return x
 
     def _fake(self, *values: Any) -> Tensor | None:
-        x = self._check(dict(zip(self.names, values, strict=True)))
-        return None if self.written else torch.empty_like(x)
+        x = self._check(values)
+        return None if self._written else torch.empty_like(x)
 
     def _compute(self, *values: Any) -> Tensor:
         """The result, laid out as torch.empty_like(x)."""
-        operands = dict(zip(self.names, values, strict=True))
-        x = self._check(operands)
-        out = torch.empty_like(x)
-        if not x.numel():
-            return out
+        x = self._check(values)
         backend = chosen(x.device)
         if backend is reference:
             result: Tensor = getattr(reference, self.name)(*values)
+            if result.stride() == x.stride():
+                return result
+            out = torch.empty_like(x)
             return result if result.stride() == out.stride() else out.copy_(result)
-        self._one_dtype(operands)
-        for name in (self.names[0], *self.stages):
-            operands[name] = laid_out_like(out, operands[name])
+        out = torch.empty_like(x)
+        if not x.numel():
+            return out
+        operands = list(values)
+        self._to_one_dtype(operands)
+        for place in self._states:
+            operands[place] = laid_out_like(out, operands[place])
         with torch.cuda.device_of(x):
-            getattr(backend, self.name)(*operands.values(), out)
+            getattr(backend, self.name)(*operands, out)
         return out
 
     def _write(self, *values: Any) -> None:
         """In place, wherever the written operands lie."""
-        operands = dict(zip(self.names, values, strict=True))
-        x = self._check(operands)
+        x = self._check(values)
         if not x.numel():
             return
-        written = {name: operands[name] for name in self.written if operands[name] is not None}
-        states = [name for name in (self.names[0], *self.streams, *self.stages) if operands[name] is not None]
-        read = [name for name in states if name not in written]
-        operands.update(zip(read, apart([operands[name] for name in read], list(written.values())), strict=True))
-        self._one_dtype(operands)
+        operands = list(values)
+        written = [place for place in self._written if values[place] is not None]
+        read = apart([values[place] for place in self._read], [values[place] for place in written])
+        for place, tensor in zip(self._read, read, strict=True):
+            operands[place] = tensor
+        self._to_one_dtype(operands)
         backend = chosen(x.device)
         if backend is reference:
-            getattr(reference, self.name)(*operands.values())
+            getattr(reference, self.name)(*operands)
             return
-        if self.has_products and operands["g"] is not None and not same_layout(operands["g"], x):
+        if self._has_products and values[-5] is not None and not same_layout(values[-5], x):
             # The adjoint lies in memory in another order: a launch of its own instead of two copies.
-            torch.ops.resode.adjoint_update_(*(operands[name] for name in _PRODUCTS))
-            for name in ("g", "v1", "v2"):
-                operands[name] = None
-            written.pop("g")
+            torch.ops.resode.adjoint_update_(*operands[-5:])
+            operands[-5:-2] = None, None, None
         layout = x if is_dense(x) else torch.empty_like(x)
-        for name in states:
-            operands[name] = laid_out_like(layout, operands[name])
+        for place in self._states:
+            operands[place] = laid_out_like(layout, operands[place])
         with torch.cuda.device_of(x):
-            getattr(backend, self.name)(*operands.values())
-        for name, tensor in written.items():
-            if operands[name] is not tensor:
-                tensor.copy_(operands[name])
+            getattr(backend, self.name)(*operands)
+        for place in written:
+            if operands[place] is not None and operands[place] is not values[place]:
+                values[place].copy_(operands[place])
+            torch.autograd.graph.increment_version(values[place])  # autograd does not see what kernels write
 
-    def _one_dtype(self, operands: dict[str, Any]) -> None:
-        if len(self.stages) == 2:
-            operands["k1"], operands["k2"] = of_one_dtype(operands["k1"], operands["k2"])
+    def _to_one_dtype(self, operands: list[Any]) -> None:
+        if len(self._stages) == 2:
+            (first, _), (second, _) = self._stages
+            operands[first], operands[second] = of_one_dtype(operands[first], operands[second])
 
     def _vmap(self, info: Any, dims: tuple[int | None, ...], *values: Any) -> tuple[Tensor, int]:
-        if self.written:
+        if self._written:
             raise NotImplementedError(
                 f"{self.name}: torch.vmap must not reach an op that mutates; it is the backward step's own"
             )

@@ -5,7 +5,7 @@ Fakes and implementations make the same checks, so compiled code raises alike.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,41 +13,48 @@ from torch import Tensor
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_stream(op: str, x: Tensor, **stages: Tensor | None) -> None:
+Named = Iterable[tuple[str, Tensor | None]]
+
+
+def check_stream(op: str, x: Tensor, stages: Named) -> None:
     """Check a residual stream x and the outputs of blocks that are added to it.
 
     Raises:
         TypeError: if x is not floating point, or a stage's dtype is neither x's nor a narrower one.
         ValueError: if a stage's shape or device is not x's.
     """
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{op}: x must be one of {_names(DTYPES)}, got {_name(x.dtype)}; convert x")
-    for name, stage in stages.items():
+    dtype, shape, device = x.dtype, x.shape, x.device
+    if dtype not in DTYPES:
+        raise TypeError(f"{op}: x must be one of {_names(DTYPES)}, got {_name(dtype)}; convert x")
+    for name, stage in stages:
         if stage is None:
             continue
-        if not fits(stage.dtype, x.dtype):
+        if not fits(stage.dtype, dtype):
             raise TypeError(
                 f"{op}: {name} must have x's dtype or a narrower floating one, got {_name(stage.dtype)} with x "
-                f"{_name(x.dtype)}; convert {name} to {_name(x.dtype)}"
+                f"{_name(dtype)}; convert {name} to {_name(dtype)}"
             )
-        _check_place(op, x, name, stage)
+        if stage.shape != shape or stage.device != device:
+            raise _misplaced(op, x, name, stage)
 
 
-def check_like(op: str, x: Tensor, **others: Tensor | None) -> None:
+def check_like(op: str, x: Tensor, others: Named) -> None:
     """Check tensors that must have the shape, dtype and device of the residual stream x.
 
     Raises:
         TypeError: if one's dtype is not x's.
         ValueError: if one's shape or device is not x's.
     """
-    for name, other in others.items():
+    dtype, shape, device = x.dtype, x.shape, x.device
+    for name, other in others:
         if other is None:
             continue
-        if other.dtype != x.dtype:
+        if other.dtype != dtype:
             raise TypeError(
-                f"{op}: {name} must have x's dtype, got {_name(other.dtype)} with x {_name(x.dtype)}; convert {name}"
+                f"{op}: {name} must have x's dtype, got {_name(other.dtype)} with x {_name(dtype)}; convert {name}"
             )
-        _check_place(op, x, name, other)
+        if other.shape != shape or other.device != device:
+            raise _misplaced(op, x, name, other)
 
 
 def check_norms(op: str, x: Tensor, norms: Tensor) -> None:
@@ -110,11 +117,8 @@ def apart(read: Sequence[Tensor | None], written: Sequence[Tensor]) -> list[Tens
     return [
         tensor.clone()
         if tensor is not None
-        and (storage := tensor.untyped_storage().data_ptr()) in storages
-        and any(
-            storage == other_storage and tensor.data_ptr() < _end(other) and other.data_ptr() < _end(tensor)
-            for other, other_storage in zip(written, storages, strict=True)
-        )
+        and tensor.untyped_storage().data_ptr() in storages
+        and any(tensor.data_ptr() < _end(other) and other.data_ptr() < _end(tensor) for other in written)
         else tensor
         for tensor in read
     ]
@@ -126,16 +130,15 @@ def _end(tensor: Tensor) -> int:
     return tensor.data_ptr() + tensor.itemsize * (1 + sum((size - 1) * stride for size, stride in steps))
 
 
-def _check_place(op: str, x: Tensor, name: str, tensor: Tensor) -> None:
+def _misplaced(op: str, x: Tensor, name: str, tensor: Tensor) -> ValueError:
     if tensor.shape != x.shape:
-        raise ValueError(
+        return ValueError(
             f"{op}: {name} must have x's shape, got {list(tensor.shape)} with x {list(x.shape)}; nothing is broadcast: "
             f"expand {name}"
         )
-    if tensor.device != x.device:
-        raise ValueError(
-            f"{op}: {name} must be on x's device, got {tensor.device} with x on {x.device}; move {name} there"
-        )
+    return ValueError(
+        f"{op}: {name} must be on x's device, got {tensor.device} with x on {x.device}; move {name} there"
+    )
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PARTS = 4
-"""In which differences are taken, so that the temporary tensor is a part of a state."""
+WIDENED = 2**18
+"""Values at most that are widened at once for the norms of a 16-bit stream: a copy of all would be two states large."""
 
 
 def forward_step(x: Tensor, f: Tensor, h: float) -> Tensor:
@@ -63,7 +63,7 @@ def reverse_update_(
         norms: shape [2]; float64 for a float64 stream, else float32.
     """
     x.sub_(_sum(k1, k2, x), alpha=weight)
-    _add_squares_(norms, y, x)
+    _add_squares_(norms, y - x, x)
     if g is not None:
         adjoint_update_(g, v1, v2, g_scale, v_scale)
 
@@ -95,7 +95,7 @@ def reverse_extrapolate_(
     """
     stages = _sum(k1, k2, x).to(x.dtype)
     x.sub_(stages, alpha=weight)
-    _add_squares_(norms, y, x)
+    _add_squares_(norms, y.sub_(x), x)
     torch.mul(d, b, out=y)
     torch.mul(stages, weight, out=d)
     y.sub_(d, alpha=a).add_(x)
@@ -117,10 +117,10 @@ def _sum(k1: Tensor, k2: Tensor | None, x: Tensor) -> Tensor:
     return k1 if k2 is None else k1.to(x.dtype).add(k2)
 
 
-def _add_squares_(norms: Tensor, y: Tensor, x: Tensor) -> None:
-    """norms[0] += |y - x|^2, norms[1] += |x|^2"""
-    defect, scale = norms.unbind()
-    for some_y, some_x in zip(y.reshape(-1).chunk(PARTS), x.reshape(-1).chunk(PARTS), strict=True):
-        for norm, vector in ((defect, some_y - some_x), (scale, some_x)):
-            wide = vector.to(norm.dtype)
+def _add_squares_(norms: Tensor, defect: Tensor, x: Tensor) -> None:
+    """norms[0] += |defect|^2, norms[1] += |x|^2"""
+    for norm, vector in zip(norms.unbind(), (defect, x), strict=True):
+        vector = vector.reshape(-1)
+        for part in (vector,) if vector.dtype == norm.dtype else vector.split(WIDENED):
+            wide = part.to(norm.dtype)
             norm.add_(wide.dot(wide))
