@@ -1,47 +1,78 @@
-"""What a call of an op costs beside the same formula in plain torch: pytest bench/test_ops.py.
+"""What a call of an op costs: pytest bench/test_ops.py.
 
-Small tensors show the overhead of a call, large ones the memory traffic. On a GPU each round waits for the device.
+On one element, on a CPU, no formula takes time: what remains is the call. `op` is that of an op by the reference;
+`kernel call` stops where a kernel would be launched, which is what a call takes of the host on a GPU; `arguments` is
+the part of that which hands a kernel its arguments, a compiled function's conversions and the launch left out. On a
+GPU the same op is called until the queue is full, and the launches are among what it takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import cycle
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from resode_cuda import ops
+from resode_cuda.ops import op as op_module
+from resode_cuda.ops.compiled import Compiled
 
 H = 0.1
-SIZES = {"small": (8, 64), "large": (4096, 1024)}
-WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "op": lambda x, f: torch.ops.resode.forward_step(x, f, H),
-    "plain": lambda x, f: x + H * f,
-}
+NAMES = ("forward_step", "heun_step", "reverse_update_", "reverse_extrapolate_", "adjoint_update_")
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_forward_step(benchmark: Any, device: str, grad: bool, size: str, way: str) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("what", ["op", "kernel call", "arguments"])
+@pytest.mark.parametrize("name", NAMES)
+def test_call(benchmark: Any, monkeypatch: pytest.MonkeyPatch, name: str, what: str) -> None:
+    values = _values(name, "cpu")
+    nothing: Any = SimpleNamespace(dtype_codes={"float32": 0}, **{name: lambda *_: None})
+    compiled: Any = Compiled(nothing, lambda device: 0)
+    if what == "kernel call":
+        monkeypatch.setattr(op_module, "chosen", lambda device: compiled)
+    call = getattr(compiled if what == "arguments" else ops, name)
+    if what == "arguments" and name in NAMES[:2]:
+        values = (*values, torch.empty(1))
+    benchmark.group = f"{name} on one element"
+    _describe(benchmark, "cpu")
+    benchmark(call, *values)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("name", NAMES)
+def test_call_on_a_gpu(benchmark: Any, name: str, backend: str) -> None:
+    if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    benchmark.group = f"forward_step {device} {size} {'grad' if grad else 'no_grad'}"
+    benchmark.group = f"{name} on one element, GPU"
+    _describe(benchmark, "cuda")
+    values = _values(name, "cuda")
+    with ops.using(backend):
+        benchmark(getattr(ops, name), *values)
+    torch.cuda.synchronize()
+
+
+def _values(name: str, device: str) -> tuple[Any, ...]:
+    """An op's arguments, none left out."""
+    x, y, d, k1, k2, g, v1, v2 = (torch.randn(1, device=device) for _ in range(8))
+    norms, adjoint = torch.zeros(2, device=device), (g, v1, v2, 0.9, 0.1)
+    arguments: dict[str, tuple[Any, ...]] = {
+        "forward_step": (x, k1, H),
+        "heun_step": (x, k1, k2, H),
+        "reverse_update_": (x, y, k1, k2, H, norms, *adjoint),
+        "reverse_extrapolate_": (x, y, d, k1, k2, H, 2.0, 1.0, norms, *adjoint),
+        "adjoint_update_": adjoint,
+    }
+    return arguments[name]
+
+
+def _describe(benchmark: Any, device: str) -> None:
     benchmark.extra_info["torch"] = torch.__version__
     benchmark.extra_info["device"] = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    benchmark.extra_info["kernel"] = device == "cuda" and ops.build_info().compiled
-    # Eight pairs, 256 MiB in all where large: no cache holds them until their turn comes again.
-    operands = cycle(
-        [tuple(torch.randn(SIZES[size], device=device, requires_grad=grad) for _ in "xf") for _ in range(8)]
-    )
-
-    def call() -> None:
-        WAYS[way](*next(operands))
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark(call)

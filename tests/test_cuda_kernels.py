@@ -22,7 +22,7 @@ def kernels(host_build):
 @pytest.fixture
 def host(kernels):
     kernels.host_schedule(False, True)
-    return Compiled(kernels, lambda: 0)
+    return Compiled(kernels, lambda device: 0)
 
 
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=pair_id)
@@ -172,7 +172,7 @@ def test_plan(kernels, n, width, address, most, packs, blocks):
 def library():
     if not build_info().compiled:
         pytest.fail(f"there is a GPU, and no library to test on it: {build_info().cause}")
-    return Compiled(require("tests"), lambda: torch.cuda.current_stream().cuda_stream)
+    return Compiled(require("tests"), torch._C._cuda_getCurrentRawStream)
 
 
 @pytest.mark.gpu

@@ -67,7 +67,7 @@ def _first(device: torch.device) -> Any:
 def _backend(name: str) -> Any:
     if name == "cuda":
         kernels = compiled.require("resode_cuda")
-        return compiled.Compiled(kernels, lambda: torch.cuda.current_stream().cuda_stream)
+        return compiled.Compiled(kernels, torch._C._cuda_getCurrentRawStream)
     # Triton takes long to import, and only here is it needed.
     return importlib.import_module(f".{name}" if name == "reference" else f".{name}_kernels", __package__)
 

@@ -79,22 +79,22 @@ class Compiled:
 
     Args:
         kernels: the library, or its sources compiled for the host.
-        stream: the address of the stream to launch on.
+        stream: from a device's index, the address of the stream to launch on.
     """
 
-    def __init__(self, kernels: ModuleType, stream: Callable[[], int]) -> None:
+    def __init__(self, kernels: ModuleType, stream: Callable[[int], int]) -> None:
         self._kernels, self._stream = kernels, stream
         self._code = {getattr(torch, name): code for name, code in kernels.dtype_codes.items()}
 
     def forward_step(self, x: Tensor, f: Tensor, h: float, out: Tensor) -> None:
         self._kernels.forward_step(
-            x.data_ptr(), f.data_ptr(), h, out.data_ptr(), out.numel(), *self._codes(x, f), self._stream()
+            x.data_ptr(), f.data_ptr(), h, out.data_ptr(), out.numel(), *self._codes(x, f), self._stream(x.get_device())
         )
 
     def heun_step(self, x: Tensor, k1: Tensor, k2: Tensor, h: float, out: Tensor) -> None:
         self._kernels.heun_step(
             *(x.data_ptr(), k1.data_ptr(), k2.data_ptr(), h, out.data_ptr()),
-            *(out.numel(), *self._codes(x, k1), self._stream()),
+            *(out.numel(), *self._codes(x, k1), self._stream(x.get_device())),
         )
 
     def reverse_update_(
@@ -115,7 +115,7 @@ class Compiled:
         self._kernels.reverse_update_(
             *(x.data_ptr(), y.data_ptr(), k1.data_ptr(), _address(k2), weight, norms.data_ptr()),
             *(_address(g), _address(v1), _address(v2), g_scale, v_scale),
-            *(_address(partial_norms), x.numel(), *self._codes(x, k1), self._stream()),
+            *(_address(partial_norms), x.numel(), *self._codes(x, k1), self._stream(x.get_device())),
         )
 
     def reverse_extrapolate_(
@@ -139,13 +139,13 @@ class Compiled:
         self._kernels.reverse_extrapolate_(
             *(x.data_ptr(), y.data_ptr(), d.data_ptr(), k1.data_ptr(), _address(k2), weight, a, b, norms.data_ptr()),
             *(_address(g), _address(v1), _address(v2), g_scale, v_scale),
-            *(_address(partial_norms), x.numel(), *self._codes(x, k1), self._stream()),
+            *(_address(partial_norms), x.numel(), *self._codes(x, k1), self._stream(x.get_device())),
         )
 
     def adjoint_update_(self, g: Tensor, v1: Tensor | None, v2: Tensor | None, g_scale: float, v_scale: float) -> None:
         self._kernels.adjoint_update_(
             *(g.data_ptr(), _address(v1), _address(v2), g_scale, v_scale),
-            *(g.numel(), self._code[g.dtype], self._stream()),
+            *(g.numel(), self._code[g.dtype], self._stream(g.get_device())),
         )
 
     def _codes(self, x: Tensor, k: Tensor) -> tuple[int, int]:
