@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import digits, gradients, memory, models, options, resident, sweep, timing
+from bench import digits, gradients, kernels, memory, models, options, resident, sweep, timing
 from bench.modes import MODES, REBUILDING, SCHEMES
 from bench.plots import spread_apart
 from bench.report import Table, Target
+from resode_cuda import ops
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -74,6 +75,27 @@ def test_a_quick_run_leaves_tables_and_plots(quick_run):
         assert f" {mode} " in done.stdout
     assert "Targets are not judged" in done.stdout
     assert "…" not in done.stdout  # no column was cut at 80 characters
+
+
+def test_a_quick_run_of_the_ops_alone(tmp_path):
+    done = run_bench("--quick", "--only", "kernels", "--device", "cpu", "--threads", "1", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = json.loads((tmp_path / "results.json").read_text())["sections"]["kernels"]["steps"]
+    assert {(row["scheme"], row["reverse"]) for row in steps} == set(kernels.STEPS)
+    assert all(row["against_plain"]["median"] > 0 for row in steps)
+    assert "against plain torch" in done.stdout
+
+
+def test_plain_formulas_of_the_benchmark_are_those_of_the_ops():
+    def left_by(formulas, scheme, reverse):
+        torch.manual_seed(0)
+        states, norms = torch.randn(8, 4, 3, dtype=torch.float64).unbind(), torch.zeros(2, dtype=torch.float64)
+        kernels._step(formulas, scheme, reverse, states, norms)
+        return [*states, norms]
+
+    for scheme, reverse in kernels.STEPS:
+        for got, expected in zip(*(left_by(f, scheme, reverse) for f in (kernels.Plain, ops)), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_section_that_fails_leaves_the_others_figures(tmp_path, monkeypatch, capsys):
