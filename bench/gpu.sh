@@ -91,7 +91,7 @@ if [ $gpu = yes ] && [ -z "${RESODE_CUDA_ARCHS:-}" ]; then
   export RESODE_CUDA_ARCHS
 fi
 workers=()
-if python3 -c 'import xdist' 2>/dev/null; then workers=(-n 4); fi
+if python3 -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
 
 stage machine 30 bash -c 'nvidia-smi; nvcc --version; python3 -m pip list; git describe --always --dirty'
 stage build 120 python3 -m pip install --no-build-isolation --no-deps --verbose --editable .
