@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .capture import is_capturing
 from .ops.operands import norm_dtype
 
 ON_DRIFT = ("ignore", "warn", "raise", "checkpoint")
@@ -98,10 +99,12 @@ class DriftMonitor:
         place.square_()
 
     def end(self) -> None:
-        """A backward pass rebuilt all that it will."""
+        """A backward pass rebuilt all that it will. What a CUDA graph measures on its replays is not judged."""
         if self._squares is None or not self._unchecked:
             return
         self._unchecked = False
+        if is_capturing():
+            return
         if self._squares.device.type == "cpu":
             self._judge(self._squares)
         elif not self._settled():

@@ -19,6 +19,8 @@ from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 
+from .capture import draws_are_replayable, is_capturing
+
 
 def submodules(blocks: Iterable[nn.Module]) -> list[nn.Module]:
     """The blocks and all modules inside them, each once. (`Module.modules` builds every name on the way.)"""
@@ -104,7 +106,7 @@ class _Rng:
         self.device = None if device.type in ("cpu", "meta") else device
 
     def states(self) -> tuple[Tensor, ...]:
-        if self.device is None:
+        if self.device is None or is_capturing():
             return (torch.get_rng_state(),)
         return torch.get_rng_state(), torch.get_device_module(self.device).get_rng_state(self.device)
 
@@ -193,7 +195,8 @@ class Replayed:
         self.autocast = [_Autocast.of(device_type) for device_type in self.device_types]
         states = self.rng.states()
         buffers = [_Buffer.of(slot, module) for module in self.modules for slot in buffer_slots(module)]
-        out = run()
+        with draws_are_replayable():
+            out = run()
         if not all(map(torch.equal, states, self.rng.states())):
             self.rng_states = states
         for buffer in buffers:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import adjoint, checkpoint, traced
 from .blocks import Arguments, Block, Call
 from .calibration import Loss, Plan, Recalibration
+from .capture import is_capturing
 from .drift import ON_DRIFT, Drift, DriftMonitor
 from .replay import buffers_untouched
 from .reverse import Reverse, extrapolate, extrapolation_weights, predict, solver_from
@@ -68,6 +69,8 @@ class ResidualStack(nn.Module):
     - `torch.compile` of the stack, or of a model with it, does not see random numbers that a block draws by a function
       instead of a module, nor buffers that it writes by itself: call such a stack through `torch.compiler.disable`.
       Drift is not measured in compiled code.
+    - A CUDA graph may capture training steps of blocks that draw no random numbers; others are refused while it does.
+      Replays measure `drift`, and nothing warns of it: read it.
     - Two threads may train one stack if its blocks draw no random numbers, write no buffers and have no hooks on their
       parameters.
 
@@ -147,7 +150,9 @@ class ResidualStack(nn.Module):
         return self._forward(x, args, kwargs)
 
     def _forward(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        if torch._C._current_graph_task_id() == -1:  # else a checkpoint around the stack repeats a forward pass
+        # A checkpoint around the stack repeats a forward pass within a backward pass.
+        is_repeated = torch._C._current_graph_task_id() != -1
+        if not is_repeated and not is_capturing():
             self._settle(x, args, kwargs)
         blocks, state = self._blocks_for(x), x.to(self._stream_dtype_for(x))
         tensors = Arguments.tensors(args, kwargs)

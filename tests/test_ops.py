@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from networks import block_count, half_square
+from networks import block_count, half_square, pretend_to_capture
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import resode_cuda
@@ -528,11 +528,8 @@ def test_a_backward_step_touches_memory_as_often_as_the_table_says(scheme, rever
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("reverse", ["paper", "corrected", "extrapolated"])
 def test_a_training_step_reads_nothing_back_from_the_device(monkeypatch, scheme, reverse):
-    """The drift apart, which a GPU's host reads asynchronously, and the host's own random states."""
-    from resode_cuda.drift import DriftMonitor
-
-    monkeypatch.setattr(DriftMonitor, "look", lambda self: None)
-    monkeypatch.setattr(DriftMonitor, "end", lambda self: None)
+    """While a graph is captured; else a GPU's host reads the drift asynchronously, and random states."""
+    pretend_to_capture(monkeypatch)
     stack = ResidualStack([torch.nn.Linear(3, 3) for _ in range(block_count(scheme, 5))], scheme, reverse=reverse)
     x = torch.randn(4, 3)
     with Log() as log:
