@@ -9,7 +9,9 @@ from resode_cuda.ops import build_info, reference
 from resode_cuda.ops.compiled import Compiled, require
 
 THREADS = 256
-"""Of a block. A grid has at most 6 blocks, those of the reverse updates 3, on the one multiprocessor of the host."""
+"""Of a block. A grid has at most 6 blocks a multiprocessor, those of the reverse updates 3."""
+ONE_PROCESSOR, LARGE_GPU = 0, 1
+"""Devices of the host. Tests run on the one with a single multiprocessor unless they say otherwise."""
 MIXED = (torch.float32, torch.bfloat16)
 BARRIERS = [case for case in CASES if case.op.startswith("reverse")]
 
@@ -22,6 +24,7 @@ def kernels(host_build):
 @pytest.fixture
 def host(kernels):
     kernels.host_schedule(False, True)
+    kernels.host_device(ONE_PROCESSOR)
     return Compiled(kernels, lambda device: 0)
 
 
@@ -125,6 +128,15 @@ def test_deterministic_norms(kernels, host, deterministic, op, pair):
         check(case, values, results)
         found.append(results["norms"])
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("op", ["reverse_update_", "reverse_extrapolate_"])
+def test_deterministic_norms_of_more_blocks_than_a_block_has_threads(kernels, host, deterministic, op):
+    kernels.host_device(LARGE_GPU)
+    assert kernels.most_reverse_blocks() > THREADS
+    case = Case(op)
+    values = operands(case, (torch.float32, torch.float32), (kernels.most_reverse_blocks() * THREADS * 4,))
+    check(case, values, by_kernel(host, case, values))
 
 
 def test_an_unknown_dtype_is_refused(kernels):

@@ -1,13 +1,14 @@
 // The CUDA runtime as far as csrc/ calls it: launches are executed before they return, within the limits of a real grid.
 #pragma once
 #include <cstddef>
+#include <iterator>
 #include <map>
 
 #include "threads.h"
 
 using cudaStream_t = void*;
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration, cudaErrorInvalidDevice };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 
@@ -18,32 +19,42 @@ struct cudaLaunchConfig_t {
 };
 
 namespace host {
-constexpr int kProcessors = 1;  // few, so that small tensors already take more than one stride of a grid
+// Of each device: few, so that small tensors already take more than one stride of a grid, and as many as a large GPU has.
+constexpr int kProcessors[] = {1, 132};
+inline int device = 0;  // the current one, of all threads
 constexpr size_t kSharedWithoutAsking = 48 << 10, kMostShared = 227 << 10;
 inline std::map<const void*, size_t> shared_limits;  // of kernels that asked for more
 }  // namespace host
 
 inline const char* cudaGetErrorName(cudaError_t error) {
-  return error == cudaSuccess             ? "cudaSuccess"
-         : error == cudaErrorInvalidValue ? "cudaErrorInvalidValue"
-                                          : "cudaErrorInvalidConfiguration";
+  return error == cudaSuccess              ? "cudaSuccess"
+         : error == cudaErrorInvalidValue  ? "cudaErrorInvalidValue"
+         : error == cudaErrorInvalidDevice ? "cudaErrorInvalidDevice"
+                                           : "cudaErrorInvalidConfiguration";
 }
 
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess             ? "no error"
-         : error == cudaErrorInvalidValue ? "invalid argument"
-                                          : "invalid configuration argument";
+  return error == cudaSuccess              ? "no error"
+         : error == cudaErrorInvalidValue  ? "invalid argument"
+         : error == cudaErrorInvalidDevice ? "invalid device ordinal"
+                                           : "invalid configuration argument";
 }
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
-inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+inline cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= static_cast<int>(std::size(host::kProcessors))) return cudaErrorInvalidDevice;
+  host::device = device;
   return cudaSuccess;
 }
 
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = host::kProcessors;
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = host::device;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
+  *value = host::kProcessors[device];
   return cudaSuccess;
 }
 

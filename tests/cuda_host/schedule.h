@@ -1,9 +1,10 @@
-// What a host module offers to tests besides its kernels: the schedule, and the plan of a launch.
+// What a host module offers to tests besides its kernels: the schedule, the device, and the plan of a launch.
 #pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "host.h"
+#include "launch.h"
 #include "plan.h"
 
 inline std::pair<int64_t, int64_t> plan_of(int64_t n, int stream_bytes, const std::vector<uintptr_t>& addresses,
@@ -23,5 +24,8 @@ inline void define_host_functions(pybind11::module_& module) {
         host::copies_late = copies_late;
       },
       "The order in which threads move, and when asynchronous copies land; threads.h says what each shows.");
+  module.def(
+      "host_device", [](int device) { check("there is no such device", cudaSetDevice(device)); },
+      "Makes one of the devices of runtime.h, which differ in their multiprocessors, the current one.");
   module.def("plan", &plan_of, "Packs and blocks for n values of that many bytes at these addresses.");
 }
