@@ -2,10 +2,11 @@
 
 from importlib.metadata import version
 
-from . import ops
+from . import functional, ops
 from .calibration import Candidate, Plan, calibrate
 from .drift import Drift, DriftError, DriftLogger
 from .initialize import deepen, smooth_init_
+from .mlp import ResidualMLP
 from .ops import backends
 from .reverse import Reverse
 from .stack import ResidualStack
@@ -17,11 +18,13 @@ __all__ = [
     "DriftError",
     "DriftLogger",
     "Plan",
+    "ResidualMLP",
     "ResidualStack",
     "Reverse",
     "backends",
     "calibrate",
     "deepen",
+    "functional",
     "ops",
     "smooth_init_",
 ]

@@ -358,7 +358,7 @@ def _set(
     """The stack's settings for one trial (None: as they are), no training step, with a drift monitor of its own."""
     before = stack.gradient, stack.reverse, stack.anchors, stack._monitor, stack._recalibration
     try:
-        stack._monitor, stack._recalibration = DriftMonitor(len(stack.steps)), None
+        stack._monitor, stack._recalibration = DriftMonitor("ResidualStack", len(stack.steps)), None
         if gradient is not None:
             stack.gradient, stack.anchors = gradient, anchors
         if reverse is not None:

@@ -47,7 +47,8 @@ class DriftMonitor:
     read in a later forward pass, once the copy has arrived, or when `drift` is read.
     """
 
-    def __init__(self, steps: int, max_drift: float = 0.05, on_drift: str = "ignore") -> None:
+    def __init__(self, where: str, steps: int, max_drift: float = 0.05, on_drift: str = "ignore") -> None:
+        self._where = where
         self.max_drift, self.on_drift = max_drift, on_drift
         self.gradient_error_per_defect: float | None = None
         self.wants_exact = False
@@ -65,17 +66,34 @@ class DriftMonitor:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copied or unpickled stack has had no backward pass.
-        return _monitor, (self._steps, self.max_drift, self.on_drift, self.gradient_error_per_defect)
+        return _monitor, (self._where, self._steps, self.max_drift, self.on_drift, self.gradient_error_per_defect)
 
     def begin(self, stream: Tensor, measures: bool) -> None:
         """A backward pass starts; it measures defects, or looks for NaN and Inf alone."""
+        self._prepared(stream).zero_()
+        self._measured, self._reached_input = measures, False
+
+    def norms(self, stream: Tensor) -> Tensor:
+        """All steps' rows, shape [steps, 2], for a backward pass that fills them at once."""
+        return self._prepared(stream)[:-1]
+
+    def watch(self, node: Any, measures: bool) -> None:
+        """Begin and end with the backward pass of an autograd node that fills `norms`."""
+
+        def begin(cotangents: tuple[Tensor, ...]) -> None:
+            if cotangents[0] is not None:
+                self.begin(cotangents[0], measures)
+                self._unchecked = True
+
+        node.register_prehook(begin)
+        node.register_hook(lambda *_: self.end())
+
+    def _prepared(self, stream: Tensor) -> Tensor:
         dtype = norm_dtype(stream.dtype)
         if self._squares is None or self._squares.device != stream.device or self._squares.dtype != dtype:
             self._squares = torch.zeros(self._steps + 1, 2, dtype=dtype, device=stream.device)
             self._rows = self._squares.unbind()
-        else:
-            self._squares.zero_()
-        self._measured, self._reached_input = measures, False
+        return self._squares
 
     def row(self, n: int) -> Tensor:
         """Where the step's squared norms |y - x_n|^2 and |x_n|^2 are to be added up."""
@@ -158,7 +176,7 @@ class DriftMonitor:
             n = int(broken[-1])
             self._act(
                 "broken",
-                f"ResidualStack: the reconstruction of step {n} met NaN, Inf or a norm too large to be "
+                f"{self._where}: the reconstruction of step {n} met NaN, Inf or a norm too large to be "
                 f"squared, gradients of steps 0 to {n} are wrong; "
                 'use gradient="checkpoint", more corrections, anchors, or a smaller step',
             )
@@ -169,7 +187,7 @@ class DriftMonitor:
             if defect > self.max_drift:
                 self._act(
                     "drift",
-                    f"ResidualStack: the defect of step {worst} must be at most max_drift={self.max_drift:g}, got "
+                    f"{self._where}: the defect of step {worst} must be at most max_drift={self.max_drift:g}, got "
                     f"{defect:.1e}, so gradients may be as far off; choose a solver with resode_cuda.calibrate, or "
                     "use more corrections, anchors, or a smaller step",
                 )
@@ -186,8 +204,8 @@ class DriftMonitor:
             warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-def _monitor(steps: int, max_drift: float, on_drift: str, factor: float | None) -> DriftMonitor:
-    monitor = DriftMonitor(steps, max_drift, on_drift)
+def _monitor(where: str, steps: int, max_drift: float, on_drift: str, factor: float | None) -> DriftMonitor:
+    monitor = DriftMonitor(where, steps, max_drift, on_drift)
     monitor.gradient_error_per_defect = factor
     return monitor
 

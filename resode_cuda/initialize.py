@@ -9,16 +9,20 @@ from __future__ import annotations
 import copy
 import math
 from fractions import Fraction
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from .mlp import ResidualMLP
 from .stack import ResidualStack
+
+Smoothed = TypeVar("Smoothed", ResidualStack, ResidualMLP)
 
 
 @torch.no_grad()
-def smooth_init_(stack: ResidualStack) -> ResidualStack:
+def smooth_init_(stack: Smoothed) -> Smoothed:
     """Make freshly initialised weights vary smoothly with depth, in place.
 
     theta(t) = m + cos(pi t/2) (A - m) + sin(pi t/2) (B - m),   t = n / (count - 1)
@@ -32,22 +36,22 @@ def smooth_init_(stack: ResidualStack) -> ResidualStack:
     error of O(h^p), h = 1/N, with the orders p that `Reverse` states; independent blocks give a lower order.
 
     Args:
-        stack: freshly initialised blocks that all have the same parameters. The parameter objects, their dtypes,
-            devices and `requires_grad` stay, so an optimizer may already hold them. The first and the last block and
-            all buffers keep their values. A tensor that several blocks share is written at the first of them; one
-            that the first or the last block holds is not written.
+        stack: a `ResidualMLP`, or a `ResidualStack` of blocks that all have the same parameters, freshly initialised.
+            The parameter objects, their dtypes, devices and `requires_grad` stay, so an optimizer may already hold
+            them. The first and the last block and all buffers keep their values. A tensor that several blocks share is
+            written at the first of them; one that the first or the last block holds is not written.
 
     Returns:
         The stack.
 
     Raises:
-        TypeError: if stack is not a ResidualStack.
+        TypeError: if stack is neither of the two.
         ValueError: if blocks differ in names or shapes of their parameters, or a parameter has no floating values yet.
 
     Source: the regime of weights tied or smooth in depth at initialisation that Sander, Ablin and Peyré, NeurIPS 2022,
     arXiv:2205.14612, study; the interpolation is this library's.
     """
-    blocks = _parameters("smooth_init_", stack)
+    blocks = _layers(stack) if isinstance(stack, ResidualMLP) else _parameters("smooth_init_", stack)
     first, last = blocks[0], blocks[-1]
     done = {id(parameter) for end in (first, last) for parameter in end.values()}
     for n, block in enumerate(blocks):
@@ -124,6 +128,12 @@ def deepen(stack: ResidualStack, steps: int) -> ResidualStack:
     )
     deeper.training = stack.training  # train() would also overwrite the blocks' own flags
     return deeper
+
+
+def _layers(mlp: ResidualMLP) -> list[dict[str, Tensor]]:
+    """Views of each layer's parameters by name."""
+    stacked = {name: parameter.unbind() for name, parameter in mlp.named_parameters()}
+    return [{name: layers[n] for name, layers in stacked.items()} for n in range(mlp.weight_in.shape[0])]
 
 
 def _refined(old: tuple[float, ...], steps: int) -> list[float]:

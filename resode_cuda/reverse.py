@@ -8,7 +8,7 @@ iteration can be accelerated by mixing two iterates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,13 +102,13 @@ PRESETS = {
 }
 
 
-def solver_from(reverse: str | Reverse) -> Reverse:
-    """The solver that `ResidualStack(reverse=...)` names."""
+def solver_from(where: str, reverse: str | Reverse) -> Reverse:
+    """The solver that `reverse=...` names."""
     if isinstance(reverse, Reverse):
         return reverse
     if isinstance(reverse, str) and reverse in PRESETS:
         return PRESETS[reverse]
-    raise ValueError(f"ResidualStack: reverse must be one of {tuple(PRESETS)} or a Reverse, got {reverse!r}")
+    raise ValueError(f"{where}: reverse must be one of {tuple(PRESETS)} or a Reverse, got {reverse!r}")
 
 
 def predict(
@@ -124,9 +124,18 @@ def predict(
     `predicted` is x_next less the increment expected of this step; None where the reverse step has to predict.
     """
     y = scheme.reverse_step(blocks, x_next, h) if predicted is None else predicted
+    return corrected(solver, y, lambda y: scheme.add(x_next, scheme.stages(blocks, y, h), -h))
+
+
+def corrected(solver: Reverse, y: Tensor, step_back: Callable[[Tensor], Tensor]) -> Tensor:
+    """y after the solver's corrections.
+
+    Args:
+        step_back: y -> x_{n+1} - Phi_n(y), in a tensor that neither it nor the caller uses again.
+    """
     fresh_before = residual_before = None
     for _ in range(solver.corrections):
-        fresh = scheme.add(x_next, scheme.stages(blocks, y, h), -h)
+        fresh = step_back(y)
         if not solver.accelerate:
             y = fresh
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -14,16 +13,15 @@ from . import adjoint, checkpoint, traced
 from .blocks import Arguments, Block, Call
 from .calibration import Loss, Plan, Recalibration
 from .capture import is_capturing
-from .drift import ON_DRIFT, Drift, DriftMonitor
 from .replay import buffers_untouched
-from .reverse import Reverse, extrapolate, extrapolation_weights, predict, solver_from
+from .reverse import Reverse, extrapolate, extrapolation_weights, predict
 from .schemes import SCHEMES, increment
+from .settings import AdjointModule, checked_steps
 
-GRADIENTS = ("adjoint", "checkpoint", "backprop")
 STREAM_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-class ResidualStack(nn.Module):
+class ResidualStack(AdjointModule):
     """A residual network of any blocks, x_{n+1} = x_n + Phi_n(x_n), with a backward pass of O(1) activation memory.
 
     The forward pass, the parameters and the `state_dict` are those of the ordinary network (`nn.Sequential(*blocks)`
@@ -97,34 +95,35 @@ class ResidualStack(nn.Module):
         on_drift: str = "warn",
         keep_input: bool = False,
     ) -> None:
-        super().__init__()
         blocks = list(blocks)
         for index, block in enumerate(blocks):
             if not isinstance(block, nn.Module):
                 raise TypeError(f"ResidualStack: block {index} must be an nn.Module, got {type(block).__name__}")
-            self.add_module(str(index), block)
         if scheme not in SCHEMES:
             raise ValueError(f"ResidualStack: scheme must be one of {tuple(SCHEMES)}, got {scheme!r}")
-        self._scheme = SCHEMES[scheme]
-        needed = self._scheme.blocks_per_step
+        needed = SCHEMES[scheme].blocks_per_step
         if len(blocks) < needed:
             way_out = 'use scheme="euler" or add a block' if blocks else "pass a list of modules"
             raise ValueError(
                 f"ResidualStack: scheme={scheme!r} needs at least {needed} block{'s'[: needed - 1]}, "
                 f"got {len(blocks)}; {way_out}"
             )
+        super().__init__(
+            checked_steps("ResidualStack", step, len(blocks) + 1 - needed),
+            gradient=gradient,
+            reverse=reverse,
+            anchors=anchors,
+            max_drift=max_drift,
+            on_drift=on_drift,
+        )
+        for index, block in enumerate(blocks):
+            self.add_module(str(index), block)
+        self._scheme = SCHEMES[scheme]
         self._block_count = len(blocks)
-        self._steps = _checked_steps(step, len(blocks) + 1 - needed)
         if stream_dtype not in (None, *STREAM_DTYPES):
             raise TypeError(f"ResidualStack: stream_dtype must be one of {STREAM_DTYPES} or None, got {stream_dtype!r}")
         self.stream_dtype = stream_dtype
         self.keep_input = keep_input
-        self._monitor = DriftMonitor(len(self._steps))
-        self.max_drift = max_drift
-        self.on_drift = on_drift
-        self.gradient = gradient
-        self.reverse = reverse
-        self.anchors = anchors
         self._recalibration: Recalibration | None = None
 
     def forward(self, x: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
@@ -291,84 +290,6 @@ class ResidualStack(nn.Module):
                 later = [increment(self._scheme, stages, h, state), *later[:1]]
         return state.to(x_last.dtype)
 
-    @property
-    def drift(self) -> Drift | None:
-        """What the last backward pass measured of its error; None before the first, after a forward pass that is not
-        for the adjoint, and for a solver without reuse unless `keep_input` is set.
-
-        Tensors on the device of the input; reading their values is what waits for the device.
-        """
-        return self._monitor.read()
-
-    @property
-    def gradient(self) -> str:
-        """`"adjoint"`, `"checkpoint"` or `"backprop"`; may be set between training steps."""
-        return self._gradient
-
-    @gradient.setter
-    def gradient(self, gradient: str) -> None:
-        if gradient not in GRADIENTS:
-            raise ValueError(f"ResidualStack: gradient must be one of {GRADIENTS}, got {gradient!r}")
-        self._gradient = gradient
-        self._monitor.wants_exact = False
-        self._monitor.gradient_error_per_defect = None
-
-    @property
-    def reverse(self) -> Reverse:
-        """The reverse solver; may be set, also by a preset's name, between training steps."""
-        return self._solver
-
-    @reverse.setter
-    def reverse(self, reverse: str | Reverse) -> None:
-        self._solver = solver_from(reverse)
-        self._monitor.gradient_error_per_defect = None
-
-    @property
-    def anchors(self) -> int | None:
-        """Steps from one kept state to the next; may be set between training steps."""
-        return self._anchors
-
-    @anchors.setter
-    def anchors(self, anchors: int | None) -> None:
-        if anchors is not None:
-            if not isinstance(anchors, int) or isinstance(anchors, bool):
-                raise TypeError(f"ResidualStack: anchors must be an integer or None, got {anchors!r}")
-            if anchors < 1:
-                raise ValueError(f"ResidualStack: anchors must be >= 1, got {anchors}; use None for no anchors")
-        self._anchors = anchors
-        self._monitor.gradient_error_per_defect = None
-
-    @property
-    def max_drift(self) -> float:
-        """The largest defect that is accepted; may be set between training steps."""
-        return self._monitor.max_drift
-
-    @max_drift.setter
-    def max_drift(self, max_drift: float) -> None:
-        if not isinstance(max_drift, (int, float)) or isinstance(max_drift, bool):
-            raise TypeError(f"ResidualStack: max_drift must be a number, got {max_drift!r}")
-        if not max_drift > 0:
-            raise ValueError(
-                f'ResidualStack: max_drift must be > 0, got {max_drift}; use on_drift="ignore" for no limit'
-            )
-        self._monitor.max_drift = float(max_drift)
-
-    @property
-    def on_drift(self) -> str:
-        """`"ignore"`, `"warn"`, `"raise"` or `"checkpoint"`; may be set between training steps."""
-        return self._monitor.on_drift
-
-    @on_drift.setter
-    def on_drift(self, on_drift: str) -> None:
-        if on_drift not in ON_DRIFT:
-            raise ValueError(f"ResidualStack: on_drift must be one of {ON_DRIFT}, got {on_drift!r}")
-        self._monitor.on_drift = on_drift
-
-    @property
-    def steps(self) -> tuple[float, ...]:
-        """h of each step."""
-        return self._steps
-
     def __len__(self) -> int:
         """Number of blocks."""
         return self._block_count
@@ -384,10 +305,7 @@ class ResidualStack(nn.Module):
         return {**self.__dict__, "_recalibration": None}
 
     def extra_repr(self) -> str:
-        shown = f"scheme={self._scheme.name!r}, steps={len(self._steps)}, gradient={self._gradient!r}"
-        if self._gradient == "adjoint":
-            shown += f", reverse={self._solver}"
-        return shown if self._anchors is None else f"{shown}, anchors={self._anchors}"
+        return self._described(self._scheme.name)
 
     def _of_step(self, blocks: Sequence[Block], n: int) -> Sequence[Block]:
         return blocks[n : n + self._scheme.blocks_per_step]
@@ -410,20 +328,3 @@ def _forward_uncompiled(stack: ResidualStack, x: Tensor, args: tuple[Any, ...], 
     # A compiler that traced the adjoint would be free to draw other random numbers, and to move the reconstruction
     # into the forward pass. Blocks compiled on their own (block.compile()) stay compiled.
     return stack._forward(x, args, kwargs)
-
-
-def _checked_steps(step: float | Sequence[float] | None, count: int) -> tuple[float, ...]:
-    if step is None:
-        return (1 / count,) * count
-    if getattr(step, "requires_grad", False):
-        raise TypeError("ResidualStack: step must not require gradients, got a tensor that does; detach it")
-    try:
-        steps = tuple(map(float, step)) if isinstance(step, Iterable) else (float(step),) * count
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"ResidualStack: step must be a number, one for each step, or None, got {step!r}") from error
-    if len(steps) != count:
-        raise ValueError(f"ResidualStack: step must be one number or {count}, one for each step, got {len(steps)}")
-    for h in steps:
-        if not (math.isfinite(h) and h > 0):
-            raise ValueError(f"ResidualStack: step must be positive and finite, got {h}; leave it out for 1/{count}")
-    return steps

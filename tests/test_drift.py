@@ -166,7 +166,7 @@ def test_copies_of_norms_are_read_when_they_have_arrived():
         def synchronize(self):
             assert self.looks > 2
 
-    monitor = DriftMonitor(3)
+    monitor = DriftMonitor("ResidualStack", 3)
     squares = torch.ones(4, 2)
     squares[1, 0] = torch.nan
     monitor._arriving.append((squares, Event()))

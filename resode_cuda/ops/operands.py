@@ -25,14 +25,14 @@ def check_stream(op: str, x: Tensor, stages: Named) -> None:
     """
     dtype, shape, device = x.dtype, x.shape, x.device
     if dtype not in DTYPES:
-        raise TypeError(f"{op}: x must be one of {_names(DTYPES)}, got {_name(dtype)}; convert x")
+        raise TypeError(f"{op}: x must be one of {_names(DTYPES)}, got {dtype_name(dtype)}; convert x")
     for name, stage in stages:
         if stage is None:
             continue
         if not fits(stage.dtype, dtype):
             raise TypeError(
-                f"{op}: {name} must have x's dtype or a narrower floating one, got {_name(stage.dtype)} with x "
-                f"{_name(dtype)}; convert {name} to {_name(dtype)}"
+                f"{op}: {name} must have x's dtype or a narrower floating one, got {dtype_name(stage.dtype)} with x "
+                f"{dtype_name(dtype)}; convert {name} to {dtype_name(dtype)}"
             )
         if stage.shape != shape or stage.device != device:
             raise _misplaced(op, x, name, stage)
@@ -51,7 +51,8 @@ def check_like(op: str, x: Tensor, others: Named) -> None:
             continue
         if other.dtype != dtype:
             raise TypeError(
-                f"{op}: {name} must have x's dtype, got {_name(other.dtype)} with x {_name(dtype)}; convert {name}"
+                f"{op}: {name} must have x's dtype, got {dtype_name(other.dtype)} with x {dtype_name(dtype)}; "
+                f"convert {name}"
             )
         if other.shape != shape or other.device != device:
             raise _misplaced(op, x, name, other)
@@ -66,7 +67,9 @@ def check_norms(op: str, x: Tensor, norms: Tensor) -> None:
     """
     dtype = norm_dtype(x.dtype)
     if norms.dtype != dtype:
-        raise TypeError(f"{op}: norms must be {_name(dtype)} with x {_name(x.dtype)}, got {_name(norms.dtype)}")
+        raise TypeError(
+            f"{op}: norms must be {dtype_name(dtype)} with x {dtype_name(x.dtype)}, got {dtype_name(norms.dtype)}"
+        )
     if norms.shape != (2,) or not norms.is_contiguous() or norms.device != x.device:
         raise ValueError(
             f"{op}: norms must be two contiguous values on {x.device}, got shape {list(norms.shape)}, strides "
@@ -141,9 +144,9 @@ def _misplaced(op: str, x: Tensor, name: str, tensor: Tensor) -> ValueError:
     )
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(_name(dtype) for dtype in dtypes)
+    return ", ".join(dtype_name(dtype) for dtype in dtypes)

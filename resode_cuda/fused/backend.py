@@ -1,0 +1,51 @@
+"""Which backend computes a depth-fused op."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reverse import Reverse
+from .network import Network
+
+NAMES = ("auto", "cuda", "triton", "torch")
+
+
+def causes(network: Network, x: Tensor, solver: Reverse | None) -> dict[str, str | None]:
+    """Each backend, from the first choice to the last, and why it can't compute this; None where it can.
+
+    Args:
+        solver: None where nothing is rebuilt.
+    """
+    return {name: _cause(name, network, x.device, solver) for name in NAMES[1:]}
+
+
+def chosen(where: str, backend: str, network: Network, x: Tensor, solver: Reverse | None) -> Any:
+    """The module that computes the op.
+
+    Raises:
+        ValueError: for an unknown name, or a backend asked for by name that can't compute this, with the cause.
+    """
+    if backend not in NAMES:
+        raise ValueError(f"{where}: backend must be one of {NAMES}, got {backend!r}")
+    if backend == "auto":
+        backend = next(name for name, cause in causes(network, x, solver).items() if cause is None)
+    elif cause := _cause(backend, network, x.device, solver):
+        raise ValueError(f'{where}: backend={backend!r} can\'t compute this: {cause}; use "auto" or "torch"')
+    return importlib.import_module(f"{__package__}.{backend}_backend")
+
+
+def _cause(name: str, network: Network, device: torch.device, solver: Reverse | None) -> str | None:
+    if name == "torch":
+        return None
+    if name == "cuda":
+        return "there are no kernels in CUDA C++ for whole stacks yet"
+    if device.type != "cuda":
+        return f"kernels run on CUDA devices, got tensors on {device}"
+    from . import triton_backend
+
+    cause: str | None = triton_backend.cause(network, device, solver)
+    return cause

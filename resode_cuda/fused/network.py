@@ -1,0 +1,145 @@
+"""What the depth-fused ops compute: a residual network of two-layer perceptrons, its parameters stacked over layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops.operands import dtype_name
+from ..schemes import SCHEMES, Scheme
+from .activations import ACTIVATIONS
+from .norms import NORMS
+
+COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Network:
+    """x_{n+1} = x_n + Phi_n(x_n) with f_n(x) = W2_n s(W1_n norm(x) + b1_n) + b2_n.
+
+    Args:
+        weight_in, bias_in: W1 [layers, hidden, dim], b1 [layers, hidden] or None.
+        weight_out, bias_out: W2 [layers, dim, hidden], b2 [layers, dim] or None. All of one dtype, that of products.
+        steps: h of each step, dimensionless.
+        scheme: "euler", a layer a step; or "heun", a layer more than there are steps.
+        activation: s, of `ACTIVATIONS`.
+        norm: of `NORMS`.
+    """
+
+    weight_in: Tensor
+    bias_in: Tensor | None
+    weight_out: Tensor
+    bias_out: Tensor | None
+    steps: Sequence[float]
+    scheme: str
+    activation: str
+    norm: str | None
+
+    @property
+    def layers(self) -> int:
+        return self.weight_in.shape[0]
+
+    @property
+    def hidden(self) -> int:
+        return self.weight_in.shape[1]
+
+    @property
+    def dim(self) -> int:
+        return self.weight_in.shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the operands of matrix products."""
+        return self.weight_in.dtype
+
+    @property
+    def stream_dtype(self) -> torch.dtype:
+        """Of the states between layers, and in which products are added up."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        return self.weight_in, self.bias_in, self.weight_out, self.bias_out
+
+    @property
+    def formulas(self) -> type[Scheme]:
+        return SCHEMES[self.scheme]
+
+    def check(self, where: str, x: Tensor) -> None:
+        """Check the network, and a state x that it is applied to.
+
+        Raises:
+            TypeError: for a dtype that is not one of COMPUTE_DTYPES, parameters of several, or an x that is not of the
+                stream's.
+            ValueError: for unknown names, shapes or devices that do not fit, and steps that are not finite.
+        """
+        for name, value, known in (
+            ("scheme", self.scheme, tuple(SCHEMES)),
+            ("activation", self.activation, tuple(ACTIVATIONS)),
+            ("norm", self.norm, NORMS),
+        ):
+            if value not in known:
+                raise ValueError(f"{where}: {name} must be one of {known}, got {value!r}")
+        self._check_parameters(where)
+        steps = self.layers + 1 - self.formulas.blocks_per_step
+        if steps < 1:
+            raise ValueError(
+                f"{where}: scheme={self.scheme!r} needs at least {self.formulas.blocks_per_step} layers, got "
+                f"{self.layers}; stack the parameters of more layers"
+            )
+        if len(self.steps) != steps:
+            raise ValueError(f"{where}: step must give h for each of {steps} steps, got {len(self.steps)}")
+        for h in self.steps:
+            if not (math.isfinite(h) and h > 0):
+                raise ValueError(f"{where}: step must be positive and finite, got {h}; leave it out for 1/{steps}")
+        if x.dtype != self.stream_dtype:
+            raise TypeError(
+                f"{where}: x must be {dtype_name(self.stream_dtype)}, the dtype of states with "
+                f"{dtype_name(self.dtype)} parameters, got {dtype_name(x.dtype)}; convert x"
+            )
+        if x.dim() == 0 or x.shape[-1] != self.dim:
+            raise ValueError(
+                f"{where}: x must have shape [*, {self.dim}], as weight_in {list(self.weight_in.shape)} says, got "
+                f"{list(x.shape)}"
+            )
+        if x.device != self.weight_in.device:
+            raise ValueError(
+                f"{where}: x must be on the parameters' device, {self.weight_in.device}, got {x.device}; move x there"
+            )
+
+    def _check_parameters(self, where: str) -> None:
+        if self.dtype not in COMPUTE_DTYPES:
+            known = ", ".join(map(dtype_name, COMPUTE_DTYPES))
+            raise TypeError(f"{where}: weight_in must be one of {known}, got {dtype_name(self.dtype)}; convert it")
+        if self.weight_in.dim() != 3 or not self.weight_in.numel():
+            raise ValueError(
+                f"{where}: weight_in must have shape [layers, hidden, dim], none of them 0, got "
+                f"{list(self.weight_in.shape)}"
+            )
+        shapes = {
+            "bias_in": (self.bias_in, (self.layers, self.hidden)),
+            "weight_out": (self.weight_out, (self.layers, self.dim, self.hidden)),
+            "bias_out": (self.bias_out, (self.layers, self.dim)),
+        }
+        for name, (tensor, shape) in shapes.items():
+            if tensor is None:
+                continue
+            if tensor.shape != shape:
+                raise ValueError(
+                    f"{where}: {name} must have shape {list(shape)} with weight_in {list(self.weight_in.shape)}, got "
+                    f"{list(tensor.shape)}"
+                )
+            if tensor.dtype != self.dtype:
+                raise TypeError(
+                    f"{where}: {name} must have weight_in's dtype, {dtype_name(self.dtype)}, got "
+                    f"{dtype_name(tensor.dtype)}; convert {name}"
+                )
+            if tensor.device != self.weight_in.device:
+                raise ValueError(
+                    f"{where}: {name} must be on weight_in's device, {self.weight_in.device}, got {tensor.device}; "
+                    f"move {name} there"
+                )
