@@ -63,8 +63,8 @@ class Perceptron:
                 return cls(activation, norm, inner, outer)
         raise ValueError(
             f"ResidualMLP: block {n} must be nn.Sequential([norm,] Linear(dim, hidden), activation, Linear(hidden, "
-            f"dim)), both with a bias or neither, the norm without weights and with epsilon {EPSILON:g}, the activation "
-            f"one of {tuple(ACTIVATIONS)}, got {module}"
+            f"dim)), both with a bias or neither, the norm without weights and with epsilon {EPSILON:g}, the "
+            f"activation one of {tuple(ACTIVATIONS)}, got {module}"
         )
 
 

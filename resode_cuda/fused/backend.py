@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..reverse import Reverse
+from . import triton_backend
 from .network import Network
 
 NAMES = ("auto", "cuda", "triton", "torch")
@@ -45,7 +46,4 @@ def _cause(name: str, network: Network, device: torch.device, solver: Reverse | 
         return "there are no kernels in CUDA C++ for whole stacks yet"
     if device.type != "cuda":
         return f"kernels run on CUDA devices, got tensors on {device}"
-    from . import triton_backend
-
-    cause: str | None = triton_backend.cause(network, device, solver)
-    return cause
+    return triton_backend.cause(network, device, solver)
