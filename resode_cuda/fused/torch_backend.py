@@ -104,6 +104,7 @@ def adjoint(
         walk = Walk(tile, solver, anchors, anchored[:, rows], x, [d[rows] for d in increments])
         for n in reversed(range(len(network.steps))):
             walk.step_back(n, g_first[rows], gradients, norms[n])
+        del x, walk  # or the next tile's would be made beside them
     return g_first, gradients, norms, x_first
 
 
@@ -178,7 +179,7 @@ class Tile:
         self._is_mixed = network.dtype != network.stream_dtype
         hidden, a = (weight_in.new_empty(rows, network.hidden) for _ in range(2))
         self._cotangent = hidden
-        self._middle = weight_in.new_empty((rows, network.dim), dtype=network.stream_dtype)
+        self._middle = weight_in.new_empty((rows if self.is_heun else 0, network.dim), dtype=network.stream_dtype)
         self._keeps = keeps
         needs_u = self.norm is not None or self._is_mixed or keeps
         self.points = [
@@ -189,6 +190,11 @@ class Tile:
             )
             for _ in range(points)
         ]
+
+    def narrow(self, rows: int) -> None:
+        """From now on it is a tile of its first rows alone."""
+        self._cotangent, self._middle = self._cotangent[:rows], self._middle[:rows]
+        self.points = [Point(point.u_memory[:rows], point.z[:rows], point.a[:rows]) for point in self.points]
 
     def add_increment(self, acc: Tensor, x: Tensor, n: int, sign: float = 1.0) -> None:
         """acc += sign Phi_n(x). acc may be x."""
@@ -386,8 +392,10 @@ def _tiles(
     tile = None
     for begin in range(0, x.shape[0], size):
         rows = slice(begin, min(begin + size, x.shape[0]))
-        if tile is None or rows.stop - begin != size:
+        if tile is None:
             tile = Tile(network, rows.stop - begin, points, keeps)
+        elif rows.stop - begin < size:  # the last one
+            tile.narrow(rows.stop - begin)
         yield rows, tile
 
 
