@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch.autograd import forward_ad
 
 from . import fused
 from .drift import DriftMonitor
@@ -60,7 +62,8 @@ def residual_mlp(
     Raises:
         TypeError: for dtypes that do not fit, or what is no tensor.
         ValueError: for shapes, devices, names or steps that do not fit, and a backend that can't compute this.
-        RuntimeError: in the backward pass, for gradients of second order under "adjoint" and "checkpoint".
+        RuntimeError: under "adjoint" and "checkpoint", for derivatives by torch.func or in forward mode, and in the
+            backward pass for those of second order.
 
     The gradient's error under "adjoint" is that of `Reverse`. Source: Sander, Ablin and Peyré, NeurIPS 2022,
     arXiv:2205.14612; keeping the whole depth on chip, reuse and extrapolation are this library's.
@@ -69,6 +72,9 @@ def residual_mlp(
     for name, tensor in (("x", x), ("weight_in", weight_in), ("weight_out", weight_out)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{where}: {name} must be a tensor, got {type(tensor).__name__}")
+    for name, bias in (("bias_in", bias_in), ("bias_out", bias_out)):
+        if not (bias is None or isinstance(bias, Tensor)):
+            raise TypeError(f"{where}: {name} must be a tensor or None, got {type(bias).__name__}")
     if scheme not in SCHEMES:
         raise ValueError(f"{where}: scheme must be one of {tuple(SCHEMES)}, got {scheme!r}")
     if gradient not in GRADIENTS:
@@ -94,19 +100,27 @@ def apply(
     network = _autocast(network, x.device.type)
     state = x.to(_stream_dtype(where, network, x))
     network.check(where, state)
+    differentiable = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, *network.parameters)
+    )
+    rebuilds = differentiable and gradient == "adjoint"
+    is_traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    is_watched = rebuilds and monitor is not None and not is_traced
+    if monitor is not None and differentiable and not is_watched:
+        monitor.forget()
     if gradient == "backprop":
         if backend not in ("auto", "torch"):
             raise ValueError(
                 f'{where}: gradient="backprop" is computed by plain torch, got backend={backend!r}; use backend="torch"'
             )
         return plain(network, state).to(x.dtype)
-    differentiable = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, *network.parameters)
-    )
-    rebuilds = differentiable and gradient == "adjoint"
-    if monitor is not None and not rebuilds and differentiable:
-        monitor.forget()
-    is_watched = rebuilds and monitor is not None and not torch.compiler.is_compiling()
+    if _is_differentiated_otherwise():
+        if differentiable:
+            raise RuntimeError(
+                f"{where}: gradient={gradient!r} gives first derivatives in reverse mode only, got a torch.func "
+                'transform or forward mode; use gradient="backprop"'
+            )
+        return plain(network, state).to(x.dtype)
     x_last = fused.mlp_stack(
         state,
         network,
@@ -120,6 +134,14 @@ def apply(
     if is_watched and monitor is not None:
         monitor.watch(x_last.grad_fn, solver.reuse)
     return x_last.to(x.dtype)
+
+
+def _is_differentiated_otherwise() -> bool:
+    """Whether torch.func or forward mode differentiates what is computed here, of which the ops know nothing."""
+    if torch.compiler.is_compiling():
+        return False
+    transforms = (interpreter.key() for interpreter in get_interpreter_stack() or ())
+    return forward_ad._current_level >= 0 or any(key in (TransformType.Grad, TransformType.Jvp) for key in transforms)
 
 
 def _autocast(network: Network, device_type: str) -> Network:

@@ -132,6 +132,11 @@ def deepen(stack: ResidualStack, steps: int) -> ResidualStack:
 
 def _layers(mlp: ResidualMLP) -> list[dict[str, Tensor]]:
     """Views of each layer's parameters by name."""
+    if mlp.weight_in.is_meta:
+        raise ValueError(
+            "smooth_init_: parameters must have values, got a ResidualMLP on the meta device; move it from there and "
+            "call its reset_parameters() first"
+        )
     stacked = {name: parameter.unbind() for name, parameter in mlp.named_parameters()}
     return [{name: layers[n] for name, layers in stacked.items()} for n in range(mlp.weight_in.shape[0])]
 

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from .capture import is_capturing
 from .fused.activations import ACTIVATIONS
 from .fused.backend import NAMES
-from .fused.network import Network
+from .fused.network import COMPUTE_DTYPES, Network
 from .fused.norms import NORMS
+from .ops.operands import dtype_name
 from .perceptron import Perceptron
 from .reverse import Reverse
 from .schemes import SCHEMES
@@ -45,14 +47,15 @@ class ResidualMLP(AdjointModule):
         max_drift, on_drift: the defect that is accepted, and what a larger one leads to, as for `ResidualStack`.
         backend: "auto" takes what can run; "torch" runs everywhere, "triton" on CUDA devices. One that is named runs
             or raises.
-        device, dtype: of the parameters. In bfloat16 or float16, states are float32 all the same.
+        device, dtype: of the parameters: float64, float32, bfloat16 or float16. With the last two, states are float32
+            all the same.
 
     Parameters, stacked over the layers: weight_in [layers, hidden, dim], bias_in [layers, hidden], weight_out
     [layers, dim, hidden], bias_out [layers, dim]; initialised as `nn.Linear`'s.
 
     Raises:
         ValueError: for sizes below 1, unknown names, a step that is not positive and finite, anchors below 1.
-        TypeError: for sizes that are no integers, or a dtype that is not floating.
+        TypeError: for sizes that are no integers, or a dtype that is none of those four.
     """
 
     weight_in: Tensor
@@ -93,6 +96,9 @@ class ResidualMLP(AdjointModule):
         ):
             if value not in known:
                 raise ValueError(f"ResidualMLP: {name} must be one of {known}, got {value!r}")
+        if dtype not in (None, *COMPUTE_DTYPES):
+            names = ", ".join(map(dtype_name, COMPUTE_DTYPES))
+            raise TypeError(f"ResidualMLP: dtype must be one of {names} or None, got {dtype!r}")
         super().__init__(
             checked_steps("ResidualMLP", step, depth),
             gradient=gradient,
@@ -142,7 +148,9 @@ class ResidualMLP(AdjointModule):
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"ResidualMLP: x must be a tensor, got {type(x).__name__}")
-        if not torch.compiler.is_compiling():
+        # A checkpoint around the module repeats a forward pass within a backward pass.
+        is_repeated = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if not (torch.compiler.is_compiling() or is_repeated or is_capturing()):
             self._monitor.look()
             if self._monitor.wants_exact:
                 self.gradient = "checkpoint"

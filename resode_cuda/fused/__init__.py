@@ -195,8 +195,8 @@ def _backward(ctx: Any, g: Tensor | None, *others: Tensor | None) -> tuple[Tenso
         )
     if g is None:
         return nothing
-    (*parameters,) = ctx.saved_tensors[:4]
-    states = ctx.saved_tensors[4:]
+    saved = ctx.saved_tensors  # once: of a checkpoint they are unpacked once alone
+    parameters, states = saved[:4], saved[4:]
     network = *parameters, *ctx.network
     needs = ctx.needs_input_grad[1:5]
     if ctx.gradient == "checkpoint":
@@ -206,7 +206,7 @@ def _backward(ctx: Any, g: Tensor | None, *others: Tensor | None) -> tuple[Tenso
             g, *states, *network, *ctx.solver, any(needs), False, ctx.backend
         )
         if ctx.norms is not None:
-            ctx.norms.copy_(norms)
+            ctx.norms.copy_(norms.detach())
     wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
     return g_first if ctx.needs_input_grad[0] else None, *wanted, *nothing[5:]
 
@@ -219,7 +219,7 @@ def _refuse_second(ctx: Any, *cotangents: Any) -> Any:
 
 
 def _forward_vmap(info: Any, dims: tuple[int | None, ...], x: Tensor, *rest: Any) -> Any:
-    if any(dim is not None for dim in dims[1:]):
+    if any(dims[place] is not None for place in (*range(1, 5), -1)):  # of steps, dims has a list
         raise NotImplementedError(
             'mlp_stack: torch.vmap must batch x alone, got batched parameters; use gradient="backprop"'
         )
