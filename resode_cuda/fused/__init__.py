@@ -189,7 +189,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _backward(ctx: Any, g: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     nothing = (None,) * len(ctx.needs_input_grad)
-    if any(other is not None for other in others):
+    if any(other is not None and other.numel() for other in others):
         raise RuntimeError(
             "mlp_stack: only x_last has a gradient, got one for increments or anchored; leave them alone"
         )
