@@ -31,20 +31,20 @@ class StepMemory:
     """Of storages alive between the forward and the backward pass; the output and the loss are among them."""
 
 
-def measure(forward: Callable[[], Tensor], device: torch.device) -> StepMemory:
-    """Memory of `forward().backward()`; forward returns the loss.
+def measure(forward: Callable[[], Tensor], device: torch.device, cotangent: Tensor | None = None) -> StepMemory:
+    """Memory of `forward().backward(cotangent)`; forward returns the loss, or what the cotangent belongs to.
 
     Take a step before, so that buffers that are allocated once are there, the gradients of parameters among them.
     """
-    return _measure_cuda(forward, device) if device.type == "cuda" else _measure_cpu(forward)
+    return _measure_cuda(forward, device, cotangent) if device.type == "cuda" else _measure_cpu(forward, cotangent)
 
 
-def _measure_cpu(forward: Callable[[], Tensor]) -> StepMemory:
+def _measure_cpu(forward: Callable[[], Tensor], cotangent: Tensor | None) -> StepMemory:
     with _without_profiler_notes(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         loss = forward()
         with record_function(_FORWARD_ENDS):
             pass
-        loss.backward()
+        loss.backward(cotangent)
     assert recorded.profiler is not None
     assert recorded.profiler.kineto_results is not None
     now = peak = 0
@@ -60,13 +60,13 @@ def _measure_cpu(forward: Callable[[], Tensor]) -> StepMemory:
     return StepMemory(peak, held)
 
 
-def _measure_cuda(forward: Callable[[], Tensor], device: torch.device) -> StepMemory:
+def _measure_cuda(forward: Callable[[], Tensor], device: torch.device, cotangent: Tensor | None) -> StepMemory:
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     loss = forward()
     held = torch.cuda.memory_allocated(device) - before
-    loss.backward()
+    loss.backward(cotangent)
     return StepMemory(torch.cuda.max_memory_allocated(device) - before, held)
 
 

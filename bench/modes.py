@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from resode_cuda import ResidualStack
+from resode_cuda import ResidualMLP, ResidualStack
 
 BASELINE = "backprop"
 MODES = {
@@ -16,6 +16,6 @@ REBUILDING = tuple(mode for mode, settings in MODES.items() if settings["gradien
 SCHEMES = ("euler", "heun")
 
 
-def set_mode(stack: ResidualStack, mode: str) -> None:
+def set_mode(stack: ResidualStack | ResidualMLP, mode: str) -> None:
     for name, value in MODES[mode].items():
         setattr(stack, name, value)
