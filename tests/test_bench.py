@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import digits, gradients, kernels, memory, models, options, resident, sweep, timing
+from bench import digits, gradients, kernels, memory, mlp, mlp_networks, models, options, resident, sweep, timing
 from bench.modes import MODES, REBUILDING, SCHEMES
 from bench.plots import spread_apart
 from bench.report import Table, Target
-from resode_cuda import ops
+from resode_cuda import ResidualMLP, ops
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -84,6 +84,138 @@ def test_a_quick_run_of_the_ops_alone(tmp_path):
     assert {(row["scheme"], row["reverse"]) for row in steps} == set(kernels.STEPS)
     assert all(row["against_plain"]["median"] > 0 for row in steps)
     assert "against plain torch" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def quick_mlp(tmp_path_factory):
+    output = tmp_path_factory.mktemp("mlp")
+    done = run_bench("--quick", "--only", "mlp", "--device", "cpu", "--threads", "1", "--output", str(output))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done, json.loads((output / "results.json").read_text())["sections"]["mlp"]
+
+
+def test_a_quick_run_of_the_residual_mlp(quick_mlp):
+    done, figures = quick_mlp
+    assert "…" not in done.stdout  # no column was cut at 80 characters
+    judged, other = figures["jobs"]
+    whole = {("compiled", mode) for mode in mlp.PLAIN}
+    by_segment = {(f"compiled by {figures['segment']}", mode) for mode in mlp.PLAIN}
+    plain = {("eager", mode) for mode in mlp.PLAIN} | {("bare", "products"), ("bare", "matmul")}
+    fused = {("fused", mode) for mode in mlp.FUSED}
+    for job, kinds in ((judged, whole | by_segment | plain | fused), (other, by_segment | plain | fused)):
+        assert {(row["kind"], row["mode"]) for row in job["rows"]} == kinds
+        for row in job["rows"]:
+            assert row["cause"] is None
+            assert min(row["seconds"]) > 0
+            assert row["backend"] == ("torch" if row["kind"] == "fused" else None)
+        errors = job["errors"]
+        assert max(errors[mode] for mode in ("eager", "backprop", "checkpoint")) < 1e-5
+        assert all(1e-5 < errors[mode] < 1e-2 for mode in ("paper", "corrected", "extrapolated"))
+    states = {
+        (row["mode"], row["depth"]): row["peak_bytes"] / row["state_bytes"]
+        for row in judged["memory"]
+        if row["kind"] == "fused"
+    }
+    for mode in ("paper", "corrected", "extrapolated"):
+        assert states[mode, 4] == pytest.approx(states[mode, 16], rel=0.01)
+
+
+def test_targets_of_the_residual_mlp_on_a_cpu(quick_mlp):
+    _, figures = quick_mlp
+    targets = [target.what for target in mlp.targets(figures)]
+    assert len(targets) == 3 + 1 + 2 * len(mlp.FUSED)
+    for what in (
+        "extrapolated, of eager",
+        "checkpoint, of eager",
+        "corrected, of eager",
+        "checkpoint, error",
+        "N=16, peak",
+    ):
+        assert any(what in target for target in targets)
+
+
+def on_a_gpu(figures):
+    """What a run on a GPU would have left, with invented times: 1 for the op, 5 compiled, 2 in segments."""
+    figures = json.loads(json.dumps({**figures, "device": "cuda"}))
+    job = figures["jobs"][0]
+    job |= {"dim": 64, "hidden": 128, "activation": "silu", "flop": 6.0, "matmul_flop": 2.0}
+    invented = {"fused": 1.0, "compiled": 5.0, f"compiled by {figures['segment']}": 2.0, "eager": 9.0, "bare": 0.1}
+    for row in job["rows"]:
+        row["seconds"] = [invented[row["kind"]]] * 3
+    for row in job["memory"]:
+        row["peak_bytes"] = 6 * row["state_bytes"]
+        if row["kind"] == "fused":
+            row |= {"scratch_bytes": 2 * row["state_bytes"], "launches": {"forward": 1, "backward": 2}}
+    return figures
+
+
+def test_targets_of_the_residual_mlp_on_a_gpu(quick_mlp):
+    _, figures = quick_mlp
+    figures = on_a_gpu(figures)
+    found = {target.what.partition(": ")[2]: target for target in mlp.targets(figures)}
+    for start, measured, is_met in (
+        ("extrapolated, times faster than compiled backprop", 2.0, False),  # the faster of the two that were compiled
+        ("extrapolated, times faster than compiled checkpoint", 2.0, False),
+        ("extrapolated, share of the matrix ceiling", 0.3, True),
+        ("checkpoint, of extrapolated's time", 1.0, True),
+        ("checkpoint, N=16, peak", 4.0, True),
+        ("corrected, backward: launches", 1.0, True),
+    ):
+        (target,) = (target for what, target in found.items() if what.startswith(start))
+        assert target.measured == pytest.approx(measured)
+        assert target.met == is_met
+    assert "1 + 2" in "".join(table.markdown() for table in mlp.tables(figures))
+
+
+def test_what_the_residual_mlp_could_not_measure_is_said(quick_mlp):
+    _, figures = quick_mlp
+    figures = on_a_gpu(figures)
+    for row in figures["jobs"][0]["rows"]:
+        if row["kind"].startswith("compiled") or (row["kind"], row["mode"]) == ("fused", "checkpoint"):
+            row |= {"cause": mlp.OUT_OF_MEMORY, "seconds": None, "of_backprop": None, "of_products": None}
+    figures["left_out"] = [{**figures["jobs"][0], "activation": "gelu_tanh"}]
+    found = [str(target) for target in mlp.targets(figures)]
+    assert not any("faster than" in target for target in found)  # nothing to compare with
+    assert any("missed" in target and "checkpoint, of extrapolated's time" in target for target in found)
+    assert any("missed" in target and "gelu_tanh: left out" in target for target in found)
+    markdown = "".join(table.markdown() for table in mlp.tables(figures))
+    assert "| compiled | backprop | out of memory | – |" in markdown
+    assert "Left out for lack of time: dim 64, hidden 128, gelu_tanh" in markdown
+
+
+def test_an_arm_that_runs_out_of_memory_does_not_stop_the_others():
+    calls = []
+
+    def call():
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no more")
+
+    arm = mlp.Arm("eager", "backprop", call)
+    for _ in range(3):
+        arm()
+    assert len(calls) == 2
+    assert arm.cause == mlp.OUT_OF_MEMORY
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+def test_every_way_of_the_residual_mlp_has_the_same_gradients(activation):
+    job = mlp.Job(4, 6, 5, 8, torch.float64, activation)
+    net = job.network(job.depth, 0, CPU)
+    assert isinstance(net, ResidualMLP)
+    batch = mlp_networks.batch_of(job.rows, net)
+    exact = mlp._gradients(mlp_networks.fused_step(net, "backprop"), batch)
+    for mode, compiler, length in (
+        ("backprop", None, None),
+        ("checkpoint", None, 2),
+        ("backprop", "eager", None),
+        ("checkpoint", "eager", 2),
+    ):
+        layers = mlp_networks.Layers(net)
+        layers.step(mode, compiler, length)(batch)
+        for got, expected in zip([*layers.gradients(), batch[0].grad], exact, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_plain_formulas_of_the_benchmark_are_those_of_the_ops():
