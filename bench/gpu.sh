@@ -4,7 +4,8 @@ usage='Everything that needs a GPU, in one command and within nine minutes.
   [RESULTS=FOLDER] bench/gpu.sh [PART...]        (FOLDER: by default bench/results/gpu; PART: by default all, in this order)
 
   tests      the tests marked `gpu`: every kernel on hardware against the specification
-  memcheck   some of them under compute-sanitizer: no access beyond a tensor
+  mlp        a residual MLP as one op beside backprop of the same network, eager and compiled, and its matrix products
+  memcheck   some of the tests under compute-sanitizer: no access beyond a tensor
   racecheck  and no two threads at odds over shared memory
   kernels    the bandwidth of every op and backend beside a copy of as many bytes
   overhead   what a call of an op costs
@@ -13,10 +14,10 @@ usage='Everything that needs a GPU, in one command and within nine minutes.
 Before them, always: the machine is described, and the package built in place for its GPU alone.
 
 Needs no network, but python3 with torch, pytest, pytest-benchmark, rich, scikit-learn, matplotlib, setuptools, pybind11,
-cmake and ninja, and nvcc. FOLDER gets gpu.log with what all parts printed, and the figures of kernels/ and bench/, eight
-files in all. A part that fails does not stop the next; the exit status is 1 if any failed.'
+cmake and ninja, and nvcc. FOLDER gets gpu.log with what all parts printed, table.md with all tables, and the figures of
+mlp/, kernels/ and bench/, eight files in all. A part that fails does not stop the next; the exit status is 1 if any failed.'
 set -uo pipefail
-parts=(tests memcheck racecheck kernels overhead bench)
+parts=(tests mlp memcheck racecheck kernels overhead bench)
 for part in "$@"; do
   case " ${parts[*]} " in
     *" $part "*) ;;
@@ -36,6 +37,7 @@ mkdir -p "$RESULTS"
 RESULTS=$(cd "$RESULTS" && pwd)
 log=$RESULTS/gpu.log
 : >"$log"
+rm -f "$RESULTS/table.md"
 export RESULTS PYTHONUNBUFFERED=1 NO_COLOR=1 COLUMNS=120
 export PIP_BREAK_SYSTEM_PACKAGES=1 PIP_DISABLE_PIP_VERSION_CHECK=1 # python3 may be the system's
 unset RESODE_SKIP_CUDA
@@ -74,15 +76,36 @@ left_out() { # left_out NAME REASON
   summary+=("$(printf '%-12s    – s  left out: %s' "$1" "$2")")
 }
 
-sanitize() { # sanitize TOOL
+sanitize() { # sanitize NAME SECONDS TOOL TESTS...
+  local name=$1 limit=$2 tool=$3
+  shift 3
   if ! command -v compute-sanitizer >/dev/null; then
-    left_out "$1" "compute-sanitizer is not on PATH"
+    left_out "$name" "compute-sanitizer is not on PATH"
     return
   fi
   # Without torch's caching allocator each tensor is an allocation of its own, so that an access beyond its end is seen.
-  stage "$1" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-    compute-sanitizer --tool "$1" --report-api-errors no --error-exitcode 1 \
-    python3 -m pytest -q -ra -m gpu tests/test_cuda_kernels.py
+  stage "$name" "$limit" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 1 \
+    python3 -m pytest -q -ra -m gpu "$@"
+}
+
+memcheck() {
+  sanitize memcheck 60 memcheck tests/test_cuda_kernels.py
+  if [ -f tests/test_fused_gpu.py ]; then
+    sanitize memcheck-mlp 50 memcheck tests/test_fused_gpu.py -k sanitize
+  else
+    left_out memcheck-mlp "there is no tests/test_fused_gpu.py"
+  fi
+}
+
+measure() { # measure NAME SECONDS OPTIONS...: python -m bench; all tables go to one file
+  local name=$1 limit=$2 folder=$RESULTS/$1
+  shift 2
+  rm -f "$folder/table.md"
+  stage "$name" "$limit" python3 -m bench --device cuda "$@" --output "$folder"
+  [ -f "$folder/table.md" ] || return
+  printf '# %s\n\n%s\n\n' "$name" "$(cat "$folder/table.md")" >>"$RESULTS/table.md"
+  rm "$folder/table.md"
 }
 
 if python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then gpu=yes; else gpu=no; fi
@@ -102,11 +125,13 @@ for part in "${parts[@]}"; do
     continue
   fi
   case $part in
-    tests) stage tests 180 python3 -m pytest -q -ra -m gpu --durations=10 "${workers[@]}" ;;
-    memcheck | racecheck) sanitize "$part" ;;
-    kernels) stage kernels 60 python3 -m bench --device cuda --only kernels --output "$RESULTS/kernels" ;;
+    tests) stage tests 150 python3 -m pytest -q -ra -m gpu --durations=10 "${workers[@]}" ;;
+    mlp) measure mlp 165 --only mlp ;;
+    memcheck) memcheck ;;
+    racecheck) sanitize racecheck 60 racecheck tests/test_cuda_kernels.py ;;
+    kernels) measure kernels 60 --only kernels ;;
     overhead) stage overhead 60 python3 -m pytest -q bench/test_ops.py --benchmark-max-time=0.3 ;;
-    bench) stage bench $deadline python3 -m bench --device cuda --output "$RESULTS/bench" ;;
+    bench) measure bench $deadline ;;
   esac
 done
 
