@@ -313,6 +313,9 @@ def test_checkpoint_on_drift_is_exact_from_the_next_step_on():
     assert module.gradient == "checkpoint"
     module.gradient = "backprop"
     assert worst_error(got, gradients(lambda: module(x), list(module.parameters()))) < 1e-5
+    module.gradient = "adjoint"
+    module(x)
+    assert module.gradient == "adjoint"
 
 
 def test_a_state_that_is_not_finite_is_told():
@@ -337,10 +340,20 @@ def test_checkpointing_around_the_module(scheme, on_drift):
         assert torch.equal(module.drift.defects, defects)
 
 
+class Untouchable:
+    """An event of the device, of which nobody may ask anything while a graph is captured."""
+
+    def query(self):
+        raise AssertionError
+
+    synchronize = query
+
+
 def test_drift_is_measured_and_not_judged_while_a_graph_is_captured(monkeypatch):
     module = drifting(on_drift="raise")
     with monkeypatch.context() as context:
         pretend_to_capture(context)
+        context.setattr(module._monitor, "_arriving", [(torch.zeros(7, 2), Untouchable())])
         train(module)
         train(module)
     assert module.drift.maximum > module.max_drift
