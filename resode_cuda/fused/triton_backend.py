@@ -26,6 +26,8 @@ from .triton_tiles import LARGEST_FUSED_DIM, Tile, tiles_for
 
 SMALLEST_DIM, LARGEST_DIM = 16, 256
 OLDEST = (8, 0)
+WITH_COPY_ENGINE = (9, 0)
+"""Compute capability of GPUs that add a tile to memory in one instruction."""
 SCRATCH_BYTES = 2**29
 THINNEST_SLAB = 2**14
 """Rows of a slab, where there are as many, that keep a large GPU busy."""
@@ -168,14 +170,17 @@ class Launch:
     def __init__(self, network: Network, extrapolates: bool = False) -> None:
         self.network = network
         weight = network.weight_in
+        self.is_heun = network.formulas.blocks_per_step == 2
         self.device = weight.device
         self.dim = max(SMALLEST_DIM, 1 << (network.dim - 1).bit_length())
-        self.tiles = tiles_for(capability_of(self.device), self.dim, weight.itemsize)
+        capability = capability_of(self.device)
+        is_plain = network.norm is None and not self.is_heun
+        self.tiles = tiles_for(capability, self.dim, weight.itemsize, is_plain)
         self.unit = max(tile.rows for tile in self.tiles)
         """Rows that every pass over scratch memory takes in whole tiles."""
         self.hidden = -(-network.hidden // self.tiles.chunk) * self.tiles.chunk
-        self.is_heun = network.formulas.blocks_per_step == 2
-        self.is_fused = self.dim <= LARGEST_FUSED_DIM and not torch.are_deterministic_algorithms_enabled()
+        is_wanted = self.dim <= LARGEST_FUSED_DIM and not torch.are_deterministic_algorithms_enabled()
+        self.is_fused = is_wanted and capability >= WITH_COPY_ENGINE
         self.schedule = schedule(tuple(network.steps), network.scheme, extrapolates, self.device)
         layers, hidden, dim = network.layers, self.hidden, self.dim
         self.w1 = padded(weight, (layers, hidden, dim)).view(-1, dim)
@@ -272,7 +277,6 @@ class Launch:
             CORRECTIONS=solver.corrections,
             REUSES=solver.reuse,
             FUSED=is_fused,
-            BULK=is_fused and self._has_bulk_reductions,
             EPSILON=EPSILON,
             DIM=self.network.dim,
             NORM=self.network.norm,
@@ -366,8 +370,6 @@ class Launch:
     def _reduced(self, tile: Tile) -> tuple[Any, ...]:
         """The sums as a fused kernel takes them."""
         dw1, db1, dw2, db2 = self._gradient_sums()
-        if not self._has_bulk_reductions:
-            return dw1, db1, dw2, db2
         block = [self.dim, tile.chunk]
         return descriptor(dw1, block), db1, descriptor(dw2, block), db2
 
@@ -375,10 +377,6 @@ class Launch:
         w1 = descriptor(self.w1, [tile.chunk, self.dim])
         w2 = descriptor(self.w2, [self.dim, tile.chunk])
         return w1, self.b1, w2, self.b2
-
-    @property
-    def _has_bulk_reductions(self) -> bool:
-        return has_bulk_reductions(self.device)
 
     @property
     def _scales_first(self) -> bool:
@@ -407,11 +405,6 @@ RANGES_PER_PROCESSOR = 4
 
 def capability_of(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
-
-
-def has_bulk_reductions(device: torch.device) -> bool:
-    """Whether the copy engine adds to memory."""
-    return capability_of(device) >= (9, 0)
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -190,13 +190,11 @@ def pull_layer(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     SCALE_FIRST: tl.constexpr,
-    BULK: tl.constexpr,
 ) -> tl.tensor:
     """(g + scale (df/dx)^T c, p + scale f(x)), given u and r of x, sharing what they compute.
 
     u and c are in the parameters' dtype. p is returned as it is unless WITH_P. With FUSED the layer's gradients, times
-    scale, are added to memory: those of W1 (transposed) and W2, [layers D, HIDDEN], by bulk reductions through a
-    descriptor (BULK), or by atomic additions.
+    scale, are added to memory, those of W1 (transposed) and W2 by the copy engine, chunk by chunk.
     """
     if SCALE_FIRST:
         total = p
@@ -217,7 +215,7 @@ def pull_layer(
             total = tl.dot(a, w2_chunk.T, total, input_precision=PRECISION)
         if FUSED:
             gradient = tl.dot(c.T, a, input_precision=PRECISION)
-            _add_gradient(dw2, gradient if SCALE_FIRST else gradient * scale, layer, j, HIDDEN, D, C, BULK)
+            dw2.atomic_add([layer * D, j], gradient if SCALE_FIRST else gradient * scale)
         dz = tl.dot(c, w2_chunk, input_precision=PRECISION) * slope
         if SCALE_FIRST:
             dz = dz * scale
@@ -229,7 +227,7 @@ def pull_layer(
         du = tl.dot(dz, w1_chunk, du, input_precision=PRECISION)
         if FUSED:
             gradient = tl.dot(u.T, dz, input_precision=PRECISION)
-            _add_gradient(dw1, gradient if SCALE_FIRST else gradient * scale, layer, j, HIDDEN, D, C, BULK)
+            dw1.atomic_add([layer * D, j], gradient if SCALE_FIRST else gradient * scale)
     if WITH_P:
         if b2 is not None:
             bias = tl.load(b2 + layer * D + tl.arange(0, D)).to(tl.float32)[None, :]
@@ -243,21 +241,3 @@ def pull_layer(
         du = du if SCALE_FIRST else scale * du
         g = g + pull_back(du, u.to(tl.float32), r, NORM, DIM, D)
     return g, p
-
-
-@triton.jit
-def _add_gradient(
-    out: tl.tensor,
-    gradient: tl.tensor,
-    layer: tl.tensor,
-    j: tl.tensor,
-    HIDDEN: tl.tensor,
-    D: tl.constexpr,
-    C: tl.constexpr,
-    BULK: tl.constexpr,
-) -> None:
-    if BULK:
-        out.atomic_add([layer * D, j], gradient)
-    else:
-        place = (tl.arange(0, D) * HIDDEN)[:, None] + tl.arange(0, C)[None, :]
-        tl.atomic_add(out + tl.full([], layer, tl.int64) * D * HIDDEN + j + place, gradient, sem="relaxed")

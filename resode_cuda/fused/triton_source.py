@@ -5,9 +5,10 @@
     exact_kernel            the same from the exact x_first: forward over the range, keeping u, and back
     weight_gradient_kernel  the gradients of the parameters from what the last two have left of each layer's use
 
-A program of the first three takes a tile of ROWS rows through all steps; x, g and the increments stay in registers,
-weights come in chunks, as `triton_layer.py` says. Formulas and names are those of `torch_backend.py`, which these must
-match; a Heun step is written by its middle, x + h k1.
+A program of the first three takes a tile of ROWS rows through all steps. x, g and the increments stay in registers, the
+latter in the parameters' dtype: they predict the point y, which is rounded to that anyway. Weights come in chunks, as
+`triton_layer.py` says. Formulas and names are those of `torch_backend.py`, which these must match; a Heun step is
+written by its middle, x + h k1.
 
 What a layer's gradients need of a row are its u and the cotangent c of its output, less the factor h or h/2. Split, the
 default, they go to scratch memory in the parameters' dtype, [uses, scratch_rows, D], and weight_gradient_kernel adds up
@@ -178,7 +179,9 @@ def _kept(
     return tl.load(scratch + use * rows * D + _place(row, D, ROWS, D))
 
 
-@triton.jit(do_not_specialize=["count", "rows", "d_last_rows", "scratch_rows", "first", "last", "steps", "anchors"])
+@triton.jit(
+    do_not_specialize=["count", "rows", "d_last_rows", "scratch_rows", "first", "last", "steps", "anchors"],
+)
 def adjoint_kernel(
     x_last: tl.tensor,
     g_last: tl.tensor,
@@ -212,7 +215,6 @@ def adjoint_kernel(
     CORRECTIONS: tl.constexpr,
     REUSES: tl.constexpr,
     FUSED: tl.constexpr,
-    BULK: tl.constexpr,
     HEUN: tl.constexpr,
     ACTIVATION: tl.constexpr,
     NORM: tl.constexpr,
@@ -228,7 +230,8 @@ def adjoint_kernel(
     """A tile per program, of `count` rows, over the steps from last - 1 down to first.
 
     d_last, d_first: d2 and d1 before and after the range, d_last_rows and count rows apart; those that the forward pass
-    has kept stand newest first. anchored: its states are `rows` apart. x_first, d_first: None where nobody goes on from there.
+    has kept stand newest first. anchored: its states are `rows` apart. x_first, d_first: None where nobody goes on from
+    there.
     """
     tile = tl.program_id(0).to(tl.int64)
     row = tile * ROWS
@@ -236,13 +239,14 @@ def adjoint_kernel(
     x = _load(x_last, row, inside, DIM, ROWS, D)
     g = _load(g_last, row, inside, DIM, ROWS, D)
     if EXTRAPOLATES:
-        d2 = _load(d_last, row, inside, DIM, ROWS, D)
-        d1 = _load(d_last + d_last_rows * DIM, row, inside, DIM, ROWS, D)
+        d2 = _load(d_last, row, inside, DIM, ROWS, D).to(w1.dtype)
+        d1 = _load(d_last + d_last_rows * DIM, row, inside, DIM, ROWS, D).to(w1.dtype)
     for i in range(last - first):
         n = last - 1 - i
         h = tl.load(schedule + 3 * n)
         if EXTRAPOLATES:
-            y = x - (tl.load(schedule + 3 * n + 1) * d1 - tl.load(schedule + 3 * n + 2) * d2)
+            a, b = tl.load(schedule + 3 * n + 1), tl.load(schedule + 3 * n + 2)
+            y = x - (a * d1.to(tl.float32) - b * d2.to(tl.float32))
         elif HEUN:
             y = _add_increment(
                 *(x, x, -h, 1, n + 1, n, w1, b1, w2, b2, HIDDEN, HEUN, ACTIVATION, NORM, EPSILON),
@@ -281,7 +285,7 @@ def adjoint_kernel(
             # (h/2) (df_{n+1}/dx)^T g
             through, p = pull_layer(
                 *(tl.zeros_like(g), p, u, r, c, 0.5 * h, n + 1, w1, b1, w2, b2, dw1, db1, dw2, db2, HIDDEN),
-                *(REUSES, FUSED, ACTIVATION, NORM, DIM, D, C, STAGES, PRECISION, SCALE_FIRST, BULK),
+                *(REUSES, FUSED, ACTIVATION, NORM, DIM, D, C, STAGES, PRECISION, SCALE_FIRST),
             )
             u, r = normalize(y, NORM, DIM, D, EPSILON)
             u, c = u.to(w1.dtype), (g + 2 * through).to(w1.dtype)
@@ -290,7 +294,7 @@ def adjoint_kernel(
                 _keep(cs, c, 2 * (n - first), row, scratch_rows, ROWS, D)
             g, p = pull_layer(
                 *(g + through, p, u, r, c, 0.5 * h, n, w1, b1, w2, b2, dw1, db1, dw2, db2, HIDDEN),
-                *(False, FUSED, ACTIVATION, NORM, DIM, D, C, STAGES, PRECISION, SCALE_FIRST, BULK),
+                *(False, FUSED, ACTIVATION, NORM, DIM, D, C, STAGES, PRECISION, SCALE_FIRST),
             )
         else:
             u, r = normalize(y, NORM, DIM, D, EPSILON)
@@ -300,26 +304,26 @@ def adjoint_kernel(
                 _keep(cs, c, n - first, row, scratch_rows, ROWS, D)
             g, p = pull_layer(
                 *(g, p, u, r, c, h, n, w1, b1, w2, b2, dw1, db1, dw2, db2, HIDDEN),
-                *(REUSES, FUSED, ACTIVATION, NORM, DIM, D, C, STAGES, PRECISION, SCALE_FIRST, BULK),
+                *(REUSES, FUSED, ACTIVATION, NORM, DIM, D, C, STAGES, PRECISION, SCALE_FIRST),
             )
 
         if REUSES:
             x = x - p
         else:
             x = y
+        measured = inside
         if anchored is not None:
             x = tl.where(is_anchored, y, x)
+            measured = inside & (n % anchors != 0)
         if REUSES and EXTRAPOLATES:
             d2 = d1
-            d1 = p
-        x_inside = tl.where(inside, x, 0)
-        if anchored is not None:
-            x_inside = tl.where(is_anchored, 0, x_inside)
+            d1 = p.to(w1.dtype)
         place = norms + (tile * steps + n) * 2
         if REUSES:
-            e = tl.where(inside, y - x, 0)
+            e = tl.where(measured, y - x, 0)
             tl.store(place, tl.sum(e * e))
-        tl.store(place + 1, tl.sum(x_inside * x_inside))
+        x_measured = tl.where(measured, x, 0)
+        tl.store(place + 1, tl.sum(x_measured * x_measured))
     _store(g_first, g, row, inside, DIM, ROWS, D)
     if x_first is not None:
         _store(x_first, x, row, inside, DIM, ROWS, D)
@@ -411,7 +415,7 @@ def exact_kernel(
             _keep(cs, c, use + 1, start, scratch_rows, ROWS, D)
             through, _ = pull_layer(
                 *(tl.zeros_like(g), g, u, r, c, 0.5 * h, n + 1, w1, b1, w2, b2, None, None, None, None, HIDDEN),
-                *(False, False, ACTIVATION, NORM, DIM, D, C, STAGES, PRECISION, SCALE_FIRST, False),
+                *(False, False, ACTIVATION, NORM, DIM, D, C, STAGES, PRECISION, SCALE_FIRST),
             )
             c = (g + 2 * through).to(w1.dtype)
             g += through
@@ -426,7 +430,7 @@ def exact_kernel(
         _keep(cs, c, use, start, scratch_rows, ROWS, D)
         g, _ = pull_layer(
             *(g, g, u, r, c, 0.5 * h if HEUN else h, n, w1, b1, w2, b2, None, None, None, None, HIDDEN),
-            *(False, False, ACTIVATION, NORM, DIM, D, C, STAGES, PRECISION, SCALE_FIRST, False),
+            *(False, False, ACTIVATION, NORM, DIM, D, C, STAGES, PRECISION, SCALE_FIRST),
         )
     _store(g_first, g, start, inside, DIM, ROWS, D)
 

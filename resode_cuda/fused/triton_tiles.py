@@ -1,4 +1,7 @@
-"""How large the Triton kernels' tiles are, by the padded dim, the bytes of a parameter and the GPU."""
+"""How large the Triton kernels' tiles are, by the padded dim, the bytes of a parameter and the GPU.
+
+Chosen by what compiles without spilling registers (`tests/fused_budget.json`); none has been timed on a GPU yet.
+"""
 
 from __future__ import annotations
 
@@ -31,34 +34,41 @@ class Tiles(NamedTuple):
 LARGEST_FUSED_DIM = 64
 """Up to which gradients are reduced in memory; beyond, a tile's weigh more than the scratch of the split form."""
 
+# By the largest padded dim that they serve.
+HOPPER = {
+    64: Tiles(Tile(128, 64, 8), Tile(128, 32, 8), Tile(64, 32, 8), Tile(128, 64, 8), Tile(64, 32, 4)),
+    128: Tiles(Tile(128, 64, 8), Tile(64, 16, 8), Tile(64, 16, 8), Tile(128, 32, 8), Tile(128, 32, 8)),
+    256: Tiles(Tile(32, 64, 8), Tile(32, 16, 8), Tile(32, 16, 8), Tile(64, 32, 8), Tile(32, 64, 8)),
+}
+BLACKWELL = {
+    64: Tiles(Tile(64, 64, 4), Tile(128, 32, 8), Tile(64, 64, 8), Tile(128, 32, 8), Tile(64, 64, 8)),
+    128: Tiles(Tile(64, 64, 8), Tile(32, 64, 8), Tile(32, 64, 8), Tile(64, 64, 8), Tile(64, 64, 8)),
+    256: Tiles(Tile(32, 32, 8), Tile(32, 16, 8), Tile(32, 16, 8), Tile(32, 32, 8), Tile(32, 32, 8)),
+}
+AMPERE = {
+    64: Tiles(Tile(64, 32, 8), Tile(32, 32, 8), Tile(32, 32, 8), Tile(64, 32, 8), Tile(64, 32, 8)),
+    128: Tiles(Tile(64, 32, 8), Tile(32, 16, 8), Tile(32, 16, 8), Tile(64, 32, 8), Tile(64, 32, 8)),
+    256: Tiles(Tile(32, 16, 8), Tile(16, 16, 8), Tile(16, 16, 8), Tile(32, 16, 8), Tile(32, 16, 8)),
+}
+FLOAT32 = {
+    64: Tiles(Tile(32, 32, 8), Tile(32, 16, 8), Tile(32, 16, 8), Tile(32, 16, 8), Tile(16, 16, 8)),
+    128: Tiles(Tile(32, 16, 8), Tile(16, 16, 8), Tile(16, 16, 8), Tile(16, 16, 8), Tile(16, 16, 8)),
+    256: Tiles(Tile(16, 16, 8), Tile(16, 16, 8), Tile(16, 16, 8), Tile(16, 16, 8), Tile(16, 16, 8)),
+}
 
-def tiles_for(capability: tuple[int, int], dim: int, itemsize: int) -> Tiles:
-    """The tiles for a padded dim of 16 to 256."""
-    has_wgmma = capability >= (9, 0)
+
+def tiles_for(capability: tuple[int, int], dim: int, itemsize: int, is_plain: bool) -> Tiles:
+    """The tiles for a padded dim of 16 to 256.
+
+    Args:
+        is_plain: an Euler step without a norm. Others hold more in registers, and take the tiles of twice the dim.
+    """
     if itemsize == 4:
-        return _of_float32(dim)
-    return _on_hopper(dim) if has_wgmma else _on_ampere(dim)
-
-
-def _on_hopper(dim: int) -> Tiles:
-    if dim <= 64:
-        return Tiles(Tile(128, 64, 8), Tile(128, 32, 8), Tile(128, 32, 8), Tile(128, 64, 8), Tile(64, 64, 4))
-    if dim == 128:
-        return Tiles(Tile(64, 64, 4), Tile(64, 32, 8), Tile(64, 32, 8), Tile(64, 32, 8), Tile(64, 64, 8))
-    return Tiles(Tile(64, 32, 8), Tile(32, 32, 8), Tile(32, 32, 8), Tile(32, 32, 8), Tile(32, 32, 8))
-
-
-def _on_ampere(dim: int) -> Tiles:
-    if dim <= 64:
-        return Tiles(Tile(64, 32, 4), Tile(64, 32, 8), Tile(64, 32, 8), Tile(64, 32, 8), Tile(64, 32, 4))
-    if dim == 128:
-        return Tiles(Tile(64, 32, 8), Tile(32, 32, 8), Tile(32, 32, 8), Tile(32, 32, 8), Tile(64, 32, 8))
-    return Tiles(Tile(32, 32, 8), Tile(16, 32, 8), Tile(16, 32, 8), Tile(16, 32, 8), Tile(32, 32, 8))
-
-
-def _of_float32(dim: int) -> Tiles:
-    if dim <= 64:
-        return Tiles(Tile(64, 32, 4), Tile(32, 32, 4), Tile(32, 32, 4), Tile(32, 32, 4), Tile(32, 32, 4))
-    if dim == 128:
-        return Tiles(Tile(32, 32, 4), Tile(32, 16, 8), Tile(32, 16, 8), Tile(32, 16, 8), Tile(32, 32, 8))
-    return Tiles(Tile(16, 16, 4), Tile(16, 16, 8), Tile(16, 16, 8), Tile(16, 16, 8), Tile(16, 16, 8))
+        table = FLOAT32
+    elif capability < (9, 0):
+        table = AMPERE
+    else:
+        # 12.x, consumer Blackwell, has neither Hopper's nor Blackwell's matrix units.
+        table = {9: HOPPER, 10: BLACKWELL}.get(capability[0], AMPERE)
+    served = dim if is_plain else min(2 * max(dim, 64), 256)
+    return next(tiles for largest, tiles in table.items() if served <= largest)

@@ -1,0 +1,168 @@
+"""The depth-fused ops by Triton: in Triton's interpreter, and compiled for GPUs that are not there."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from fused_cases import Case
+
+from resode_cuda.fused import backend, triton_backend
+from resode_cuda.reverse import Reverse
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+if HAS_TRITON:
+    import fused_compiled
+    from fused_compiled import TESTED, Configuration
+else:
+    TESTED = []
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path_factory):
+    """Of kernels that Triton compiles, shared by this run's tests and never by an earlier run's."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
+
+
+@needs_triton
+def test_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS / "fused_interpreted.py"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TESTS.parent)
+    assert done.returncode == 0, "\n".join((done.stdout + done.stderr).splitlines()[-60:])
+    assert re.search(r"^\d+ passed in ", done.stdout, re.MULTILINE), done.stdout[-500:]
+
+
+@needs_triton
+@pytest.mark.parametrize("configuration", TESTED, ids=str)
+def test_compiles_within_its_budget(configuration):
+    budget = json.loads(fused_compiled.BUDGET.read_text())[str(configuration)]
+    used = fused_compiled.used_by(configuration)
+    assert used.keys() == budget.keys()
+    above = {
+        f"{kernel} {what}": figure
+        for kernel, figures in used.items()
+        for what, figure in figures.items()
+        if figure > budget[kernel][what]
+    }
+    assert not above, f"above the budget {budget}; if it must be, run tests/fused_compiled.py"
+
+
+@needs_triton
+def test_the_budget_is_of_what_is_tested():
+    assert list(json.loads(fused_compiled.BUDGET.read_text())) == list(map(str, TESTED))
+
+
+@needs_triton
+def test_the_presets_spill_no_registers_on_hopper_and_later():
+    budget = json.loads(fused_compiled.BUDGET.read_text())
+    for configuration in TESTED:
+        is_tuned = configuration == Configuration(configuration.gpu, configuration.dim, configuration.reverse)
+        if is_tuned and configuration.gpu >= 90 and configuration.dim <= 128:
+            for kernel, used in budget[str(configuration)].items():
+                assert used["local"] == 0, f"{configuration} {kernel}"
+
+
+@needs_triton
+def test_every_program_fits_in_shared_memory():
+    for name, kernels in json.loads(fused_compiled.BUDGET.read_text()).items():
+        gpu = int(re.match(r"sm_(\d+)", name)[1])
+        for kernel, used in kernels.items():
+            assert used["shared"] <= fused_compiled.SHARED[gpu], f"{name} {kernel}"
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("configuration", "launches"),
+    [
+        (Configuration(90, 64, "extrapolated"), ["forward", "adjoint"]),
+        (Configuration(90, 128, "corrected"), ["forward", "adjoint", "weight_gradient"]),
+        (Configuration(90, 64, "extrapolated", deterministic=True), ["forward", "adjoint", "weight_gradient"]),
+        (Configuration(90, 64, "checkpoint"), ["exact", "weight_gradient"]),
+    ]
+    if HAS_TRITON
+    else [],
+)
+@pytest.mark.parametrize("steps", [5, 100])
+def test_launches_do_not_depend_on_the_depth(monkeypatch, configuration, launches, steps):
+    monkeypatch.setattr(fused_compiled, "STEPS", steps)
+    assert [name.removesuffix("_kernel") for name, _ in fused_compiled.compiled(configuration)] == launches
+
+
+@needs_triton
+def test_bf16_products_are_warpgroup_instructions_on_hopper():
+    kernels = dict(fused_compiled.compiled(Configuration(90, 64, "extrapolated")))
+    for kernel in kernels.values():
+        assert "wgmma.mma_async" in kernel.asm["ptx"]
+
+
+@needs_triton
+def test_the_copy_engine_adds_gradients_to_memory_on_hopper_and_later():
+    for gpu, has_engine in ((80, False), (90, True), (100, True)):
+        kernels = dict(fused_compiled.compiled(Configuration(gpu, 64, "extrapolated")))
+        assert ("cp.reduce.async.bulk.tensor" in kernels["adjoint_kernel"].asm["ptx"]) == has_engine, gpu
+        assert ("weight_gradient_kernel" in kernels) != has_engine
+
+
+@needs_triton
+def test_the_split_form_has_no_atomics_where_it_must_repeat():
+    kernels = dict(fused_compiled.compiled(Configuration(90, 64, "extrapolated", deterministic=True)))
+    for name, kernel in kernels.items():
+        assert not re.findall(r"\b(?:atom|red)\.", kernel.asm["ptx"]), name
+
+
+@needs_triton
+def test_addresses_of_tiles_have_64_bits():
+    for name, kernel in fused_compiled.compiled(Configuration(90, 64, "extrapolated", deterministic=True)):
+        assert re.search(r"arith\.muli %\w+, %\w+ : i64", kernel.asm["ttir"]), name
+
+
+def test_slabs_keep_to_their_memory():
+    for rows in (1, 1000, 262_144):
+        for steps in (1, 64, 1000, 20_000):
+            for dim in (16, 64, 256):
+                step_bytes, start_bytes = 4 * dim + 4, 4 * dim
+                size, length = triton_backend.slabs(rows, steps, step_bytes, start_bytes, 128)
+                assert size % 128 == 0
+                assert 1 <= length <= steps
+                starts = -(-steps // length) * start_bytes if length < steps else 0
+                assert size * (length * step_bytes + starts) <= triton_backend.SCRATCH_BYTES
+                assert size <= -(-rows // 128) * 128
+    # The sizes of the benchmark go through the whole depth at once.
+    assert triton_backend.slabs(262_144, 64, 4 * 64 + 4, 4 * 64, 128) == (32_256, 64)
+    assert triton_backend.slabs(262_144, 64, 0, 0, 128) == (262_144, 64)
+
+
+def causes_on_cuda(case, dtype, monkeypatch, capability=(9, 0), solver=None):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(triton_backend.triton_kernels, "cause", lambda: None)
+    network, *_ = case.operands(dtype)
+    return triton_backend.cause(network, torch.device("cuda"), solver)
+
+
+def test_what_triton_cannot_compute_is_told(monkeypatch):
+    assert causes_on_cuda(Case(), torch.float32, monkeypatch) is None
+    assert "float64" in causes_on_cuda(Case(), torch.float64, monkeypatch)
+    assert "at most 256 values" in causes_on_cuda(Case(dim=257), torch.float32, monkeypatch)
+    assert "capability 8.0, got 7.5" in causes_on_cuda(Case(), torch.float32, monkeypatch, (7, 5))
+    accelerated = Reverse("step", corrections=2)
+    assert "accelerate" in causes_on_cuda(Case(), torch.float32, monkeypatch, solver=accelerated)
+    assert causes_on_cuda(Case(), torch.float32, monkeypatch, solver=replace(accelerated, accelerate=False)) is None
+
+
+def test_auto_takes_triton_where_it_runs_and_torch_elsewhere(monkeypatch):
+    network, x, _ = Case().operands(torch.float32)
+    assert backend.chosen("here", "auto", network, x, None).__name__.endswith("torch_backend")
+    monkeypatch.setattr(triton_backend, "cause", lambda *_: None)
+    assert backend.chosen("here", "auto", network, x.to("meta"), None).__name__.endswith("torch_backend")
+    monkeypatch.setattr(backend, "_cause", lambda name, *_: "no" if name == "cuda" else None)
+    assert backend.chosen("here", "auto", network, x, None).__name__.endswith("triton_backend")
