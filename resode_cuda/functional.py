@@ -146,19 +146,27 @@ def _is_differentiated_otherwise() -> bool:
 
 def _autocast(network: Network, device_type: str) -> Network:
     """Its parameters in autocast's dtype, where that is on."""
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if not _autocasts(network, device_type):
         return network
     dtype = torch.get_autocast_dtype(device_type)
-    if not all(p is None or p.is_floating_point() for p in network.parameters) or network.dtype == torch.float64:
-        return network
     names = ("weight_in", "bias_in", "weight_out", "bias_out")
     cast = (None if parameter is None else parameter.to(dtype) for parameter in network.parameters)
     return replace(network, **dict(zip(names, cast, strict=True)))  # type: ignore[arg-type]
 
 
+def _autocasts(network: Network, device_type: str) -> bool:
+    """Autocast leaves float64 alone, and what is not floating is an error."""
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return False
+    return all(p is None or p.is_floating_point() for p in network.parameters) and network.dtype != torch.float64
+
+
 def _stream_dtype(where: str, network: Network, x: Tensor) -> torch.dtype:
-    """That of the network's states, if x has the parameters' dtype or the stream's own."""
-    if x.dtype not in (network.dtype, network.stream_dtype):
+    """That of the network's states, if x has the parameters' dtype, the stream's, or under autocast any of 16 bits."""
+    known = {network.dtype, network.stream_dtype}
+    if _autocasts(network, x.device.type):
+        known |= {torch.bfloat16, torch.float16}
+    if x.dtype not in known:
         raise TypeError(
             f"{where}: x must have the parameters' dtype, {dtype_name(network.dtype)}, got {dtype_name(x.dtype)}; "
             "convert x or the parameters, or use torch.autocast"

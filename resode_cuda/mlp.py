@@ -146,6 +146,11 @@ class ResidualMLP(AdjointModule):
         Raises:
             TypeError, ValueError: for an x that does not fit, or a backend that can't compute this.
         """
+        if torch.compiler.is_compiling() and self.on_drift in ("raise", "checkpoint"):
+            return _forward_uncompiled(self, x)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
             raise TypeError(f"ResidualMLP: x must be a tensor, got {type(x).__name__}")
         # A checkpoint around the module repeats a forward pass within a backward pass.
@@ -186,10 +191,15 @@ class ResidualMLP(AdjointModule):
 
         Raises:
             TypeError: if stack is not a `ResidualStack`.
-            ValueError: if a block is not such a perceptron, or blocks differ.
+            ValueError: if a block is not such a perceptron, blocks differ, or the stack has settings that this lacks.
         """
         if not isinstance(stack, ResidualStack):
             raise TypeError(f"ResidualMLP: from_blocks needs a ResidualStack, got {type(stack).__name__}")
+        if stack.stream_dtype is not None or stack.keep_input:
+            raise ValueError(
+                "ResidualMLP: from_blocks needs a stack with stream_dtype=None and keep_input=False, it has no such "
+                f"settings, got {stack.stream_dtype} and {stack.keep_input}; set them so"
+            )
         blocks = [Perceptron.of(n, block) for n, block in enumerate(stack)]
         first = blocks[0]
         for n, block in enumerate(blocks):
@@ -254,3 +264,9 @@ class ResidualMLP(AdjointModule):
             if mine is not None and theirs is not None:
                 source, target = (mine[n], theirs) if to_block else (theirs, mine[n])
                 target.copy_(source)
+
+
+@torch._disable_dynamo
+def _forward_uncompiled(mlp: ResidualMLP, x: Tensor) -> Tensor:
+    # Compiled code measures no drift, and what is to follow from it would not.
+    return mlp._forward(x)

@@ -219,6 +219,12 @@ def test_autocast_narrows_products_alone(scheme):
     assert not torch.equal(out, module(x))
 
 
+def test_autocast_takes_an_x_of_any_narrow_dtype():
+    module, x = ResidualMLP(6, 10, 4, dtype=torch.float16), torch.randn(5, 6).half()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(module(x), module.bfloat16()(x))
+
+
 def test_autocast_leaves_float64_alone(scheme):
     module, x = ResidualMLP(6, 10, 4, scheme, norm="layer", dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
     expected = gradients(lambda: module(x), list(module.parameters()))
@@ -301,6 +307,13 @@ def test_raise_on_drift():
         train(module)
     module.gradient = "checkpoint"
     train(module)
+
+
+def test_compiled_it_raises_on_drift_by_leaving_the_graph():
+    module = drifting(on_drift="raise")
+    compiled = torch.compile(module, backend="eager")
+    with pytest.raises(DriftError):
+        half_square(compiled(torch.randn(5, 6))).backward()
 
 
 def test_checkpoint_on_drift_is_exact_from_the_next_step_on():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from resode_cuda import ResidualMLP
+from resode_cuda import ResidualMLP, ResidualStack
 from resode_cuda.functional import residual_mlp
 
 W1, B1, W2, B2 = torch.zeros(5, 10, 6), torch.zeros(5, 10), torch.zeros(5, 6, 10), torch.zeros(5, 6)
@@ -119,3 +119,12 @@ def test_a_backend_that_was_asked_for_runs_or_says_why_not(bad, message, is_modu
     run = (lambda: ResidualMLP(6, 10, 5, **bad)(GOOD["x"])) if is_module else (lambda: residual_mlp(**GOOD, **bad))
     with pytest.raises(ValueError, match=message):
         run()
+
+
+@pytest.mark.parametrize(
+    ("setting", "got"), [({"stream_dtype": torch.float64}, "float64"), ({"keep_input": True}, "True")]
+)
+def test_from_blocks_drops_no_setting_in_silence(setting, got):
+    blocks = [block.to(torch.float64) for block in ResidualMLP(6, 10, 5).to_blocks()]
+    with pytest.raises(ValueError, match=f"needs a stack with stream_dtype=None and keep_input=False.*{got}"):
+        ResidualMLP.from_blocks(ResidualStack(blocks, **setting))
