@@ -5,16 +5,21 @@
 bfloat16 is left out, as in `triton_interpreted.py`.
 """
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 import triton
 from fused_cases import CASES, Case, check
+from fused_networks import Calls
 from triton.runtime import interpreter
 
-from resode_cuda.fused import triton_backend
+from resode_cuda.fused import torch_backend, triton_backend, wide
 from resode_cuda.fused.triton_tiles import Tile, Tiles
+from resode_cuda.fused.wide import WideTile
 from resode_cuda.ops import triton_kernels
+from resode_cuda.reverse import Reverse
 
 assert triton.knobs.runtime.interpret, "run this file with TRITON_INTERPRET=1"
 # numpy warns of how the interpreter takes a scalar out of an array.
@@ -84,3 +89,54 @@ def test_gradients_are_repeated_bit_by_bit():
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+class Wide:
+    """The backend for wide layers, at sizes that are not."""
+
+    forward = staticmethod(partial(torch_backend.forward, kind=WideTile))
+    adjoint = staticmethod(partial(torch_backend.adjoint, kind=WideTile))
+    exact_adjoint = staticmethod(partial(torch_backend.exact_adjoint, kind=WideTile))
+
+
+WIDE = [
+    *(
+        Case(scheme, norm=norm, reverse=reverse, dim=20)
+        for scheme, norm, reverse in [
+            ("euler", "rms", "extrapolated"),
+            ("euler", "layer", "corrected"),
+            ("heun", "rms", "extrapolated"),
+        ]
+    ),
+    *(Case(activation=activation, bias=activation != "tanh") for activation in ("relu", "gelu", "gelu_tanh", "tanh")),
+    Case(reverse=Reverse("step", corrections=2), anchors=2, rows=75),
+    Case(reverse="extrapolated", anchors=2, steps=5, rows=1),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", WIDE, ids=str)
+def test_wide_layers(monkeypatch, case, dtype):
+    monkeypatch.setattr(wide, "RANGE_ROWS", 32)
+    monkeypatch.setattr(wide, "COLUMNS", 16)
+    check(Wide, case, dtype)
+
+
+@pytest.mark.parametrize(("reverse", "products"), [("extrapolated", 8), ("corrected", 10), ("paper", 9)])
+def test_products_of_wide_layers(reverse, products):
+    """Of an Euler step, forward pass included, up to what the ends do."""
+
+    def count(steps):
+        case = Case(reverse=reverse, norm="rms", steps=steps)
+        network, x, g = case.operands(torch.float32)
+        with Calls() as calls:
+            states = Wide.forward(network, x, 2 if reverse == "extrapolated" else 0, None)
+            Wide.adjoint(network, case.solver, None, g, *states, True, False)
+        return calls.products()
+
+    assert count(6) - count(4) == 2 * products
+
+
+def test_wide_layers_are_the_backends_beyond_what_fits_on_chip(monkeypatch):
+    monkeypatch.setattr(triton_backend, "LARGEST_DIM", 8)
+    check(triton_backend, Case(reverse="extrapolated", norm="layer"), torch.float32)

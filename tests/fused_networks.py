@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from networks import block_count, gradients, relative_error
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from resode_cuda import Reverse, fused
 from resode_cuda.fused.network import Network
@@ -102,3 +103,20 @@ def worst_error(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     """The largest relative error of a tensor."""
     assert len(got) == len(exact)
     return max(relative_error([a], [b]) for a, b in zip(got, exact, strict=True))
+
+
+class Calls(TorchDispatchMode):
+    """The names of the operators that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+    def products(self):
+        """How many of them multiplied matrices."""
+        assert not {"bmm", "baddbmm", "baddbmm_", "linear", "einsum"} & set(self.names)
+        return sum(name in ("mm", "matmul", "addmm", "addmm_") for name in self.names)

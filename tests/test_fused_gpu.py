@@ -33,6 +33,24 @@ def test_sizes_and_presets(reverse, dim, hidden, is_split):
     check(triton_backend, replace(case, norm="rms"), torch.bfloat16, "cuda")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", [None, "rms", "layer"])
+@pytest.mark.parametrize("scheme", ["euler", "heun"])
+def test_wide_layers(scheme, norm, dtype):
+    case = Case(scheme, norm=norm, reverse="extrapolated", dim=300, hidden=520, rows=1100)
+    check(triton_backend, case, dtype, "cuda")
+    check(triton_backend, replace(case, reverse=Reverse("step", corrections=2), anchors=2), dtype, "cuda")
+
+
+def test_products_in_16_bits_are_added_to_wider_sums_by_the_product_itself():
+    device = torch.device("cuda", torch.cuda.current_device())
+    acc, a = torch.randn(64, 64, device=device), torch.randn(64, 64, device=device, dtype=torch.bfloat16)
+    expected = acc.double() + 0.5 * (a.double() @ a.double())
+    assert torch_backend.adds_to_wider(device, torch.bfloat16)
+    torch.ops.aten.addmm.dtype_out(acc, a, a, torch.float32, alpha=0.5, out=acc)
+    torch.testing.assert_close(acc.double(), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 def test_sanitize(dim):
     """Small: compute-sanitizer makes every access slow."""

@@ -11,6 +11,7 @@ time. A Heun step takes twice as many, or 19 as in the paper.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -54,17 +55,20 @@ class Gradients(NamedTuple):
         return cls(weight_in, bias_in, weight_out, bias_out)
 
 
-def forward(network: Network, x: Tensor, kept: int, anchors: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    network: Network, x: Tensor, kept: int, anchors: int | None, kind: type[Tile] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """x_N; the last `kept` increments, newest first; the states of every step divisible by `anchors`.
 
     Args:
         x: [rows, dim], contiguous, in the stream's dtype.
+        kind: of tile, here and below; `Tile` by default.
     """
     count = len(network.steps)
     x_last = x.clone()
     increments = x.new_empty((kept, *x.shape), dtype=network.dtype)
     anchored = x.new_empty((0 if anchors is None else -(-count // anchors), *x.shape))
-    for rows, tile in _tiles(network, x, points=1):
+    for rows, tile in _tiles(kind, network, x, points=1):
         state = x_last[rows]
         for n in range(count):
             if anchors is not None and n % anchors == 0:
@@ -89,6 +93,7 @@ def adjoint(
     anchored: Tensor,
     wants_parameters: bool,
     wants_input: bool,
+    kind: type[Tile] | None = None,
 ) -> tuple[Tensor, Gradients | None, Tensor, Tensor | None]:
     """g_0, the gradients, each step's squared norms |y - x_n|^2 and |x_n|^2 (shape [steps, 2]), and the rebuilt x_0.
 
@@ -99,7 +104,7 @@ def adjoint(
     x_first = torch.empty_like(x_last) if wants_input else None
     gradients = Gradients.zeros(network) if wants_parameters else None
     norms = g.new_zeros(len(network.steps), 2)
-    for rows, tile in _tiles(network, g, points=network.formulas.blocks_per_step):
+    for rows, tile in _tiles(kind, network, g, points=network.formulas.blocks_per_step):
         x = _copied(x_last[rows], None if x_first is None else x_first[rows])
         walk = Walk(tile, solver, anchors, anchored[:, rows], x, [d[rows] for d in increments])
         for n in reversed(range(len(network.steps))):
@@ -109,7 +114,7 @@ def adjoint(
 
 
 def exact_adjoint(
-    network: Network, g: Tensor, x_first: Tensor, wants_parameters: bool
+    network: Network, g: Tensor, x_first: Tensor, wants_parameters: bool, kind: type[Tile] | None = None
 ) -> tuple[Tensor, Gradients | None]:
     """g_0 and the gradients: each tile goes through the depth once more, and its states are kept meanwhile.
 
@@ -120,7 +125,7 @@ def exact_adjoint(
     gradients = Gradients.zeros(network) if wants_parameters else None
     count, per_step = len(network.steps), network.formulas.blocks_per_step
     most, length = _segmented(network, g)
-    for rows, tile in _tiles(network, g, points=length * per_step, keeps=True, most=most):
+    for rows, tile in _tiles(kind, network, g, points=length * per_step, keeps=True, most=most):
         starts = []
         state = x_first[rows].clone()
         for begin in range(0, count - length, length):
@@ -257,7 +262,10 @@ class Tile:
             point.u = x
         else:
             point.u = point.u_memory
-            point.r = normalize(self.norm, x, point.u)
+            if self.norm is None:
+                point.u.copy_(x)
+            else:
+                self._normalize(x, point)
         if self.bias_in is None:
             torch.mm(point.u, self.weight_in_t[layer], out=point.z)
         else:
@@ -282,22 +290,56 @@ class Tile:
             self._add_product(gradients.weight_out[layer], narrow.t(), point.a, scale)
             if gradients.bias_out is not None:
                 gradients.bias_out[layer].add_(cotangent.sum(0), alpha=scale)
-        self.activation.backward(hidden, point.z, point.a)
+        bias = None if gradients is None or gradients.bias_in is None else gradients.bias_in[layer]
+        self._pull_activation(hidden, point, bias)
         if gradients is not None:
             self._add_product(gradients.weight_in[layer], hidden.t(), point.u, 1.0)
-            if gradients.bias_in is not None:
-                gradients.bias_in[layer] += hidden.sum(0, dtype=out.dtype)
         if self.norm is None:
             self._add_product(out, hidden, self.weight_in[layer], 1.0)
         else:
-            assert point.r is not None
-            out += pull_back(self.norm, point.u, point.r, hidden @ self.weight_in[layer])
+            self._pull_norm(out, point, hidden @ self.weight_in[layer])
 
     def _add_product(self, acc: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
-        if self._is_mixed:
-            acc.add_(torch.mm(a, b), alpha=scale)
-        else:
+        if not self._is_mixed:
             acc.addmm_(a, b, alpha=scale)
+        elif acc.is_cuda and adds_to_wider(acc.device, a.dtype):
+            torch.ops.aten.addmm.dtype_out(acc, a, b, acc.dtype, alpha=scale, out=acc)
+        else:
+            acc.add_(torch.mm(a, b), alpha=scale)
+
+    # What a subclass does in fewer passes over memory.
+
+    def _normalize(self, x: Tensor, point: Point) -> None:
+        """u and r of a point x."""
+        assert self.norm is not None
+        point.r = normalize(self.norm, x, point.u)
+
+    def _pull_norm(self, out: Tensor, point: Point, cotangent: Tensor) -> None:
+        """out += the cotangent of x, from that of u."""
+        assert self.norm is not None
+        assert point.r is not None
+        out += pull_back(self.norm, point.u, point.r, cotangent)
+
+    def _pull_activation(self, cotangent: Tensor, point: Point, bias: Tensor | None) -> None:
+        """The cotangent of a becomes that of z, in place, and its sum over rows is added to the bias' gradient."""
+        self.activation.backward(cotangent, point.z, point.a)
+        if bias is not None:
+            bias += cotangent.sum(0, dtype=bias.dtype)
+
+    def rebuild(
+        self, x: Tensor, y: Tensor, d: Tensor, d_next: Tensor, weights: tuple[float, float] | None, norms: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """x <- x - d; norms += |y - x|^2, |x|^2; with weights (a, b), y <- x - (a d - b d_next), all in place.
+
+        Returns:
+            Memory for the next increment, and d.
+        """
+        x -= d
+        norms[0] += _square(y.sub_(x))
+        norms[1] += _square(x)
+        if weights is not None:
+            predict(x, y, d, d_next, weights)
+        return d_next, d
 
 
 class Walk:
@@ -339,17 +381,20 @@ class Walk:
             acc, sign = x if is_rebuilt else None, -1.0
         tile.evaluate(n, y, tile.points, acc, sign)
         tile.pull(n, tile.points, g, gradients)
+        weights = self._weights_before(n) if solver.extrapolates and n else None
+        if is_rebuilt and solver.extrapolates:
+            self.d, self.d_next = tile.rebuild(x, y, self.d, self.d_next, weights, norms)
+            return
         if not is_rebuilt:
             x.copy_(y)
-            if not is_anchored:
-                norms[1] += _square(x)
+            if weights is not None:
+                predict(x, self.y, self.d, self.d_next, weights)
+                self.d, self.d_next = self.d_next, self.d
+            if is_anchored:
+                return
         else:
-            if solver.extrapolates:
-                x -= self.d
             norms[0] += _square(y.sub_(x))
-            norms[1] += _square(x)
-        if solver.extrapolates and n:
-            self._extrapolate(n)
+        norms[1] += _square(x)
 
     def _predicted(self, n: int) -> Tensor:
         x, y = self.x, self.y
@@ -365,14 +410,28 @@ class Walk:
         self.tile.add_increment(back, y, n, -1.0)
         return back
 
-    def _extrapolate(self, n: int) -> None:
-        """y of step n - 1. The last step knows d_{N-2} from the forward pass, where others have d_{n+1}."""
+    def _weights_before(self, n: int) -> tuple[float, float]:
+        """Of step n - 1. The last step knows d_{N-2} from the forward pass, where others have d_{n+1}."""
         if n == len(self.steps) - 1:
-            torch.sub(self.x, self.d_next, out=self.y)
-        else:
-            a, b = extrapolation_weights(self.formulas, self.steps, n - 1)
-            torch.add(self.x, self.d, alpha=-a, out=self.y).add_(self.d_next, alpha=b)
-        self.d, self.d_next = self.d_next, self.d
+            return 0.0, -1.0
+        return extrapolation_weights(self.formulas, self.steps, n - 1)
+
+
+def predict(x: Tensor, y: Tensor, d: Tensor, d_next: Tensor, weights: tuple[float, float]) -> None:
+    """y <- x - (a d - b d_next)"""
+    a, b = weights
+    torch.add(x, d, alpha=-a, out=y).add_(d_next, alpha=b)
+
+
+@functools.cache
+def adds_to_wider(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch adds a product of this 16-bit dtype to a float32 matrix on this device, as newer ones do."""
+    wide, narrow = torch.zeros(16, 16, device=device), torch.zeros(16, 16, device=device, dtype=dtype)
+    try:
+        torch.ops.aten.addmm.dtype_out(wide, narrow, narrow, wide.dtype, out=wide)
+    except (RuntimeError, AttributeError):
+        return False
+    return True
 
 
 def _square(vector: Tensor) -> Tensor:
@@ -385,7 +444,7 @@ def _copied(x: Tensor, out: Tensor | None) -> Tensor:
 
 
 def _tiles(
-    network: Network, x: Tensor, points: int, keeps: bool = False, most: int | None = None
+    kind: type[Tile] | None, network: Network, x: Tensor, points: int, keeps: bool = False, most: int | None = None
 ) -> Iterator[tuple[slice, Tile]]:
     """The rows of x, a tile at a time."""
     size = most or _tile_rows(network, x)
@@ -393,7 +452,7 @@ def _tiles(
     for begin in range(0, x.shape[0], size):
         rows = slice(begin, min(begin + size, x.shape[0]))
         if tile is None:
-            tile = Tile(network, rows.stop - begin, points, keeps)
+            tile = (kind or Tile)(network, rows.stop - begin, points, keeps)
         elif rows.stop - begin < size:  # the last one
             tile.narrow(rows.stop - begin)
         yield rows, tile

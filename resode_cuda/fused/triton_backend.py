@@ -4,6 +4,8 @@ The number of launches does not depend on the depth: one forward; backward two f
 the weight-gradient pass, or a single one where gradients are reduced in memory. A slab has as many rows as the scratch
 memory holds all layers' points and cotangents of. Where a stack is so deep that slabs would be too thin for a GPU, they
 are taken through the depth in ranges of it, each with launches of its own.
+
+Rows of more than 256 values do not fit: their layers are computed one by one, as `wide.py` says.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ from torch import Tensor
 from ..ops import triton_kernels
 from ..reverse import Reverse, extrapolation_weights
 from ..schemes import SCHEMES
+from . import torch_backend
 from .network import Network
 from .norms import EPSILON
 from .torch_backend import Gradients
 from .triton_tiles import LARGEST_FUSED_DIM, Tile, tiles_for
+from .wide import WideTile
 
 SMALLEST_DIM, LARGEST_DIM = 16, 256
 OLDEST = (8, 0)
@@ -39,9 +43,7 @@ def cause(network: Network, device: torch.device, solver: Reverse | None) -> str
         return f"Triton's kernels run on CUDA devices, got tensors on {device}"
     if network.dtype == torch.float64:
         return "Triton's kernels take parameters of float32, bfloat16 or float16, got float64"
-    if network.dim > LARGEST_DIM:
-        return f"Triton's kernels keep rows of at most {LARGEST_DIM} values on chip, got dim {network.dim}"
-    if solver is not None and solver.accelerate:
+    if solver is not None and solver.accelerate and not is_wide(network):
         return "Triton's kernels do not accelerate corrections, got Reverse(accelerate=True)"
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST:
@@ -49,8 +51,15 @@ def cause(network: Network, device: torch.device, solver: Reverse | None) -> str
     return triton_kernels.cause()
 
 
+def is_wide(network: Network) -> bool:
+    """Whether rows are too wide to be kept on chip."""
+    return network.dim > LARGEST_DIM
+
+
 def forward(network: Network, x: Tensor, kept: int, anchors: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """As `torch_backend.forward`."""
+    if is_wide(network):
+        return torch_backend.forward(network, x, kept, anchors, WideTile)
     count = len(network.steps)
     x_last = torch.empty_like(x)
     increments = x.new_empty((kept, *x.shape), dtype=network.dtype)
@@ -72,6 +81,9 @@ def adjoint(
     wants_input: bool,
 ) -> tuple[Tensor, Gradients | None, Tensor, Tensor | None]:
     """As `torch_backend.adjoint`."""
+    if is_wide(network):
+        given = g, x_last, increments, anchored, wants_parameters, wants_input
+        return torch_backend.adjoint(network, solver, anchors, *given, WideTile)
     launch = Launch(network, solver.extrapolates)
     rows, count = len(g), len(network.steps)
     is_fused = wants_parameters and launch.is_fused
@@ -116,6 +128,8 @@ def exact_adjoint(
     network: Network, g: Tensor, x_first: Tensor, wants_parameters: bool
 ) -> tuple[Tensor, Gradients | None]:
     """As `torch_backend.exact_adjoint`."""
+    if is_wide(network):
+        return torch_backend.exact_adjoint(network, g, x_first, wants_parameters, WideTile)
     launch = Launch(network)
     rows, count = len(g), len(network.steps)
     g_first = torch.empty_like(g)
