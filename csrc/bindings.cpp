@@ -5,6 +5,7 @@
 
 #include "attributes.h"
 #include "forward_step.h"
+#include "mlp_bindings.h"
 #include "reverse_update.h"
 
 #ifdef RESODE_HOST
@@ -93,6 +94,7 @@ PYBIND11_MODULE(_kernels, module) {
   module.def("reverse_update_", &reverse_update_, release);
   module.def("reverse_extrapolate_", &reverse_extrapolate_, release);
   module.def("adjoint_update_", &adjoint_update_, release);
+  define_mlp(module);
   module.def("most_reverse_blocks", &most_reverse_blocks,
              "Blocks of a reverse kernel on the current device, at most; partial_norms needs room for two values of each.");
   module.def("kernel_attributes", &kernel_attributes,

@@ -32,18 +32,54 @@ __device__ __forceinline__ void copy_wait() {
 }
 
 // Two values in one register, the first in the low half.
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+template <class Pair>
+__device__ __forceinline__ uint32_t bits_of_pair(Pair pair) {
   uint32_t bits;
   memcpy(&bits, &pair, sizeof bits);
   return bits;
 }
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) { return bits_of_pair(__floats2bfloat162_rn(low, high)); }
+__device__ __forceinline__ uint32_t pack_fp16(float low, float high) { return bits_of_pair(__floats2half2_rn(low, high)); }
 
-// d[16, 8] += a[16, 16] b[16, 8] by a whole warp: bf16 factors, fp32 sums; fragments as the PTX ISA lays them out for mma.m16n8k16.
-__device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+// d[16, 8] += a[16, 16] b[16, 8] by a whole warp: 16-bit factors, fp32 sums; fragments as the PTX ISA lays them out for
+// mma.m16n8k16.
+#define RESODE_MMA(type)                                                                                                    \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                                       \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                       \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                             \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { RESODE_MMA("bf16"); }
+__device__ __forceinline__ void mma_fp16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { RESODE_MMA("f16"); }
+#undef RESODE_MMA
+
+// Loads 2 or 4 matrices of 8 x 8 16-bit values from shared memory by a whole warp (ldmatrix). Lane 8 i + j gives the address of
+// row j of matrix i, 16 bytes. Of each matrix a lane gets the two values that a fragment of mma has of it: of row lane / 4 at
+// columns lane % 4 * 2 and + 1, or, transposed, of column lane / 4 at those rows.
+template <bool kTransposed>
+__device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
+  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(at)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(at)
+                 : "memory");
+  }
+}
+template <bool kTransposed>
+__device__ __forceinline__ void load_matrices(uint32_t (&out)[2], const void* row) {
+  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(out[0]), "=r"(out[1])
+                 : "r"(at)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(out[0]), "=r"(out[1]) : "r"(at) : "memory");
+  }
 }
 #endif

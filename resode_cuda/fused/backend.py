@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..reverse import Reverse
-from . import triton_backend
+from . import cuda_backend, triton_backend
 from .network import Network
 
 NAMES = ("auto", "cuda", "triton", "torch")
+FEW_ROWS = 2048
 
 
 def causes(network: Network, x: Tensor, solver: Reverse | None) -> dict[str, str | None]:
@@ -21,7 +22,7 @@ def causes(network: Network, x: Tensor, solver: Reverse | None) -> dict[str, str
     Args:
         solver: None where nothing is rebuilt.
     """
-    return {name: _cause(name, network, x.device, solver) for name in NAMES[1:]}
+    return {name: _cause(name, network, x.device, solver) for name in _order(x)}
 
 
 def chosen(where: str, backend: str, network: Network, x: Tensor, solver: Reverse | None) -> Any:
@@ -39,11 +40,18 @@ def chosen(where: str, backend: str, network: Network, x: Tensor, solver: Revers
     return importlib.import_module(f"{__package__}.{backend}_backend")
 
 
+def _order(x: Tensor) -> tuple[str, ...]:
+    """The backends as "auto" tries them.
+
+    The kernels in CUDA C++ are made for few rows, where latency decides, Triton's for many. Where the first stop being
+    the faster ones is not measured yet: FEW_ROWS is a guess.
+    """
+    return ("cuda", "triton", "torch") if x.numel() <= FEW_ROWS * x.shape[-1] else ("triton", "cuda", "torch")
+
+
 def _cause(name: str, network: Network, device: torch.device, solver: Reverse | None) -> str | None:
     if name == "torch":
         return None
-    if name == "cuda":
-        return "there are no kernels in CUDA C++ for whole stacks yet"
     if device.type != "cuda":
         return f"kernels run on CUDA devices, got tensors on {device}"
-    return triton_backend.cause(network, device, solver)
+    return (cuda_backend if name == "cuda" else triton_backend).cause(network, device, solver)

@@ -108,34 +108,76 @@ inline uint32_t pack_bf16(float low, float high) {
   return __float2bfloat16_rn(low).bits | uint32_t{__float2bfloat16_rn(high).bits} << 16;
 }
 
+inline uint32_t pack_fp16(float low, float high) {
+  return __float2half_rn(low).bits | uint32_t{__float2half_rn(high).bits} << 16;
+}
+
+namespace host {
+struct Fragments {
+  uint32_t a[4], b[2];
+};
+
 // Lane l = 4 r + c of the warp holds: of a, rows r and r + 8, columns 2c, 2c + 1 and those + 8 (a[0]: row r, a[1]: row r + 8, a[2]
 // and a[3]: columns + 8); of b, rows 2c, 2c + 1 (b[0]) and those + 8 (b[1]) of column r; of d, columns 2c, 2c + 1 of row r (d[0],
 // d[1]) and of row r + 8.
-inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  struct Fragments {
-    uint32_t a[4], b[2];
-  };
-  struct Sums {
-    float values[4];
-  };
+template <class Value>
+void add_product(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Value value) {
   Fragments mine;
   std::memcpy(mine.a, a, sizeof mine.a);
   std::memcpy(mine.b, b, sizeof mine.b);
-  host::require_whole_warp(~0u);
-  const Sums sums = host::exchange(mine, [](auto of) {
-    const auto value = [](uint32_t pair, int k) {
-      return __bfloat162float({static_cast<uint16_t>(pair >> 16 * (k % 2))});
-    };
+  require_whole_warp(~0u);
+  struct Sums {
+    float values[4];
+  };
+  const Sums sums = exchange(mine, [value](auto of) {
     Sums result{};
-    for (int i = 0; i < 4; i++) {
-      const int row = host::lane() / 4 + i / 2 * 8, column = host::lane() % 4 * 2 + i % 2;
-      for (int k = 0; k < 16; k++) {
-        const int pair = k % 8 / 2;
-        const Fragments of_row = of(row % 8 * 4 + pair), of_column = of(column * 4 + pair);
-        result.values[i] += value(of_row.a[row / 8 + k / 8 * 2], k) * value(of_column.b[k / 8], k);
+    const int row = lane() / 4, column = lane() % 4 * 2;
+    for (int pair = 0; pair < 4; pair++) {
+      const Fragments of_row = of(row * 4 + pair), of_columns[2] = {of(column * 4 + pair), of((column + 1) * 4 + pair)};
+      for (int k = 0; k < 4; k++) {  // columns 2 pair + k % 2 + k / 2 * 8 of a
+        const auto half = [k](uint32_t both) { return static_cast<uint16_t>(both >> 16 * (k % 2)); };
+        const float upper = value(half(of_row.a[k / 2 * 2])), lower = value(half(of_row.a[k / 2 * 2 + 1]));
+        for (int j = 0; j < 2; j++) {
+          const float factor = value(half(of_columns[j].b[k / 2]));
+          result.values[j] += upper * factor;
+          result.values[2 + j] += lower * factor;
+        }
       }
     }
     return result;
   });
   for (int i = 0; i < 4; i++) d[i] += sums.values[i];
+}
+}  // namespace host
+
+inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  host::add_product(d, a, b, [](uint16_t bits) { return __bfloat162float({bits}); });
+}
+
+inline void mma_fp16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  host::add_product(d, a, b, [](uint16_t bits) { return __half2float({bits}); });
+}
+
+template <bool kTransposed, int kMatrices>
+void load_matrices(uint32_t (&out)[kMatrices], const void* row) {
+  static_assert(kMatrices == 2 || kMatrices == 4);
+  host::require_whole_warp(~0u);
+  struct Matrices {
+    uint32_t values[kMatrices];
+  };
+  const Matrices found = host::exchange(row, [](auto of) {
+    Matrices result;
+    const int along = host::lane() / 4, first = host::lane() % 4 * 2;
+    for (int i = 0; i < kMatrices; i++) {
+      const auto value = [&](int line, int column) {
+        const auto* at = static_cast<const uint16_t*>(of(8 * i + line)) + column;
+        require_alignment(at - column, 16);
+        return uint32_t{*at};
+      };
+      result.values[i] = kTransposed ? value(first, along) | value(first + 1, along) << 16
+                                     : value(along, first) | value(along, first + 1) << 16;
+    }
+    return result;
+  });
+  std::memcpy(out, found.values, sizeof out);
 }

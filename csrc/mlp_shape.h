@@ -1,0 +1,42 @@
+// How the depth-fused kernels cut a residual MLP stack into tiles, by the dtype T of its parameters and its padded dim.
+// Plain constants, which kernels and launchers share.
+//
+// A row group is 16 rows, taken through the whole depth by kWarps warps; a block has one group or two, which share the weights.
+// The hidden dimension is walked through in chunks: W1 [kChunk, kDim] and W2 [kDim, kChunk] of a chunk, and the biases, are a
+// stage of shared memory, of which there are two. Of a product with kChunk columns a warp owns 8 kHiddenTiles, of a state
+// 8 kTiles, so that every sum over the hidden dimension stays in one warp's registers.
+#pragma once
+#include <cstddef>
+
+constexpr int kGroupRows = 16;   // of a row group: those of an mma
+constexpr int kMostGroups = 2;   // of a block
+constexpr int kMatrixColumns = 8;
+
+template <class T, int kPaddedDim>
+struct MlpShape {
+  static constexpr int kDim = kPaddedDim;
+  static constexpr bool kIsNarrow = sizeof(T) == 2;
+  static constexpr int kWarps = kDim == 16 ? 2 : 4;
+  static constexpr int kGroupThreads = 32 * kWarps;
+  // A block's shared memory is to stay below 99 KB, which consumer GPUs have.
+  static constexpr int kChunk = !kIsNarrow && kDim == 128 ? 32 : 64;
+  static constexpr int kGroups = kIsNarrow || kDim < 128 ? kMostGroups : 1;
+  static constexpr int kMostThreads = kGroups * kGroupThreads;
+  static constexpr int kTiles = kDim / kMatrixColumns / kWarps;
+  static constexpr int kHiddenTiles = kChunk / kMatrixColumns / kWarps;
+
+  // 16 bytes more than a power of two: rows 8 apart, or 8 rows, then lie in different banks.
+  static constexpr int kPad = 16 / sizeof(T);
+  static constexpr int kDimPitch = kDim + kPad, kChunkPitch = kChunk + kPad;
+
+  // Of a stage, in values: W1, W2, b1, b2.
+  static constexpr int kW2 = kChunk * kDimPitch, kB1 = kW2 + kDim * kChunkPitch, kB2 = kB1 + kChunk, kStage = kB2 + kDim;
+  // Of a row group, in values: u [16, kDim] and a [16, kChunk]; where gradients are pulled back, their cotangents c and dz too.
+  static constexpr int kOperands = kGroupRows * (kDimPitch + kChunkPitch);
+  // Of a row group, in floats: two buffers of each warp's part of two sums for each row.
+  static constexpr int kRowSums = 2 * kWarps * 2 * kGroupRows;
+
+  static constexpr size_t shared(int groups, bool pulls) {
+    return (2 * kStage + groups * (pulls ? 2 : 1) * kOperands) * sizeof(T) + groups * kRowSums * sizeof(float);
+  }
+};
