@@ -121,7 +121,7 @@ class DriftMonitor:
         if self._squares is None or not self._unchecked:
             return
         self._unchecked = False
-        if is_capturing():
+        if is_capturing() or self._squares.is_meta:
             return
         if self._squares.device.type == "cpu":
             self._judge(self._squares)

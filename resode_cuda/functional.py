@@ -113,14 +113,14 @@ def apply(
             raise ValueError(
                 f'{where}: gradient="backprop" is computed by plain torch, got backend={backend!r}; use backend="torch"'
             )
-        return plain(network, state).to(x.dtype)
+        return plain(network, state.contiguous()).to(x.dtype)
     if _is_differentiated_otherwise():
         if differentiable:
             raise RuntimeError(
                 f"{where}: gradient={gradient!r} gives first derivatives in reverse mode only, got a torch.func "
                 'transform or forward mode; use gradient="backprop"'
             )
-        return plain(network, state).to(x.dtype)
+        return plain(network, state.contiguous()).to(x.dtype)
     x_last = fused.mlp_stack(
         state,
         network,

@@ -160,6 +160,32 @@ def test_what_triton_cannot_compute_is_told(monkeypatch):
     assert causes_on_cuda(Case(dim=257), torch.float32, monkeypatch, solver=accelerated) is None
 
 
+def test_products_are_as_precise_as_torch_is_told_by_either_name():
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    try:
+        for value, told in (("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")):
+            settings.fp32_precision = value
+            assert triton_backend.precision(torch.float32) == told
+            assert triton_backend.precision(torch.bfloat16) == "ieee"
+        for value, told in (("high", "tf32"), ("highest", "ieee")):
+            torch.set_float32_matmul_precision(value)
+            assert triton_backend.precision(torch.float32) == told
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        settings.fp32_precision = before
+
+
+def test_no_schedule_is_kept_on_the_device():
+    there = torch.device("meta")
+    first, second = (triton_backend.schedule((0.5, 0.25, 0.25), "euler", True, there) for _ in range(2))
+    assert first.is_meta
+    assert first is not second
+    here = triton_backend.schedule((0.5, 0.25, 0.25), "euler", True, torch.device("cpu"))
+    assert here[:, 0].tolist() == [0.5, 0.25, 0.25]
+    assert here[1:, 1:].tolist() == [[0, -1], [0, -1]]
+
+
 def test_auto_takes_triton_where_it_runs_and_torch_elsewhere(monkeypatch):
     network, x, _ = Case().operands(torch.float32)
     assert backend.chosen("here", "auto", network, x, None).__name__.endswith("torch_backend")

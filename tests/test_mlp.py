@@ -339,6 +339,22 @@ def test_a_state_that_is_not_finite_is_told():
         train(module)
 
 
+@pytest.mark.parametrize("on_drift", ["warn", "raise"])
+def test_on_the_meta_device_no_drift_is_judged(scheme, on_drift):
+    module = ResidualMLP(6, 10, 4, scheme, on_drift=on_drift, device="meta")
+    x = torch.randn(5, 6, device="meta", requires_grad=True)
+    half_square(module(x)).backward()
+    assert module.weight_in.grad.shape == module.weight_in.shape
+    assert module.drift.defects.is_meta
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "checkpoint", "backprop"])
+def test_the_result_is_contiguous(scheme, gradient):
+    module = ResidualMLP(6, 10, 4, scheme, gradient=gradient)
+    x = torch.randn(6, 5, 2).permute(2, 1, 0).requires_grad_()
+    assert module(x).is_contiguous()
+
+
 @pytest.mark.parametrize("on_drift", ["ignore", "raise"])
 def test_checkpointing_around_the_module(scheme, on_drift):
     module, x = ResidualMLP(6, 10, 4, scheme, max_drift=1e-9, on_drift=on_drift), torch.randn(5, 6)

@@ -423,7 +423,8 @@ def capability_of(device: torch.device) -> tuple[int, int]:
 
 def precision(dtype: torch.dtype) -> str:
     """Of products of float32 operands, as torch is told; others ignore it."""
-    return "ieee" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # torch.get_float32_matmul_precision() raises where this has been set by name.
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def padded(parameter: Tensor, shape: Sequence[int]) -> Tensor:
@@ -444,16 +445,25 @@ def descriptor(tensor: Tensor | None, block: list[int]) -> Any:
     return TensorDescriptor.from_tensor(tensor, block)
 
 
-@functools.lru_cache(maxsize=256)
 def schedule(steps: tuple[float, ...], scheme: str, extrapolates: bool, device: torch.device) -> Tensor:
-    """h, a and b of each step, float32; kept, since a copy to the device would make the host wait."""
+    """h, a and b of each step, float32.
+
+    Copied for each pass, from pinned memory, which does not make the host wait. A tensor kept on the device would come
+    from the pool of the CUDA graph that is recorded when it is first needed, or be freed while a graph still reads it.
+    """
+    return _host_schedule(steps, scheme, extrapolates, device.type == "cuda").to(device, non_blocking=True)
+
+
+@functools.cache
+def _host_schedule(steps: tuple[float, ...], scheme: str, extrapolates: bool, is_pinned: bool) -> Tensor:
+    # For ever: graphs read it each time that they are replayed.
     rows = []
     for n, h in enumerate(steps):
         weights = (0.0, -1.0)
         if extrapolates and n < len(steps) - 2:
             weights = extrapolation_weights(SCHEMES[scheme], steps, n)
         rows.append((h, *weights))
-    return torch.tensor(rows, dtype=torch.float32, device=device)
+    return torch.tensor(rows, dtype=torch.float32, device="cpu", pin_memory=is_pinned)
 
 
 @functools.cache
