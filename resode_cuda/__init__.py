@@ -3,11 +3,11 @@
 from importlib.metadata import version
 
 from . import functional, ops
+from .available import backends
 from .calibration import Candidate, Plan, calibrate
 from .drift import Drift, DriftError, DriftLogger
 from .initialize import deepen, smooth_init_
 from .mlp import ResidualMLP
-from .ops import backends
 from .reverse import Reverse
 from .stack import ResidualStack
 

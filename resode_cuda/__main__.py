@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from . import __version__, ops
+from . import __version__, backends, ops
 from .ops import compiled
 
 HARDWARE = "compiled, not yet run on hardware"
@@ -72,7 +72,7 @@ def _backends() -> Iterator[str]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for device in [f"cuda:{index}" for index in range(count)] or ["cuda"]:
         by_causes: dict[tuple[tuple[str, str | None], ...], list[str]] = {}
-        for op, causes in ops.backends(device).items():
+        for op, causes in backends(device).items():
             by_causes.setdefault(tuple(causes.items()), []).append(op)
         yield ""
         yield f"backends on {device}, the first choice first"

@@ -396,10 +396,11 @@ def test_errors_say_what_must_hold(implementation, name, values, error, message)
 
 def test_backends_tell_why_not():
     found = resode_cuda.backends()
-    assert set(found) == set(NAMES)
+    assert set(found) == {*NAMES, "mlp_stack", "mlp_stack_adjoint", "mlp_stack_exact_adjoint"}
     if not torch.cuda.is_available():
         cause = "torch finds no CUDA device"
         assert found["forward_step"] == {"cuda": cause, "triton": cause, "reference": None}
+        assert found["mlp_stack"] == {"triton": cause, "cuda": cause, "torch": None}
     assert resode_cuda.backends("cpu")["heun_step"]["cuda"] == "kernels run on CUDA devices, got cpu"
 
 

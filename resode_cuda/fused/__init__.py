@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from ..reverse import Reverse
-from .backend import chosen
+from .backend import causes_on, chosen
 from .network import Network
 
-__all__ = ["mlp_stack"]
+__all__ = ["backends", "mlp_stack"]
 
 _NETWORK = (
     "Tensor weight_in, Tensor? bias_in, Tensor weight_out, Tensor? bias_out, "
@@ -45,6 +46,16 @@ SCHEMAS = (
 """gradient: "adjoint" or "checkpoint". norms: shape [steps, 2], |y - x_n|^2 and |x_n|^2 of each step."""
 
 library = torch.library.Library("resode", "FRAGMENT")
+
+
+def backends(device: torch.device | str | int | None = None) -> dict[str, dict[str, str | None]]:
+    """For each op its backends, in the order for many rows, and why one can't run at all; None where it can.
+
+    Args:
+        device: a CUDA device, by default the current one; or "cpu".
+    """
+    causes = causes_on(torch.device("cuda" if device is None else device))
+    return {schema.partition("(")[0]: causes for schema in SCHEMAS}
 
 
 class Call(NamedTuple):
@@ -205,7 +216,7 @@ def _backward(ctx: Any, g: Tensor | None, *others: Tensor | None) -> tuple[Tenso
         g_first, *gradients, norms, _ = torch.ops.resode.mlp_stack_adjoint(
             g, *states, *network, *ctx.solver, any(needs), False, ctx.backend
         )
-        if ctx.norms is not None:
+        if ctx.norms is not None and not is_legacy_batchedtensor(norms):
             ctx.norms.copy_(norms.detach())
     wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
     return g_first if ctx.needs_input_grad[0] else None, *wanted, *nothing[5:]

@@ -14,6 +14,8 @@ from .network import Network
 
 NAMES = ("auto", "cuda", "triton", "torch")
 FEW_ROWS = 2048
+SMALLEST = 16
+"""A dim and hidden size that every backend takes."""
 
 
 def causes(network: Network, x: Tensor, solver: Reverse | None) -> dict[str, str | None]:
@@ -23,6 +25,14 @@ def causes(network: Network, x: Tensor, solver: Reverse | None) -> dict[str, str
         solver: None where nothing is rebuilt.
     """
     return {name: _cause(name, network, x.device, solver) for name in _order(x)}
+
+
+def causes_on(device: torch.device) -> dict[str, str | None]:
+    """Each backend, and why it can't compute any network on a device; None where it can, in the order for many rows."""
+    parameter = torch.empty(1, SMALLEST, SMALLEST, device="meta")
+    network = Network(parameter, None, parameter, None, (1.0,), "euler", "relu", None)
+    many = torch.empty(FEW_ROWS + 1, SMALLEST, device="meta")
+    return {name: _cause(name, network, device, None) for name in _order(many)}
 
 
 def chosen(where: str, backend: str, network: Network, x: Tensor, solver: Reverse | None) -> Any:
@@ -54,4 +64,6 @@ def _cause(name: str, network: Network, device: torch.device, solver: Reverse | 
         return None
     if device.type != "cuda":
         return f"kernels run on CUDA devices, got tensors on {device}"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
     return (cuda_backend if name == "cuda" else triton_backend).cause(network, device, solver)
