@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from .capture import is_capturing
 from .ops.operands import norm_dtype
@@ -74,16 +75,22 @@ class DriftMonitor:
         self._measured, self._reached_input = measures, False
 
     def norms(self, stream: Tensor) -> Tensor:
-        """All steps' rows, shape [steps, 2], for a backward pass that fills them at once."""
-        return self._prepared(stream)[:-1]
+        """Shape [steps + 1, 2], for a backward pass that fills all steps' rows at once."""
+        return self._prepared(stream)
 
-    def watch(self, node: Any, measures: bool) -> None:
-        """Begin and end with the backward pass of an autograd node that fills `norms`."""
+    def watch(self, node: Any, norms: Tensor, measures: bool) -> None:
+        """Begin and end with the backward pass of an autograd node that fills the first rows of `norms`."""
 
-        def begin(cotangents: tuple[Tensor, ...]) -> None:
-            if cotangents[0] is not None:
-                self.begin(cotangents[0], measures)
-                self._unchecked = True
+        def begin(cotangents: tuple[Tensor | None, ...]) -> None:
+            if cotangents[0] is None:
+                return
+            if is_legacy_batchedtensor(cotangents[0]):  # is_grads_batched=True
+                self.forget()
+                return
+            # A forward pass in between, in another dtype or on another device, has made others.
+            self._squares, self._rows = norms, norms.unbind()
+            self.begin(cotangents[0], measures)
+            self._unchecked = True
 
         node.register_prehook(begin)
         node.register_hook(lambda *_: self.end())

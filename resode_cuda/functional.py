@@ -121,6 +121,7 @@ def apply(
                 'transform or forward mode; use gradient="backprop"'
             )
         return plain(network, state.contiguous()).to(x.dtype)
+    norms = monitor.norms(state) if is_watched and monitor is not None else None
     x_last = fused.mlp_stack(
         state,
         network,
@@ -129,10 +130,10 @@ def apply(
         solver=solver,
         anchors=anchors,
         backend=backend,
-        norms=monitor.norms(state) if is_watched and monitor is not None else None,
+        norms=None if norms is None else norms[:-1],
     )
-    if is_watched and monitor is not None:
-        monitor.watch(x_last.grad_fn, solver.reuse)
+    if norms is not None and monitor is not None:
+        monitor.watch(x_last.grad_fn, norms, solver.reuse)
     return x_last.to(x.dtype)
 
 

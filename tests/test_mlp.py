@@ -339,6 +339,28 @@ def test_a_state_that_is_not_finite_is_told():
         train(module)
 
 
+def test_drift_is_judged_after_a_forward_pass_in_another_dtype(scheme):
+    module, x = ResidualMLP(6, 10, 4, scheme, on_drift="raise", max_drift=1e-9), torch.randn(5, 6)
+    out = module(x)
+    wide = {name: parameter.detach().double().requires_grad_() for name, parameter in module.named_parameters()}
+    torch.func.functional_call(module, wide, (x.double(),))
+    with pytest.raises(DriftError):
+        half_square(out).backward()
+    assert module.drift.maximum > 1e-9
+    assert module.drift.maximum.dtype == torch.float32
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "checkpoint"])
+def test_batched_cotangents(float64, scheme, gradient):
+    module = ResidualMLP(6, 10, 4, scheme, gradient=gradient, on_drift="raise", max_drift=1e-9)
+    x, cotangents = torch.randn(5, 6, requires_grad=True), torch.randn(3, 5, 6)
+    (batched,) = torch.autograd.grad(module(x), x, cotangents, is_grads_batched=True)
+    assert module.drift is None
+    module.on_drift = "ignore"
+    each = [torch.autograd.grad(module(x), x, cotangent)[0] for cotangent in cotangents]
+    torch.testing.assert_close(batched, torch.stack(each), rtol=ROUNDING, atol=ROUNDING)
+
+
 @pytest.mark.parametrize("on_drift", ["warn", "raise"])
 def test_on_the_meta_device_no_drift_is_judged(scheme, on_drift):
     module = ResidualMLP(6, 10, 4, scheme, on_drift=on_drift, device="meta")
