@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
-from torch._C._functorch import is_legacy_batchedtensor
 
 from ..reverse import Reverse
 from .backend import causes_on, chosen
