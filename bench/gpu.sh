@@ -5,6 +5,7 @@ usage='Everything that needs a GPU, in one command and within nine minutes.
 
   tests      the tests marked `gpu`: every kernel on hardware against the specification
   mlp        a residual MLP as one op beside backprop of the same network, eager and compiled, and its matrix products
+  backends   its backends beside each other at many sizes, and beside plain backprop where rows are few or layers wide
   memcheck   some of the tests under compute-sanitizer: no access beyond a tensor
   racecheck  and no two threads at odds over shared memory
   kernels    the bandwidth of every op and backend beside a copy of as many bytes
@@ -15,9 +16,10 @@ Before them, always: the machine is described, and the package built in place fo
 
 Needs no network, but python3 with torch, pytest, pytest-benchmark, rich, scikit-learn, matplotlib, setuptools, pybind11,
 cmake and ninja, and nvcc. FOLDER gets gpu.log with what all parts printed, table.md with all tables, and the figures of
-mlp/, kernels/ and bench/, eight files in all. A part that fails does not stop the next; the exit status is 1 if any failed.'
+mlp/, backends/, kernels/ and bench/, eight files in all. A part that fails does not stop the next; the exit status is 1
+if any failed.'
 set -uo pipefail
-parts=(tests mlp memcheck racecheck kernels overhead bench)
+parts=(tests mlp backends memcheck racecheck kernels overhead bench)
 for part in "$@"; do
   case " ${parts[*]} " in
     *" $part "*) ;;
@@ -103,6 +105,7 @@ measure() { # measure NAME SECONDS OPTIONS...: python -m bench; all tables go to
   shift 2
   rm -f "$folder/table.md"
   stage "$name" "$limit" python3 -m bench --device cuda "$@" --output "$folder"
+  rm -f "$folder/gradient_error.png" # the same on every device
   [ -f "$folder/table.md" ] || return
   printf '# %s\n\n%s\n\n' "$name" "$(cat "$folder/table.md")" >>"$RESULTS/table.md"
   rm "$folder/table.md"
@@ -116,17 +119,19 @@ fi
 workers=()
 if python3 -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
 
-stage machine 30 bash -c 'nvidia-smi; nvcc --version; python3 -m pip list; git describe --always --dirty'
-stage build 120 python3 -m pip install --no-build-isolation --no-deps --verbose --editable .
-stage library 60 bash -c 'python3 -m resode_cuda && python3 -c "import resode_cuda.ops as o, sys; sys.exit(not o.build_info().compiled)"'
+# Up to and with `backends`, the limits add up to what there is; later parts get what those before them have not used.
+stage machine 20 bash -c 'nvidia-smi; nvcc --version; python3 -m pip list; git describe --always --dirty'
+stage build 90 python3 -m pip install --no-build-isolation --no-deps --verbose --editable .
+stage library 40 bash -c 'python3 -m resode_cuda && python3 -c "import resode_cuda.ops as o, sys; sys.exit(not o.build_info().compiled)"'
 for part in "${parts[@]}"; do
   if [ $gpu = no ] && [ "$part" != overhead ]; then
     left_out "$part" "no CUDA device"
     continue
   fi
   case $part in
-    tests) stage tests 150 python3 -m pytest -q -ra -m gpu --durations=10 "${workers[@]}" ;;
-    mlp) measure mlp 165 --only mlp ;;
+    tests) stage tests 115 python3 -m pytest -q -ra -m gpu --durations=10 "${workers[@]}" ;;
+    mlp) measure mlp 135 --only mlp ;;
+    backends) measure backends 140 --only backends ;;
     memcheck) memcheck ;;
     racecheck) sanitize racecheck 60 racecheck tests/test_cuda_kernels.py ;;
     kernels) measure kernels 60 --only kernels ;;

@@ -9,66 +9,62 @@ from __future__ import annotations
 
 import gc
 import time
-import traceback
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import cycle
 from typing import Any
 
 import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from resode_cuda import ResidualMLP, smooth_init_
-from resode_cuda.fused.backend import causes
+from resode_cuda import ResidualMLP
 
-from . import launches, memory
+from . import launches
+from .arms import OUT_OF_MEMORY, Arm, described, failures, take_turns
 from .gradients import relative_error
-from .mlp_networks import SEGMENT, Batch, Layers, Products, Step, batch_of, fused_step
-from .mlp_report import OUT_OF_MEMORY, tables, targets
-from .modes import BASELINE, MODES, set_mode
+from .mlp_networks import (
+    SEGMENT,
+    Batch,
+    Batches,
+    Layers,
+    Products,
+    Size,
+    Step,
+    batch_of,
+    fused_step,
+    peak_bytes,
+    taken,
+)
+from .mlp_report import tables, targets
+from .modes import BASELINE, MODES
 from .options import Options
-from .timing import clock_of, interleaved, ratios
+from .timing import clock_of, ratios
 
 __all__ = ["measure", "tables", "targets"]
 
 FUSED = ("extrapolated", "checkpoint", "corrected", "paper")
 PLAIN = (BASELINE, "checkpoint")
-BATCHES = 4  # other data in each round
 STEPS_AT_A_TIME = {"cuda": 2, "cpu": 1}
 """Between two looks at the clock, so that a GPU's queue does not run dry."""
 SHALLOW = 16
 """The depth that memory and launches are compared with."""
 ERROR_ROWS = 256
-SECONDS = 100
+SECONDS = 90
 """On a GPU no size is begun later than this."""
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Size):
     """One size. `compiled`: how many layers are compiled at a time in each compiled peer; None is all of them.
 
     Where `is_judged`, the targets apply. Memory and launches are measured where `is_detailed`: they are the same for
     every activation.
     """
 
-    dim: int
-    hidden: int
-    depth: int
-    rows: int
-    dtype: torch.dtype
-    activation: str
     is_judged: bool = True
     is_detailed: bool = False
     compiled: tuple[int | None, ...] = (SEGMENT,)
-
-    def network(self, depth: int, seed: int, device: torch.device) -> ResidualMLP:
-        torch.manual_seed(seed)
-        # Solvers are compared with how they drift, and need not be warned about.
-        settings: dict[str, Any] = {"activation": self.activation, "on_drift": "ignore"}
-        return smooth_init_(ResidualMLP(self.dim, self.hidden, depth, **settings)).to(device, self.dtype)
 
 
 def jobs(options: Options, device: torch.device) -> list[Job]:
@@ -108,7 +104,7 @@ def _measure(options: Options, device: torch.device, progress: Progress) -> dict
     measuring = progress.add_task("mlp", total=len(all_jobs) + 1)
     for job in all_jobs:
         if device.type == "cuda" and time.perf_counter() - begin > SECONDS:
-            left_out.append(_facts(job))
+            left_out.append(job.facts)
         else:
             found.append(_timed(job, compiler, options, device))
             detailed += [(job, found[-1])] if job.is_detailed else []
@@ -119,78 +115,34 @@ def _measure(options: Options, device: torch.device, progress: Progress) -> dict
         figures["memory"] = _memory_and_launches(job, options, device)
     progress.advance(measuring)
     figures = {"device": device.type, "compiler": compiler, "segment": SEGMENT, "jobs": found, "left_out": left_out}
-    failures = [row["cause"] for one in found for row in one["rows"] if row["cause"] not in (None, OUT_OF_MEMORY)]
-    return {**figures, "failure": "\n".join(failures)} if failures else figures
-
-
-def _facts(job: Job) -> dict[str, Any]:
-    facts = {**vars(job), "batch_rows": job.rows, "dtype": str(job.dtype).removeprefix("torch.")}
-    return {name: value for name, value in facts.items() if name != "rows"}
-
-
-class Arm:
-    """A call that is timed until it fails, and from then on says why."""
-
-    def __init__(self, kind: str, mode: str, call: Callable[[], object], backend: str | None = None) -> None:
-        self.kind, self.mode, self.backend, self._call = kind, mode, backend, call
-        self.first_seconds: float | None = None
-        self.cause: str | None = None
-
-    def __call__(self) -> None:
-        if self.cause is not None:
-            return
-        try:
-            self._call()
-            return
-        except torch.OutOfMemoryError:
-            self.cause = OUT_OF_MEMORY
-        except Exception:
-            self.cause = traceback.format_exc()
-        # Not above: what the exception's frames hold can't be released there.
-        gc.collect()
-        torch.cuda.empty_cache()
-
-    def first(self, clock: Callable[[], float]) -> None:
-        """With whatever is compiled and tuned by it."""
-        begin = clock()
-        self()
-        self.first_seconds = clock() - begin
+    failed = failures(row for one in found for row in one["rows"])
+    return {**figures, "failure": "\n".join(failed)} if failed else figures
 
 
 def _timed(job: Job, compiler: str, options: Options, device: torch.device) -> dict[str, Any]:
     """Each arm's seconds in each round, and the gradients' errors."""
     torch.compiler.reset()  # what was compiled for another size would make this one's shapes dynamic
     mlp = job.network(job.depth, options.seed, device)
-    batches = cycle([batch_of(job.rows, mlp) for _ in range(BATCHES)])
-    current = [next(batches)]
+    batches = Batches(job.rows, mlp)
     size = 256 if options.quick else 8192 if device.type == "cuda" else 1024
-    arms = _arms(job, mlp, current, compiler, size)
+    arms = _arms(job, mlp, batches, compiler, size)
     clock = clock_of(device)
     for arm in arms:
         arm.first(clock)
-    times = STEPS_AT_A_TIME[device.type]
-
-    def next_batch() -> None:
-        current[0] = next(batches)
-
-    calls = {str(index): _repeated(arm, times) for index, arm in enumerate(arms)}
-    seconds = interleaved(calls, options.rounds + 2, device, next_batch)  # the limits on time are judged here
-    by_arm = {arm: [s / times for s in seconds[str(index)]] for index, arm in enumerate(arms) if arm.cause is None}
-    figures = {**_facts(job), "matmul": size, "matmul_flop": 2 * size**3}
+        arm.times = STEPS_AT_A_TIME[device.type]
+    by_arm = take_turns(arms, options.rounds + 2, device, batches.advance)  # the limits on time are judged here
+    figures = {**job.facts, "matmul": size, "matmul_flop": 2 * size**3}
     figures["flop"] = 8 * 2 * job.rows * job.dim * job.hidden * job.depth
     figures["rows"] = [_row(arm, by_arm) for arm in arms]
     figures["errors"] = _errors(mlp)
     return figures
 
 
-def _arms(job: Job, mlp: ResidualMLP, current: list[Batch], compiler: str, size: int) -> list[Arm]:
-    """All that take turns; `current` holds the round's inputs."""
-
-    def on_current(step: Callable[[Batch], None]) -> Callable[[], None]:
-        return lambda: step(current[0])
-
+def _arms(job: Job, mlp: ResidualMLP, batches: Batches, compiler: str, size: int) -> list[Arm]:
+    """All that take turns."""
+    on_current = batches.on_current
     layers = Layers(mlp)
-    arms = [Arm("fused", mode, on_current(fused_step(mlp, mode)), _backend(mlp, mode)) for mode in FUSED]
+    arms = [Arm("fused", mode, on_current(fused_step(mlp, mode)), taken(mlp, mode, job.rows)) for mode in FUSED]
     arms += [Arm("eager", mode, on_current(layers.step(mode))) for mode in PLAIN]
     for length in job.compiled:
         kind = "compiled" if length is None else f"compiled by {length}"
@@ -203,25 +155,8 @@ def _arms(job: Job, mlp: ResidualMLP, current: list[Batch], compiler: str, size:
     ]
 
 
-def _backend(mlp: ResidualMLP, mode: str) -> str:
-    """The one that "auto" takes."""
-    set_mode(mlp, mode)
-    solver = mlp.reverse if mlp.gradient == "adjoint" else None
-    found = causes(mlp._network(), mlp.weight_in, solver)
-    return next(name for name, cause in found.items() if cause is None)
-
-
-def _repeated(arm: Arm, times: int) -> Callable[[], None]:
-    def calls() -> None:
-        for _ in range(times):
-            arm()
-
-    return calls
-
-
 def _row(arm: Arm, by_arm: dict[Arm, list[float]]) -> dict[str, Any]:
-    row: dict[str, Any] = {"kind": arm.kind, "mode": arm.mode, "backend": arm.backend, "cause": arm.cause}
-    row |= {"first_seconds": arm.first_seconds, "seconds": by_arm.get(arm)}
+    row = described(arm, by_arm)
     for name, kind, mode in (("of_backprop", "eager", BASELINE), ("of_products", "bare", "products")):
         other = next((seconds for it, seconds in by_arm.items() if (it.kind, it.mode) == (kind, mode)), None)
         row[name] = vars(ratios(by_arm[arm], other)) if arm in by_arm and other is not None else None
@@ -275,9 +210,9 @@ def _memory_and_launches(job: Job, options: Options, device: torch.device) -> li
             row: dict[str, Any] = {"depth": depth, "kind": kind, "mode": mode, "state_bytes": job.rows * job.dim * 4}
             rows.append(row)
             try:
-                row["peak_bytes"] = _peak(step, whole, device) - (gradients if kind == "fused" else 0)
+                row["peak_bytes"] = peak_bytes(step, whole, device) - (gradients if kind == "fused" else 0)
                 if kind == "fused" and device.type == "cuda":
-                    half_peak = _peak(step, half, device) - gradients
+                    half_peak = peak_bytes(step, half, device) - gradients
                     row["scratch_bytes"] = max(0, 2 * half_peak - row["peak_bytes"])
                     row["launches"] = _launches(step, whole, device)
             except torch.OutOfMemoryError:
@@ -285,12 +220,6 @@ def _memory_and_launches(job: Job, options: Options, device: torch.device) -> li
             step.clear(whole)
             step.clear(half)
     return rows
-
-
-def _peak(step: Step, batch: Batch, device: torch.device) -> int:
-    step(batch)
-    step.clear(batch)
-    return memory.measure(partial(step.function, batch[0]), device, batch[1]).peak
 
 
 def _launches(step: Step, batch: Batch, device: torch.device) -> dict[str, int]:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from resode_cuda import ResidualMLP
+from resode_cuda import ResidualMLP, smooth_init_
 from resode_cuda.fused.activations import ACTIVATIONS
+from resode_cuda.fused.backend import causes, chosen
 
+from . import memory
 from .modes import set_mode
 
 Batch = tuple[Tensor, Tensor]
@@ -22,6 +27,31 @@ Layer = tuple[Tensor, Tensor, Tensor, Tensor]
 SEGMENT = 8
 PRODUCTS = 8
 """Matrix products that a step takes at least where nothing is stored: 2 forward, 2 once more, 4 backward."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a network and its input."""
+
+    dim: int
+    hidden: int
+    depth: int
+    rows: int
+    dtype: torch.dtype
+    activation: str
+
+    def network(self, depth: int, seed: int, device: torch.device) -> ResidualMLP:
+        """With weights smooth in depth."""
+        torch.manual_seed(seed)
+        # Solvers are compared with how they drift, and need not be warned about.
+        settings: dict[str, Any] = {"activation": self.activation, "on_drift": "ignore", "device": device}
+        return smooth_init_(ResidualMLP(self.dim, self.hidden, depth, **settings)).to(self.dtype)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """As a result file keeps them, in which rows are those of a table."""
+        facts = {**vars(self), "batch_rows": self.rows, "dtype": str(self.dtype).removeprefix("torch.")}
+        return {name: value for name, value in facts.items() if name != "rows"}
 
 
 class Step:
@@ -45,13 +75,50 @@ def batch_of(rows: int, mlp: ResidualMLP) -> Batch:
     return x.requires_grad_(), g
 
 
-def fused_step(mlp: ResidualMLP, mode: str) -> Step:
+class Batches:
+    """A few batches in turn, so that each round has other data than the one before."""
+
+    def __init__(self, rows: int, mlp: ResidualMLP, count: int = 4) -> None:
+        self._batches = cycle([batch_of(rows, mlp) for _ in range(count)])
+        self.current = next(self._batches)
+
+    def advance(self) -> None:
+        self.current = next(self._batches)
+
+    def on_current(self, step: Callable[[Batch], object]) -> Callable[[], object]:
+        return lambda: step(self.current)
+
+
+def fused_step(mlp: ResidualMLP, mode: str, backend: str = "auto") -> Step:
     def function(x: Tensor) -> Tensor:
         set_mode(mlp, mode)
+        mlp.backend = backend
         x_last: Tensor = mlp(x)
         return x_last
 
     return Step(function, list(mlp.parameters()))
+
+
+def unusable(mlp: ResidualMLP, mode: str) -> dict[str, str | None]:
+    """Each backend, and why it can't compute this; None where it can."""
+    set_mode(mlp, mode)
+    return causes(mlp._network(), mlp.weight_in, mlp.reverse if mlp.gradient == "adjoint" else None)
+
+
+def taken(mlp: ResidualMLP, mode: str, rows: int) -> str:
+    """The backend that "auto" takes."""
+    set_mode(mlp, mode)
+    x = mlp.weight_in.new_empty(1, 1).expand(rows, mlp.dim)
+    solver = mlp.reverse if mlp.gradient == "adjoint" else None
+    name: str = chosen("bench", "auto", mlp._network(), x, solver).__name__
+    return name.rpartition(".")[2].removesuffix("_backend")
+
+
+def peak_bytes(step: Step, batch: Batch, device: torch.device) -> int:
+    """Of the second of two steps, over what is there before it."""
+    step(batch)
+    step.clear(batch)
+    return memory.measure(partial(step.function, batch[0]), device, batch[1]).peak
 
 
 class Layers:

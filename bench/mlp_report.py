@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from .arms import shown
 from .modes import BASELINE
 from .report import MIB, Table, Target, error, mebibytes, relative_time
 from .timing import Spread, ratios, spread
 
-OUT_OF_MEMORY = "out of memory"
 CPU_TIMES = {"extrapolated": 1.20, "checkpoint": 1.35, "corrected": 1.45}
 """Of eager backprop's time, at most."""
 CPU_STATES = 12
@@ -73,8 +73,7 @@ def _times(figures: dict[str, Any], job: dict[str, Any]) -> Table:
     for row in job["rows"]:
         kind = row["kind"] if row["backend"] is None else f"{row['kind']}, {row['backend']}"
         if row["seconds"] is None:
-            cause = OUT_OF_MEMORY if row["cause"] == OUT_OF_MEMORY else "failed"
-            table.rows.append((kind, row["mode"], cause, *4 * ("–",)))
+            table.rows.append((kind, row["mode"], shown(row["cause"]), *4 * ("–",)))
             continue
         share, of_backprop, of_products = _of_ceiling(job, row), row["of_backprop"], row["of_products"]
         if row["mode"] == "matmul":

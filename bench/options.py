@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DEFAULT = ("cost", "digits", "sweep")  # cost first: a process in which torch's profiler ran is slower
-SECTIONS = (*DEFAULT, "kernels", "mlp", "accuracy")
+SECTIONS = (*DEFAULT, "kernels", "mlp", "backends", "accuracy")
 DEFAULT_OUTPUT = Path("bench/results/latest")
 
 
@@ -43,8 +43,10 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         "a step of the reference job, an MLP stack of 64 and of 16 steps), sweep (memory, time and gradient error "
         "against depth), kernels (the ops alone: on a GPU the bandwidth of each backend beside a copy's, on a CPU the "
         "time beside plain torch's), mlp (a residual MLP whose depth is one op, beside backprop of the same network, "
-        "eager and compiled, takes two to four minutes), accuracy (gradient errors of trained digits nets under every "
-        "solver, takes about twenty minutes); default: cost, digits and sweep",
+        "eager and compiled, takes two to four minutes), backends (on a GPU: the backends of a residual MLP beside "
+        "each other at many sizes, and beside plain backprop where rows are few or layers wide, takes two minutes), "
+        "accuracy (gradient errors of trained digits nets under every solver, takes about twenty minutes); "
+        "default: cost, digits and sweep",
     )
     parser.add_argument("--epochs", type=_positive, help="epochs of each training on the digits; default: 5")
     parser.add_argument(

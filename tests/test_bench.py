@@ -10,7 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import digits, gradients, kernels, memory, mlp, mlp_networks, models, options, resident, sweep, timing
+from bench import (
+    arms,
+    backends,
+    backends_sizes,
+    captured,
+    digits,
+    gradients,
+    kernels,
+    memory,
+    mlp,
+    mlp_networks,
+    models,
+    options,
+    resident,
+    sweep,
+    timing,
+)
 from bench.modes import MODES, REBUILDING, SCHEMES
 from bench.plots import spread_apart
 from bench.report import Table, Target
@@ -172,7 +188,7 @@ def test_what_the_residual_mlp_could_not_measure_is_said(quick_mlp):
     figures = on_a_gpu(figures)
     for row in figures["jobs"][0]["rows"]:
         if row["kind"].startswith("compiled") or (row["kind"], row["mode"]) == ("fused", "checkpoint"):
-            row |= {"cause": mlp.OUT_OF_MEMORY, "seconds": None, "of_backprop": None, "of_products": None}
+            row |= {"cause": arms.OUT_OF_MEMORY, "seconds": None, "of_backprop": None, "of_products": None}
     figures["left_out"] = [{**figures["jobs"][0], "activation": "gelu_tanh"}]
     found = [str(target) for target in mlp.targets(figures)]
     assert not any("faster than" in target for target in found)  # nothing to compare with
@@ -191,11 +207,26 @@ def test_an_arm_that_runs_out_of_memory_does_not_stop_the_others():
         if len(calls) == 2:
             raise torch.OutOfMemoryError("no more")
 
-    arm = mlp.Arm("eager", "backprop", call)
+    arm = arms.Arm("eager", "backprop", call)
     for _ in range(3):
         arm()
     assert len(calls) == 2
-    assert arm.cause == mlp.OUT_OF_MEMORY
+    assert arm.cause == arms.OUT_OF_MEMORY
+    assert arms.failures([arms.described(arm, {})]) == []
+
+
+def test_an_arm_is_called_as_often_as_its_time_takes():
+    now = [0.0]
+
+    def call():
+        now[0] += 0.5
+
+    arm = arms.Arm("fused", "extrapolated", call)
+    arm.first(lambda: now[0])
+    assert arm.first_seconds == 0.5
+    for seconds, most, times in ((2.0, 20, 4), (100.0, 20, 20), (0.1, 20, 1)):
+        arm.settle(lambda: now[0], seconds, most)
+        assert arm.times == times
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -216,6 +247,127 @@ def test_every_way_of_the_residual_mlp_has_the_same_gradients(activation):
         layers.step(mode, compiler, length)(batch)
         for got, expected in zip([*layers.gradients(), batch[0].grad], exact, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def quick_backends(tmp_path_factory):
+    output = tmp_path_factory.mktemp("backends")
+    done = run_bench("--quick", "--only", "backends", "--device", "cpu", "--threads", "1", "--output", str(output))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done, json.loads((output / "results.json").read_text())["sections"]["backends"]
+
+
+def test_a_quick_run_of_the_backends(quick_backends):
+    done, figures = quick_backends
+    assert "…" not in done.stdout  # no column was cut at 80 characters
+    assert backends.targets(figures) == []  # they are those of a GPU
+    kinds = [(row["kind"], row["backend"]) for row in figures["few_rows"]["rows"]]
+    assert kinds == [("fused", "torch"), ("auto", "torch"), ("eager", None)]
+    assert [row["kind"] for row in figures["wide"]["rows"]] == ["fused", "auto", "compiled by 8", "compiled by 8"]
+    assert [row["backend"] for row in figures["forward"]["rows"]] == ["torch"]
+    for part in ("few_rows", "wide", "forward"):
+        assert all(min(row["seconds"]) > 0 for row in figures[part]["rows"])
+    shallow, deep = figures["wide"]["memory"]
+    assert deep["frozen_peak_bytes"] == pytest.approx(shallow["frozen_peak_bytes"], rel=0.02)
+    assert shallow["frozen_peak_bytes"] < shallow["peak_bytes"] < deep["peak_bytes"]
+    rows = figures["sizes"]["rows"]
+    assert [row["backend"] for row in rows] == 2 * ["torch", "auto"]
+    for row in rows:
+        assert row["milliseconds"] > 0
+        assert {"capability", "dim", "hidden", "rows", "depth", "dtype"} <= row.keys()
+        assert row["taken"] == ("torch" if row["backend"] == "auto" else None)
+
+
+def test_without_a_gpu_the_backends_are_left_out():
+    figures = backends.measure(options.parse(["--only", "backends"]), CPU, None)
+    (table,) = backends.tables(figures)
+    assert "needs a GPU" in table.markdown()
+    assert backends.targets(figures) == []
+
+
+def backends_on_a_gpu(figures):
+    """What a run on a GPU would have left, with invented times: 1 ms by CUDA C++, 2 ms by torch, which "auto" takes."""
+    figures = json.loads(json.dumps({**figures, "device": "cuda"}))
+    for part in ("few_rows", "forward"):
+        rows = figures[part]["rows"]
+        rows.insert(0, {**rows[0], "backend": "cuda"})
+        rows.append({**rows[-1], "kind": "captured eager"})
+    milliseconds = {"cuda": 1, "torch": 2, "eager": 12, "captured eager": 2.5, "compiled by 8": 1.25}
+    for part in ("few_rows", "forward", "wide"):
+        for row in figures[part]["rows"]:
+            row["seconds"] = [1e-3 * milliseconds[row["backend"] or row["kind"]]] * 3
+    sizes = figures["sizes"]["rows"]
+    sizes[:0] = [{**sizes[0], "backend": "cuda"}]
+    for row in sizes:
+        row["seconds"] = [1e-3 * milliseconds["torch" if row["backend"] == "auto" else row["backend"]]] * 3
+        row["milliseconds"] = 1e3 * row["seconds"][0]
+    return figures
+
+
+def test_targets_of_the_backends_on_a_gpu(quick_backends):
+    _, figures = quick_backends
+    figures = backends_on_a_gpu(figures)
+    figures["forward"]["rows"] = figures["forward"]["rows"][:2]
+    found = backends.targets(figures)
+    for start, measured, is_met in (
+        ("few rows, best backend (cuda), times faster than eager", 12, True),
+        ("few rows, best backend (cuda), times faster than the CUDA graph", 2.5, False),
+        ("few rows, forward pass alone, best backend (cuda), a layer", 1000 / 16, False),
+        ("wide layers, extrapolated, of compiled backprop", 1.6, False),
+        ("wide layers, memory without parameter gradients, N=16 and N=8", 1, True),
+        ("auto, of the best backend's time, the worst of 2 sizes (dim 16", 2, False),
+    ):
+        (target,) = (target for target in found if target.what.startswith(start))
+        assert target.measured == pytest.approx(measured, rel=0.02)
+        assert target.met == is_met
+    markdown = "".join(table.markdown() for table in backends.tables(figures))
+    assert "| captured eager | backprop | 2.500 | 4.80 ±0.00 | 1.00 ±0.00 |" in markdown
+    assert "| 16 | 32 | 16 | 16 | 1.00 | – | 2.00 | 2.00 | torch | 2.00 |" in markdown
+
+
+def test_what_the_backends_could_not_measure_is_said(quick_backends):
+    _, figures = quick_backends
+    figures = backends_on_a_gpu(figures)
+    for row in figures["wide"]["rows"]:
+        if row["kind"].startswith("compiled"):
+            row |= {"seconds": None, "cause": arms.OUT_OF_MEMORY}
+    figures["wide"]["memory"][1] = {"depth": 16, "cause": arms.OUT_OF_MEMORY}
+    for row in (*figures["few_rows"]["rows"], figures["sizes"]["rows"][-1]):
+        row |= {"seconds": None, "milliseconds": None, "cause": "Traceback"}
+    figures["sizes"]["left_out"] = [figures["few_rows"]]
+    del figures["forward"]
+    found = [str(target) for target in backends.targets(figures)]
+    assert not any("of compiled" in target for target in found)  # nothing to compare with
+    missed = "few rows, no backend ran", "memory without", "auto, of the best", "1 sizes left out"
+    assert all(any(start in target and target.startswith("missed") for target in found) for start in missed)
+    markdown = "".join(table.markdown() for table in backends.tables(figures))
+    assert "| compiled by 8 | backprop | out of memory | – |" in markdown
+    assert "| 16 | out of memory | – | – |" in markdown
+    assert "| fused, cuda | extrapolated | failed | – | – |" in markdown
+    assert "Left out for lack of time (dim/hidden rows): 16/32 32" in markdown
+
+
+def test_the_table_of_sizes_holds_no_step_of_seconds():
+    sizes = backends_sizes.all_sizes(options.parse(["--only", "backends"]), torch.device("cuda"))
+    assert {size.dim for size in sizes} == set(backends_sizes.DIMS)
+    assert len(set(sizes)) == len(sizes)
+    for size in sizes:
+        assert 8 * 2 * size.rows * size.dim * size.hidden * size.depth < 2e13
+        assert 2 * size.dim * size.hidden * size.depth <= backends_sizes.WEIGHTS
+
+
+@pytest.mark.gpu
+def test_a_captured_step_has_the_gradients_of_its_batch():
+    net = mlp_networks.Size(16, 32, 4, 8, torch.float32, "silu").network(4, 0, torch.device("cuda"))
+    first, batch = (mlp_networks.batch_of(8, net) for _ in range(2))
+    eager, replayed = mlp_networks.Layers(net), mlp_networks.Layers(net)
+    graph = captured.Captured(replayed.step("backprop"), first)
+    graph()
+    graph.load(batch)
+    graph()
+    eager.step("backprop")(batch)
+    for got, expected in zip(replayed.gradients(), eager.gradients(), strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def test_plain_formulas_of_the_benchmark_are_those_of_the_ops():
