@@ -5,9 +5,7 @@
 #include <type_traits>
 
 #include "device.h"
-
-enum class Activation : int { kIdentity, kRelu, kGelu, kGeluTanh, kSilu, kTanh };
-constexpr const char* kActivationNames[] = {"identity", "relu", "gelu", "gelu_tanh", "silu", "tanh"};  // by their codes
+#include "mlp_network.h"
 
 struct Activated {
   float value, slope;

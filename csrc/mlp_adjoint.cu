@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
       tile.put(tile.u, Shape::kDimPitch, u);
       tile.put(tile.c, Shape::kDimPitch, c);
       if (states.us) {
-        const int64_t use = (n - states.first) * network.layers_per_step() + k;
+        const int64_t use = (n - states.first) * layers_per_step(network) + k;
         const int64_t at = (use * states.scratch_rows + tile.first_row) * kDim;
         tile.put(static_cast<T*>(states.us) + at, kDim, u);
         tile.put(static_cast<T*>(states.cs) + at, kDim, c);

@@ -5,14 +5,16 @@
 #include <pybind11/stl.h>
 
 #include <iterator>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 
 #include "mlp_adjoint.h"
-#include "mlp_dispatch.h"
 #include "mlp_exact.h"
 #include "mlp_forward.h"
 #include "mlp_gradients.h"
-#include "processors.h"
+#include "mlp_plan.h"
+#include "mlp_shape.h"
 
 namespace py = pybind11;
 
@@ -76,24 +78,9 @@ void mlp_gradients(const NetworkFields& network, const LaunchFields& how, Addres
                        launch_of(how));
 }
 
-// What hidden is padded to a multiple of, and the warps of a row group.
 std::pair<int, int> mlp_shape(int padded_dim, int dtype) {
-  std::pair<int, int> found;
-  dispatch_mlp("mlp_shape", DType{dtype}, padded_dim, [&](auto shape, auto) {
-    using Shape = decltype(shape);
-    found = {Shape::kChunk, Shape::kWarps};
-  });
-  return found;
-}
-
-// A second group halves what the multiprocessors fetch of the weights, and is in the way while there are not enough blocks for
-// all of them. Neither has been timed yet.
-int mlp_groups(int64_t rows, int padded_dim, int dtype) {
-  int groups = 1;
-  dispatch_mlp("mlp_groups", DType{dtype}, padded_dim, [&](auto shape, auto) {
-    if (rows > int64_t{kGroupRows} * processor_count()) groups = decltype(shape)::kGroups;
-  });
-  return groups;
+  const MlpPlan plan = plan_mlp(padded_dim, DType{dtype});
+  return {plan.chunk, plan.warps};
 }
 
 template <class Names>
@@ -115,5 +102,6 @@ void define_mlp(py::module_& module) {
   module.def("mlp_exact", &mlp_exact, release);
   module.def("mlp_gradients", &mlp_gradients, release);
   module.def("mlp_shape", &mlp_shape, "Of a padded dim and a dtype: the chunk that hidden is padded to, and the warps of 16 rows.");
-  module.def("mlp_groups", &mlp_groups, "How many groups of 16 rows a block is to take, on the current device.");
+  module.def("mlp_groups", [](int64_t rows, int padded_dim, int dtype) { return mlp_groups(rows, padded_dim, DType{dtype}); },
+             "How many groups of 16 rows a block is to take, on the current device.");
 }

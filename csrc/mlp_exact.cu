@@ -22,9 +22,9 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
   DYN_SHARED(memory);
   Layers<T, kDim> layers(network, memory, true, states.rows);
   auto& tile = layers.tile;
-  const int second = network.is_heun, layers_per_step = network.layers_per_step();
+  const int second = network.is_heun;
   const auto row_of_use = [&](int n, int k) {
-    return ((n - states.first) * layers_per_step + k) * states.scratch_rows + tile.first_row;
+    return ((n - states.first) * layers_per_step(network) + k) * states.scratch_rows + tile.first_row;
   };
   layers.fetch(states.first, 0);
 

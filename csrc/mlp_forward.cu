@@ -26,13 +26,13 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
       tile.store(states.anchored + n / states.anchors * states.anchored_rows * network.dim, x);
     const float h = network.schedule[3 * n];
     auto point = x, increment = x;
-    for (int k = 0; k < network.layers_per_step(); k++) {
+    for (int k = 0; k < layers_per_step(network); k++) {
       auto u = point;
       tile.normalize(network.norm, network.epsilon, u);
       tile.put(tile.u, MlpShape<T, kDim>::kDimPitch, u);
-      const bool is_last = n + 1 == states.steps && k + 1 == network.layers_per_step();
+      const bool is_last = n + 1 == states.steps && k + 1 == layers_per_step(network);
       const auto f = layers.evaluate(n + k, is_last ? kNoLayer : n + 1);
-      if (k + 1 < network.layers_per_step()) {
+      if (k + 1 < layers_per_step(network)) {
         point = map([h](float x, float f) { return x + h * f; }, x, f);
       } else {
         const float scale = network.is_heun ? 0.5f * h : h;

@@ -13,8 +13,9 @@
 #include <algorithm>
 
 #include "launch.h"
+#include "mlp_activation.h"
 #include "mlp_dispatch.h"
-#include "mlp_product.h"
+#include "mlp_tile.h"
 #include "processors.h"
 
 namespace {
@@ -36,9 +37,8 @@ struct GradientShape {
   }
 };
 
-template <bool kAtomic>
-__device__ __forceinline__ void add_to(float* sum, float value) {
-  if constexpr (kAtomic) {
+__device__ __forceinline__ void add_to(float* sum, float value, bool is_shared) {
+  if (is_shared) {
     atomicAdd(sum, value);
   } else {
     *sum += value;
@@ -51,7 +51,7 @@ __device__ __forceinline__ float sum_over_rows(float value) {
   return value;
 }
 
-template <bool kAtomic, class T, int kDim>
+template <class T, int kDim>
 __global__ void __launch_bounds__(GradientShape<MlpShape<T, kDim>>::kThreads, 1)
     mlp_gradients_kernel(const Network<T> network, const MlpGradients operands, int64_t range_rows, int ranges) {
   using Shape = MlpShape<T, kDim>;
@@ -70,6 +70,7 @@ __global__ void __launch_bounds__(GradientShape<MlpShape<T, kDim>>::kThreads, 1)
   const int first_hidden = warp * Own::kHiddenTiles * kMatrixColumns;
   const int slice = warp % Own::kSlices * kGroupRows, first_column = warp / Own::kSlices * Own::kTiles * kMatrixColumns;
   const int64_t unit = int64_t{layer} * network.hidden + chunk * Shape::kChunk;
+  const bool is_shared = ranges > 1;
   constexpr int kInPack = 16 / sizeof(T);
 
   for (int i = threadIdx.x; i < Shape::kChunk * kDim / kInPack; i += Own::kThreads) {
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(GradientShape<MlpShape<T, kDim>>::kThreads, 1)
   };
 
   float dw1[Own::kTiles][4] = {}, dw2[Own::kTiles][4] = {}, db1[Own::kHiddenTiles][2] = {}, db2 = 0;
-  const int uses = network.layers_per_step();
+  const int uses = layers_per_step(network);
   // With Heun a layer is the first of its own step, and the second of the one before.
   for (int k = 0; k < uses; k++) {
     const int n = layer - k;
@@ -153,17 +154,17 @@ __global__ void __launch_bounds__(GradientShape<MlpShape<T, kDim>>::kThreads, 1)
 #pragma unroll
   for (int i = 0; i < Own::kTiles * 4; i++) {
     const int64_t at = (unit + slice + row + i % 4 / 2 * 8) * kDim + first_column + i / 4 * kMatrixColumns + column + i % 2;
-    add_to<kAtomic>(operands.dw1 + at, dw1[i / 4][i % 4]);
-    add_to<kAtomic>(operands.dw2 + at, dw2[i / 4][i % 4]);
+    add_to(operands.dw1 + at, dw1[i / 4][i % 4], is_shared);
+    add_to(operands.dw2 + at, dw2[i / 4][i % 4], is_shared);
   }
   if (operands.db1) {
 #pragma unroll
     for (int i = 0; i < Own::kHiddenTiles * 2; i++) {
       const float sum = sum_over_rows(db1[i / 2][i % 2]);
-      if (row == 0) add_to<kAtomic>(operands.db1 + unit + first_hidden + i / 2 * kMatrixColumns + column + i % 2, sum);
+      if (row == 0) add_to(operands.db1 + unit + first_hidden + i / 2 * kMatrixColumns + column + i % 2, sum, is_shared);
     }
   }
-  if (operands.db2 && chunk == 0 && threadIdx.x < kDim) add_to<kAtomic>(operands.db2 + int64_t{layer} * kDim + threadIdx.x, db2);
+  if (operands.db2 && chunk == 0 && threadIdx.x < kDim) add_to(operands.db2 + int64_t{layer} * kDim + threadIdx.x, db2, is_shared);
 }
 }  // namespace
 
@@ -178,9 +179,8 @@ void launch_mlp_gradients(const Network<void>& network, const MlpGradients& oper
     const int64_t wanted = operands.is_deterministic ? 1 : kRangesPerProcessor * processor_count() / blocks;
     const int64_t range_tiles = (tiles - 1) / std::clamp<int64_t>(wanted, 1, tiles) + 1;
     const int64_t ranges = (tiles - 1) / range_tiles + 1;
-    launch("mlp_gradients", ranges > 1 ? mlp_gradients_kernel<true, T, Shape::kDim> : mlp_gradients_kernel<false, T, Shape::kDim>,
-           ranges * blocks, Own::kThreads, Own::template shared<T>(), how.stream, typed<T>(network), operands,
-           range_tiles * Own::kRows, static_cast<int>(ranges));
+    launch("mlp_gradients", mlp_gradients_kernel<T, Shape::kDim>, ranges * blocks, Own::kThreads, Own::template shared<T>(),
+           how.stream, typed<T>(network), operands, range_tiles * Own::kRows, static_cast<int>(ranges));
   });
 }
 
@@ -190,12 +190,9 @@ std::vector<Kernel> mlp_gradients_kernels() {
     using Shape = decltype(shape);
     using Own = GradientShape<Shape>;
     using T = typename decltype(type)::type;
-    const std::string rest = std::string(type.name) + ", " + std::to_string(Shape::kDim) + ">";
-    const auto add = [&](const char* name, const void* function) {
-      kernels.push_back({name + rest, function, Own::kThreads, Own::template shared<T>()});
-    };
-    add("mlp_gradients_kernel<false, ", reinterpret_cast<const void*>(mlp_gradients_kernel<false, T, Shape::kDim>));
-    add("mlp_gradients_kernel<true, ", reinterpret_cast<const void*>(mlp_gradients_kernel<true, T, Shape::kDim>));
+    kernels.push_back({std::string("mlp_gradients_kernel<") + type.name + ", " + std::to_string(Shape::kDim) + ">",
+                       reinterpret_cast<const void*>(mlp_gradients_kernel<T, Shape::kDim>), Own::kThreads,
+                       Own::template shared<T>()});
   });
   return kernels;
 }

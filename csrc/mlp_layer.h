@@ -11,6 +11,7 @@
 //
 // Sums are fp32, in registers, and scaled by h after the product. Must match torch_backend.Tile.
 #pragma once
+#include "mlp_activation.h"
 #include "mlp_tile.h"
 
 constexpr int kNoLayer = -1;  // for a pass that nothing follows

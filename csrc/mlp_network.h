@@ -5,11 +5,14 @@
 // schedule: [steps, 3] fp32, of each step h, a and b, where y = x - (a d1 - b d2) extrapolates the increments of the two steps
 // behind; the last two steps, predicted by the increments that the forward pass has kept, have a = 0 and b = -1.
 // Must match resode_cuda/fused/network.py; the norms are those of norms.py.
+// Plain C++: the bindings include this.
 #pragma once
 #include <cstdint>
 
 #include "dtype_codes.h"
-#include "mlp_activation.h"
+
+enum class Activation : int { kIdentity, kRelu, kGelu, kGeluTanh, kSilu, kTanh };
+constexpr const char* kActivationNames[] = {"identity", "relu", "gelu", "gelu_tanh", "silu", "tanh"};  // by their codes
 
 enum class Norm : int { kNone, kRms, kLayer };
 constexpr const char* kNormNames[] = {nullptr, "rms", "layer"};  // by their codes
@@ -28,8 +31,6 @@ struct Network {
   Activation activation;
   Norm norm;
   float epsilon;  // of the norm
-
-  __host__ __device__ int layers_per_step() const { return is_heun ? 2 : 1; }
 };
 
 // How a kernel on a network is started.

@@ -8,6 +8,11 @@
 #include "mlp_product.h"
 #include "mlp_shape.h"
 
+template <class T>
+__device__ __forceinline__ int layers_per_step(const Network<T>& network) {
+  return network.is_heun ? 2 : 1;
+}
+
 template <int kTiles>
 struct Values {
   float of[kTiles][4];

@@ -1,8 +1,11 @@
 """How tests/cuda_host executes CUDA kernels: as a GPU does, and so that what would go wrong there shows."""
 
+import sysconfig
+
+import pybind11
 import pytest
 import torch
-from host_build import load
+from host_build import ROOT, load, run
 
 NONE, READS_TOO_EARLY, OVERWRITES_TOO_EARLY, DIVERGENT_BARRIER, FORGETS_TO_WAIT = range(5)
 """As in harness.h."""
@@ -96,3 +99,10 @@ def test_what_a_device_refuses_is_refused(harness, blocks, threads, shared, why)
 def test_as_much_as_a_device_takes(harness, greedy):
     harness.host_schedule(greedy, True)
     harness.nothing(3, 1024, 227 << 10)
+
+
+def test_bindings_need_no_cuda_compiler():
+    """A C++ compiler that knows nothing of device code compiles them."""
+    for source in sorted((ROOT / "csrc").glob("*.cpp")):
+        includes = (f"-I{folder}" for folder in (pybind11.get_include(), sysconfig.get_path("include")))
+        assert "device.h" not in run("c++", "-std=c++17", "-M", "-Icsrc", *includes, source), source
