@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
-from .arms import shown
+from .arms import OUT_OF_MEMORY, shown
 from .backends_arms import BACKENDS
 from .modes import BASELINE
 from .report import Table, Target, mebibytes, relative_time
@@ -75,7 +75,7 @@ def _wide(part: dict[str, Any]) -> Table:
         "each layer, in the same round: median ± half the distance of the quartiles. First: the first step, with "
         f"compiling. Compiled by torch.compile, {part['compiler']}, so many layers at a time.",
     )
-    peers = [_compiled(part, mode) for mode in OF_COMPILED]
+    peers = [_compiled(part, mode)["seconds"] for mode in OF_COMPILED]
 
     def cells(row: Row) -> list[str]:
         relative = [NOTHING if peer is None else relative_time(ratios(row["seconds"], peer)) for peer in peers]
@@ -154,9 +154,10 @@ def _wide_targets(part: dict[str, Any]) -> list[Target]:
     auto = next(row for row in part["rows"] if row["kind"] == "auto")
     for mode, limit in OF_COMPILED.items():
         peer = _compiled(part, mode)
-        if peer is None:  # the table says what happened to it
+        if peer["cause"] == OUT_OF_MEMORY:  # as the table says, and no reason to miss the target
             continue
-        measured = math.nan if auto["seconds"] is None else ratios(auto["seconds"], peer).median
+        is_timed = auto["seconds"] is not None and peer["seconds"] is not None
+        measured = ratios(auto["seconds"], peer["seconds"]).median if is_timed else math.nan
         found.append(Target(f"wide layers, {auto['mode']}, of compiled {mode}'s time", measured, limit))
     shallow, deep = (row.get("frozen_peak_bytes", math.nan) for row in part["memory"])
     depths = " and ".join(f"N={row['depth']}" for row in reversed(part["memory"]))
@@ -212,9 +213,8 @@ def _seconds(rows: Iterable[Row], kind: str) -> list[float] | None:
     return next((row["seconds"] for row in rows if row["kind"] == kind), None)
 
 
-def _compiled(part: dict[str, Any], mode: str) -> list[float] | None:
-    compiled = (row for row in part["rows"] if row["kind"].startswith("compiled") and row["mode"] == mode)
-    return next((row["seconds"] for row in compiled), None)
+def _compiled(part: dict[str, Any], mode: str) -> Row:
+    return next(row for row in part["rows"] if row["kind"].startswith("compiled") and row["mode"] == mode)
 
 
 def _best(rows: Iterable[Row]) -> Row | None:

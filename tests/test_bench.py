@@ -341,6 +341,8 @@ def test_what_the_backends_could_not_measure_is_said(quick_backends):
     missed = "few rows, no backend ran", "memory without", "auto, of the best", "1 sizes left out"
     assert all(any(start in target and target.startswith("missed") for target in found) for start in missed)
     markdown = "".join(table.markdown() for table in backends.tables(figures))
+    figures["wide"]["rows"][-1]["cause"] = arms.NO_TIME
+    assert any("of compiled checkpoint" in target.what and not target.met for target in backends.targets(figures))
     assert "| compiled by 8 | backprop | out of memory | – |" in markdown
     assert "| 16 | out of memory | – | – |" in markdown
     assert "| fused, cuda | extrapolated | failed | – | – |" in markdown
