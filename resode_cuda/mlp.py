@@ -42,7 +42,8 @@ class ResidualMLP(AdjointModule):
         gradient: "adjoint" rebuilds the states in the backward pass; "checkpoint" is exact, keeps x_0, and only the
             rows that it works on have N states; "backprop" stores everything, and alone has higher derivatives.
         reverse: how the adjoint rebuilds: "paper", "corrected", "extrapolated" (accurate where weights are smooth in
-            depth: `smooth_init_`), or a `Reverse`.
+            depth: `smooth_init_`), or a `Reverse`. Accelerated corrections, the default from 2 on, mix iterates row by
+            row, and only the "torch" backend and Triton's beyond dim 256 have them; `accelerate=False` runs everywhere.
         anchors: keep the exact state of every step divisible by this; None keeps none.
         max_drift, on_drift: the defect that is accepted, and what a larger one leads to, as for `ResidualStack`.
         backend: "auto" takes what can run; "torch" runs everywhere, "triton" on CUDA devices. One that is named runs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
 
@@ -117,6 +118,12 @@ class AdjointModule(nn.Module):
     def steps(self) -> tuple[float, ...]:
         """h of each step."""
         return self._steps
+
+    def _replicate_for_data_parallel(self) -> AdjointModule:
+        # Replicas run in threads at once; each measures its own drift, and nobody reads it.
+        replica: AdjointModule = super()._replicate_for_data_parallel()
+        replica._monitor = copy.copy(self._monitor)
+        return replica
 
     def _described(self, scheme: str) -> str:
         shown = f"scheme={scheme!r}, steps={len(self._steps)}, gradient={self._gradient!r}"

@@ -26,7 +26,7 @@ from resode_cuda.reverse import PRESETS, Reverse
 
 BUDGET = Path(__file__).with_name("fused_budget.json")
 GPUS = (80, 90, 100)
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Bytes of shared memory that a program may have."""
 STEPS = 5
 SIZES = {16: 64, 32: 64, 64: 128, 128: 512, 256: 512, 2048: 512}
@@ -96,6 +96,8 @@ def _tested():
     for gpu, dim in itertools.product(GPUS, list(SIZES)[:-1]):
         yield Configuration(gpu, dim, "extrapolated")
         yield Configuration(gpu, dim, "checkpoint")
+    for dim in (64, 128):
+        yield Configuration(120, dim, "extrapolated")
     for gpu in GPUS:  # beyond what is kept on chip
         yield Configuration(gpu, 2048, "extrapolated", norm="layer")
     for dim in (64, 128):

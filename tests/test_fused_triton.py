@@ -68,8 +68,10 @@ def test_the_presets_spill_no_registers_on_hopper_and_later():
     for configuration in TESTED:
         is_tuned = configuration == Configuration(configuration.gpu, configuration.dim, configuration.reverse)
         if is_tuned and configuration.gpu >= 90 and configuration.dim <= 128:
+            # For 12.0, every kernel has a frame of 8 bytes, however few registers it takes.
+            frame = 8 if configuration.gpu == 120 else 0
             for kernel, used in budget[str(configuration)].items():
-                assert used["local"] == 0, f"{configuration} {kernel}"
+                assert used["local"] == frame, f"{configuration} {kernel}"
 
 
 @needs_triton

@@ -26,7 +26,9 @@ def test_a_machine_without_a_gpu():
     assert "devices: torch finds no CUDA device" in done.stdout
     assert all(op in done.stdout for op in backends())
     assert done.stdout.count("kernels run on") == 0
-    assert done.stdout.count("torch finds no CUDA device") == 1 + 2 * 2, "once for each backend of a family, not for each op"
+    assert done.stdout.count("torch finds no CUDA device") == 1 + 2 * 2, (
+        "once for each backend of a family, not for each op"
+    )
 
 
 def test_a_missing_library_is_explained(monkeypatch, capsys):

@@ -410,6 +410,17 @@ def test_drift_is_measured_and_not_judged_while_a_graph_is_captured(monkeypatch)
     assert module.drift.maximum > module.max_drift
 
 
+def test_replicas_of_data_parallel_leave_the_drift_alone():
+    module = drifting(on_drift="raise", max_drift=0.1)
+    replica = module._replicate_for_data_parallel()
+    for name, parameter in module.named_parameters():
+        setattr(replica, name, parameter)
+    with pytest.raises(DriftError):
+        train(replica)
+    assert replica.drift is not None
+    assert module.drift is None
+
+
 def test_settings_may_change_between_training_steps(float64, scheme):
     module, x = ResidualMLP(6, 10, 4, scheme, gradient="backprop"), torch.randn(5, 6)
     inputs = list(module.parameters())

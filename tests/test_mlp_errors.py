@@ -26,6 +26,7 @@ BAD_OPERANDS = [
     ({"x": torch.zeros(7, 6, device="meta")}, ValueError, "x must be on the parameters' device, cpu, got meta; move x"),
 ]
 BAD_PARAMETERS = [
+    ({"step": 1e300}, ValueError, r"step must be positive and finite in float32, got 1e\+300; leave it out for 1/5"),
     ({"weight_in": None}, TypeError, "weight_in must be a tensor, got NoneType"),
     ({"weight_out": 1.0}, TypeError, "weight_out must be a tensor, got float"),
     ({"bias_in": 1.0}, TypeError, "bias_in must be a tensor or None, got float"),

@@ -40,7 +40,10 @@ def cause(network: Network, device: torch.device, solver: Reverse | None) -> str
     if network.dim > LARGEST_DIM:
         return f"kernels in CUDA C++ keep rows of at most {LARGEST_DIM} values on chip, got dim {network.dim}"
     if solver is not None and solver.accelerate:
-        return "kernels in CUDA C++ do not accelerate corrections, got Reverse(accelerate=True)"
+        return (
+            "kernels in CUDA C++ do not accelerate corrections, which is the default from 2 on; use "
+            "Reverse(..., accelerate=False)"
+        )
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST:
         needs, got = (f"{major}.{minor}" for major, minor in (OLDEST, capability))

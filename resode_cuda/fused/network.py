@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -93,9 +92,13 @@ class Network:
             )
         if len(self.steps) != steps:
             raise ValueError(f"{where}: step must give h for each of {steps} steps, got {len(self.steps)}")
+        limits = torch.finfo(self.stream_dtype)
         for h in self.steps:
-            if not (math.isfinite(h) and h > 0):
-                raise ValueError(f"{where}: step must be positive and finite, got {h}; leave it out for 1/{steps}")
+            if not limits.tiny <= h <= limits.max:
+                raise ValueError(
+                    f"{where}: step must be positive and finite in {dtype_name(self.stream_dtype)}, got {h}; leave it "
+                    f"out for 1/{steps}"
+                )
         if x.dtype != self.stream_dtype:
             raise TypeError(
                 f"{where}: x must be {dtype_name(self.stream_dtype)}, the dtype of states with "

@@ -251,9 +251,9 @@ class Tile:
             return
         through = torch.zeros_like(g)  # (h/2) (df_{n+1}/dx)^T g
         self._pull(points[1], g, 0.5 * h, through, gradients)
-        cotangent = torch.mul(g, 0.5 * h).add_(through, alpha=h)
+        cotangent = torch.add(g, through, alpha=2.0)
         g += through
-        self._pull(points[0], cotangent, 1.0, g, gradients)
+        self._pull(points[0], cotangent, 0.5 * h, g, gradients)
 
     def _at(self, layer: int, x: Tensor, point: Point) -> Point:
         """u, z and a of a layer at x. u is x itself, unless it is to be kept."""
@@ -283,21 +283,23 @@ class Tile:
         """out += scale (df/dx)^T cotangent, and the gradients of the layer. out may be the cotangent."""
         layer = point.layer
         narrow = cotangent.to(self.network.dtype)
+        # Scaled before it is rounded, except in float16, which loses what is small.
+        first, last = (1.0, scale) if self.network.dtype == torch.float16 else (scale, 1.0)
         if self._keeps:
             self.activation.forward(point.z, point.a)
-        hidden = torch.addmm(self._cotangent, narrow, self.weight_out[layer], beta=0, alpha=scale, out=self._cotangent)
+        hidden = torch.addmm(self._cotangent, narrow, self.weight_out[layer], beta=0, alpha=first, out=self._cotangent)
         if gradients is not None:
             self._add_product(gradients.weight_out[layer], narrow.t(), point.a, scale)
             if gradients.bias_out is not None:
                 gradients.bias_out[layer].add_(cotangent.sum(0), alpha=scale)
         bias = None if gradients is None or gradients.bias_in is None else gradients.bias_in[layer]
-        self._pull_activation(hidden, point, bias)
+        self._pull_activation(hidden, point, bias, last)
         if gradients is not None:
-            self._add_product(gradients.weight_in[layer], hidden.t(), point.u, 1.0)
+            self._add_product(gradients.weight_in[layer], hidden.t(), point.u, last)
         if self.norm is None:
-            self._add_product(out, hidden, self.weight_in[layer], 1.0)
+            self._add_product(out, hidden, self.weight_in[layer], last)
         else:
-            self._pull_norm(out, point, hidden @ self.weight_in[layer])
+            self._pull_norm(out, point, hidden @ self.weight_in[layer], last)
 
     def _add_product(self, acc: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
         if not self._is_mixed:
@@ -314,17 +316,17 @@ class Tile:
         assert self.norm is not None
         point.r = normalize(self.norm, x, point.u)
 
-    def _pull_norm(self, out: Tensor, point: Point, cotangent: Tensor) -> None:
-        """out += the cotangent of x, from that of u."""
+    def _pull_norm(self, out: Tensor, point: Point, cotangent: Tensor, scale: float) -> None:
+        """out += scale times the cotangent of x, from that of u."""
         assert self.norm is not None
         assert point.r is not None
-        out += pull_back(self.norm, point.u, point.r, cotangent)
+        out.add_(pull_back(self.norm, point.u, point.r, cotangent), alpha=scale)
 
-    def _pull_activation(self, cotangent: Tensor, point: Point, bias: Tensor | None) -> None:
-        """The cotangent of a becomes that of z, in place, and its sum over rows is added to the bias' gradient."""
+    def _pull_activation(self, cotangent: Tensor, point: Point, bias: Tensor | None, scale: float) -> None:
+        """The cotangent of a becomes that of z, in place; bias, a gradient, += scale times its sum over rows."""
         self.activation.backward(cotangent, point.z, point.a)
         if bias is not None:
-            bias += cotangent.sum(0, dtype=bias.dtype)
+            bias.add_(cotangent.sum(0, dtype=bias.dtype), alpha=scale)
 
     def rebuild(
         self, x: Tensor, y: Tensor, d: Tensor, d_next: Tensor, weights: tuple[float, float] | None, norms: Tensor

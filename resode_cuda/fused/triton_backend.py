@@ -30,8 +30,8 @@ from .wide import WideTile
 
 SMALLEST_DIM, LARGEST_DIM = 16, 256
 OLDEST = (8, 0)
-WITH_COPY_ENGINE = (9, 0)
-"""Compute capability of GPUs that add a tile to memory in one instruction."""
+FUSING = (9, 10)
+"""Major compute capabilities of GPUs with tiles for gradients that the copy engine adds up in memory."""
 SCRATCH_BYTES = 2**29
 THINNEST_SLAB = 2**14
 """Rows of a slab, where there are as many, that keep a large GPU busy."""
@@ -44,7 +44,10 @@ def cause(network: Network, device: torch.device, solver: Reverse | None) -> str
     if network.dtype == torch.float64:
         return "Triton's kernels take parameters of float32, bfloat16 or float16, got float64"
     if solver is not None and solver.accelerate and not is_wide(network):
-        return "Triton's kernels do not accelerate corrections, got Reverse(accelerate=True)"
+        return (
+            "Triton's kernels do not accelerate corrections, which is the default from 2 on; use "
+            "Reverse(..., accelerate=False)"
+        )
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST:
         return f"Triton's kernels need compute capability {OLDEST[0]}.{OLDEST[1]}, got {capability[0]}.{capability[1]}"
@@ -194,7 +197,7 @@ class Launch:
         """Rows that every pass over scratch memory takes in whole tiles."""
         self.hidden = -(-network.hidden // self.tiles.chunk) * self.tiles.chunk
         is_wanted = self.dim <= LARGEST_FUSED_DIM and not torch.are_deterministic_algorithms_enabled()
-        self.is_fused = is_wanted and capability >= WITH_COPY_ENGINE
+        self.is_fused = is_wanted and capability[0] in FUSING
         self.schedule = schedule(tuple(network.steps), network.scheme, extrapolates, self.device)
         layers, hidden, dim = network.layers, self.hidden, self.dim
         self.w1 = padded(weight, (layers, hidden, dim)).view(-1, dim)
@@ -334,7 +337,7 @@ class Launch:
         ranges = -(-written // range_rows)
         self._run(
             "weight_gradient_kernel",
-            (ranges, chunks, layers),
+            (layers * chunks, ranges),
             tile,
             us,
             cs,

@@ -43,7 +43,7 @@ def activate(z: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
     if ACTIVATION == "identity":
         return z, tl.full(z.shape, 1, z.dtype)
     elif ACTIVATION == "relu":
-        return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL), tl.where(z > 0, 1.0, 0.0)
+        return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL), tl.where(z <= 0, 0.0, 1.0)  # NaN goes through
     elif ACTIVATION == "gelu":
         probability = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
         density = 0.3989422804014327 * tl.exp(-0.5 * z * z)

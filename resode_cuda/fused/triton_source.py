@@ -257,7 +257,7 @@ def adjoint_kernel(
                 *(x, x, -h, n, w1, b1, w2, b2, HIDDEN, ACTIVATION, NORM, EPSILON),
                 *(DIM, D, C, STAGES, PRECISION, SCALE_FIRST),
             )
-        for _ in tl.static_range(CORRECTIONS):
+        for _ in range(CORRECTIONS):
             y = _add_increment(
                 *(x, y, h, -1, n, n + 1, w1, b1, w2, b2, HIDDEN, HEUN, ACTIVATION, NORM, EPSILON),
                 *(DIM, D, C, STAGES, PRECISION, SCALE_FIRST),
@@ -467,9 +467,10 @@ def weight_gradient_kernel(
     z and the cotangent are computed again from u and c. With one range nobody else adds to the same gradients, and the
     order of the sums is fixed; with several the additions are ATOMIC.
     """
-    layer = first + tl.program_id(2)
-    j = tl.program_id(1) * C
-    start = tl.program_id(0).to(tl.int64) * range_rows
+    chunks = HIDDEN // C
+    layer = first + tl.program_id(0) // chunks
+    j = tl.program_id(0) % chunks * C
+    start = tl.program_id(1).to(tl.int64) * range_rows
     stop = tl.minimum(start + range_rows, written)
     w1_chunk = w1.load([layer * HIDDEN + j, 0])
     w2_chunk = w2.load([layer * D, j])

@@ -33,13 +33,13 @@ class WideTile(Tile):
         constants = {"HAS_MEAN": self.norm == "layer", "EPSILON": EPSILON, "DIM": dim, "D": _padded(dim)}
         _run("normalize_kernel", (rows,), _warps(dim), x.contiguous(), point.u, point.r, **constants)
 
-    def _pull_norm(self, out: Tensor, point: Point, cotangent: Tensor) -> None:
+    def _pull_norm(self, out: Tensor, point: Point, cotangent: Tensor, scale: float) -> None:
         assert self.norm is not None
         rows, dim = out.shape
         constants = {"HAS_MEAN": self.norm == "layer", "DIM": dim, "D": _padded(dim)}
-        _run("pull_back_kernel", (rows,), _warps(dim), cotangent, point.u, point.r, out, **constants)
+        _run("pull_back_kernel", (rows,), _warps(dim), cotangent, point.u, point.r, out, scale, **constants)
 
-    def _pull_activation(self, cotangent: Tensor, point: Point, bias: Tensor | None) -> None:
+    def _pull_activation(self, cotangent: Tensor, point: Point, bias: Tensor | None, scale: float) -> None:
         rows, hidden = cotangent.shape
         grid = -(-rows // RANGE_ROWS), -(-hidden // COLUMNS)
         sums = None if bias is None else cotangent.new_empty((grid[0], hidden), dtype=torch.float32)
@@ -53,7 +53,7 @@ class WideTile(Tile):
             COLUMNS=COLUMNS,
         )
         if bias is not None and sums is not None:
-            bias += sums.sum(0)
+            bias.add_(sums.sum(0), alpha=scale)
 
     def rebuild(
         self, x: Tensor, y: Tensor, d: Tensor, d_next: Tensor, weights: tuple[float, float] | None, norms: Tensor

@@ -1,7 +1,7 @@
 """Triton kernels of what lies between the matrix products of layers too wide to keep on chip; `wide.py` launches them.
 
     normalize_kernel            u and r of `norms.normalize`: reads x once, writes u
-    pull_back_kernel            out += the product of `norms.pull_back`: reads c, u and out once, writes out
+    pull_back_kernel            out += scale times the product of `norms.pull_back`: reads c, u and out once, writes out
     activation_backward_kernel  the cotangent of z from that of s(z), in place, and its sums over rows
 
 A row of the first two is held by one program, [D] values padded to a power of two. The third takes ROWS x COLUMNS tiles
@@ -36,12 +36,13 @@ def normalize_kernel(
     tl.store(r + row, scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale"])
 def pull_back_kernel(
     c: tl.tensor,
     u: tl.tensor,
     r: tl.tensor,
     out: tl.tensor,
+    scale: tl.float32,
     HAS_MEAN: tl.constexpr,
     DIM: tl.constexpr,
     D: tl.constexpr,
@@ -55,7 +56,7 @@ def pull_back_kernel(
     along = tl.sum(cotangent * normed) / DIM
     if HAS_MEAN:
         cotangent -= tl.sum(cotangent) / DIM
-    product = (cotangent - normed * along) * tl.load(r + row)
+    product = (cotangent - normed * along) * (scale * tl.load(r + row))
     tl.store(out + place, tl.load(out + place, mask=inside, other=0) + product, mask=inside)
 
 
