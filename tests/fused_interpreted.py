@@ -15,7 +15,7 @@ from fused_cases import CASES, Case, check
 from fused_networks import Calls
 from triton.runtime import interpreter
 
-from resode_cuda.fused import torch_backend, triton_backend, wide
+from resode_cuda.fused import slabs, torch_backend, triton_backend, wide
 from resode_cuda.fused.triton_tiles import Tile, Tiles
 from resode_cuda.fused.wide import WideTile
 from resode_cuda.ops import triton_kernels
@@ -64,11 +64,11 @@ def test_float16(case):
     [("euler", None, "extrapolated", 132), ("heun", "rms", "corrected", 264)],
 )
 def test_slabs_of_rows_and_ranges_of_the_depth(monkeypatch, scheme, norm, reverse, step_bytes):
-    monkeypatch.setattr(triton_backend, "THINNEST_SLAB", 32)
+    monkeypatch.setattr(slabs, "THINNEST_SLAB", 32)
     case = Case(scheme, norm=norm, reverse=reverse, steps=4, rows=37, is_split=True, anchors=3)
     for fitting_steps, length in ((4, 4), (3, 2)):
-        monkeypatch.setattr(triton_backend, "SCRATCH_BYTES", 32 * fitting_steps * step_bytes)
-        assert triton_backend.slabs(case.rows, case.steps, step_bytes, 64, unit=32) == (32, length)
+        monkeypatch.setattr(slabs, "SCRATCH_BYTES", 32 * fitting_steps * step_bytes)
+        assert slabs.slabs(case.rows, case.steps, step_bytes, 64, unit=32) == (32, length)
         check(triton_backend, case, torch.float32)
 
 

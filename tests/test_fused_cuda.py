@@ -8,7 +8,7 @@ import torch
 from fused_cases import CASES, Case, check, moved
 from host_build import load
 
-from resode_cuda.fused import backend, cuda_backend, torch_backend, triton_backend
+from resode_cuda.fused import backend, cuda_backend, slabs, torch_backend
 from resode_cuda.fused.cuda_backend import Stacks
 from resode_cuda.ops import build_info
 from resode_cuda.reverse import Reverse
@@ -80,10 +80,10 @@ def test_activations_with_every_norm(host, activation, dtype):
 
 @pytest.mark.parametrize("scheme", ["euler", "heun"])
 def test_slabs_and_ranges_of_the_depth(monkeypatch, host, scheme):
-    monkeypatch.setattr(triton_backend, "THINNEST_SLAB", 32)
+    monkeypatch.setattr(slabs, "THINNEST_SLAB", 32)
     case = Case(scheme, reverse="extrapolated", rows=75, steps=5, anchors=3, norm="rms")
     for fitting in (2**16, 2**14, 2**13):
-        monkeypatch.setattr(triton_backend, "SCRATCH_BYTES", fitting)
+        monkeypatch.setattr(slabs, "SCRATCH_BYTES", fitting)
         for is_split in (False, True):
             check(host, replace(case, is_split=is_split), torch.float32)
         check(host, replace(case, reverse="corrected"), torch.float32)

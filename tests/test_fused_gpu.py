@@ -8,7 +8,7 @@ import torch
 from fused_cases import CASES, Case, check, moved
 
 from resode_cuda import ResidualMLP, Reverse, smooth_init_
-from resode_cuda.fused import torch_backend, triton_backend
+from resode_cuda.fused import slabs, torch_backend, triton_backend
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,9 +61,9 @@ def test_sanitize(dim):
 
 
 def test_slabs_and_ranges_of_the_depth(monkeypatch):
-    monkeypatch.setattr(triton_backend, "THINNEST_SLAB", 512)
+    monkeypatch.setattr(slabs, "THINNEST_SLAB", 512)
     for fitting in (2**21, 2**19):
-        monkeypatch.setattr(triton_backend, "SCRATCH_BYTES", fitting)
+        monkeypatch.setattr(slabs, "SCRATCH_BYTES", fitting)
         for scheme in ("euler", "heun"):
             case = Case(
                 scheme, reverse="extrapolated", dim=64, hidden=128, rows=1500, steps=20, is_split=True, anchors=7
@@ -154,7 +154,7 @@ def test_a_training_step_takes_at_most_five_states_and_the_scratch(depth):
         # In float32: the state's dtype. The parameters' gradients are added up in float32, and rounded.
         state = 4 * x.numel()
         of_parameters = 2 * 4 * sum(p.numel() for p in mlp.parameters())
-        scratch = triton_backend.SCRATCH_BYTES if is_split else 0
+        scratch = slabs.SCRATCH_BYTES if is_split else 0
         assert peak <= 5 * state + scratch + of_parameters, (gradient, is_split, peak / state)
 
 

@@ -14,6 +14,8 @@ import torch
 from fused_cases import Case
 
 from resode_cuda.fused import backend, triton_backend
+from resode_cuda.fused.operands import schedule
+from resode_cuda.fused.slabs import SCRATCH_BYTES, slabs
 from resode_cuda.reverse import Reverse
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -133,15 +135,15 @@ def test_slabs_keep_to_their_memory():
         for steps in (1, 64, 1000, 20_000):
             for dim in (16, 64, 256):
                 step_bytes, start_bytes = 4 * dim + 4, 4 * dim
-                size, length = triton_backend.slabs(rows, steps, step_bytes, start_bytes, 128)
+                size, length = slabs(rows, steps, step_bytes, start_bytes, 128)
                 assert size % 128 == 0
                 assert 1 <= length <= steps
                 starts = -(-steps // length) * start_bytes if length < steps else 0
-                assert size * (length * step_bytes + starts) <= triton_backend.SCRATCH_BYTES
+                assert size * (length * step_bytes + starts) <= SCRATCH_BYTES
                 assert size <= -(-rows // 128) * 128
     # The sizes of the benchmark go through the whole depth at once.
-    assert triton_backend.slabs(262_144, 64, 4 * 64 + 4, 4 * 64, 128) == (32_256, 64)
-    assert triton_backend.slabs(262_144, 64, 0, 0, 128) == (262_144, 64)
+    assert slabs(262_144, 64, 4 * 64 + 4, 4 * 64, 128) == (32_256, 64)
+    assert slabs(262_144, 64, 0, 0, 128) == (262_144, 64)
 
 
 def causes_on_cuda(case, dtype, monkeypatch, capability=(9, 0), solver=None):
@@ -180,10 +182,10 @@ def test_products_are_as_precise_as_torch_is_told_by_either_name():
 
 def test_no_schedule_is_kept_on_the_device():
     there = torch.device("meta")
-    first, second = (triton_backend.schedule((0.5, 0.25, 0.25), "euler", True, there) for _ in range(2))
+    first, second = (schedule((0.5, 0.25, 0.25), "euler", True, there) for _ in range(2))
     assert first.is_meta
     assert first is not second
-    here = triton_backend.schedule((0.5, 0.25, 0.25), "euler", True, torch.device("cpu"))
+    here = schedule((0.5, 0.25, 0.25), "euler", True, torch.device("cpu"))
     assert here[:, 0].tolist() == [0.5, 0.25, 0.25]
     assert here[1:, 1:].tolist() == [[0, -1], [0, -1]]
 

@@ -21,8 +21,9 @@ from ..ops import compiled
 from ..reverse import Reverse
 from .network import Network
 from .norms import EPSILON
+from .operands import padded, schedule
+from .slabs import slabs
 from .torch_backend import Gradients
-from .triton_backend import padded, schedule, slabs
 
 SMALLEST_DIM, LARGEST_DIM = 16, 128
 OLDEST = (8, 0)

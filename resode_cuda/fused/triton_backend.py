@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from ..ops import triton_kernels
-from ..reverse import Reverse, extrapolation_weights
-from ..schemes import SCHEMES
+from ..reverse import Reverse
 from . import torch_backend
 from .network import Network
 from .norms import EPSILON
+from .operands import padded, schedule
+from .slabs import slabs
 from .torch_backend import Gradients
 from .triton_tiles import LARGEST_FUSED_DIM, Tile, tiles_for
 from .wide import WideTile
@@ -32,9 +33,6 @@ SMALLEST_DIM, LARGEST_DIM = 16, 256
 OLDEST = (8, 0)
 FUSING = (9, 10)
 """Major compute capabilities of GPUs with tiles for gradients that the copy engine adds up in memory."""
-SCRATCH_BYTES = 2**29
-THINNEST_SLAB = 2**14
-"""Rows of a slab, where there are as many, that keep a large GPU busy."""
 
 
 def cause(network: Network, device: torch.device, solver: Reverse | None) -> str | None:
@@ -156,29 +154,6 @@ def exact_adjoint(
                 launch.weight_gradients((us, cs), size, first, last)
             g_here = g_first[slab]
     return g_first, launch.gradients(wants_parameters)
-
-
-def slabs(rows: int, steps: int, step_bytes: int, start_bytes: int, unit: int) -> tuple[int, int]:
-    """Rows of a slab, a multiple of the unit, and of how many steps a range of the depth is.
-
-    Args:
-        step_bytes: of scratch memory for a row and step.
-        start_bytes: for a row and the state at which a range starts, unless there is only one.
-    """
-    everything = max(unit, -(-rows // unit) * unit)
-    if not step_bytes:
-        return everything, steps
-    fitting = SCRATCH_BYTES // (steps * step_bytes) // unit * unit
-    thinnest = min(everything, max(unit, THINNEST_SLAB // unit * unit))
-    if fitting >= thinnest:
-        return min(everything, fitting), steps
-    size = thinnest
-    while True:
-        # Ranges whose states take three quarters; their starts are to fit in the rest.
-        length = max(1, min(steps, 3 * SCRATCH_BYTES // 4 // (size * step_bytes)))
-        if size == unit or size * (length * step_bytes + -(-steps // length) * start_bytes) <= SCRATCH_BYTES:
-            return size, length
-        size = max(unit, size // 2 // unit * unit)
 
 
 class Launch:
@@ -430,43 +405,11 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def padded(parameter: Tensor, shape: Sequence[int]) -> Tensor:
-    """The parameter, contiguous and aligned; a copy with zeros behind it where it is smaller than the shape."""
-    parameter = parameter.detach()
-    if parameter.shape == tuple(shape):
-        parameter = parameter.contiguous()
-        return parameter if parameter.data_ptr() % 16 == 0 else parameter.clone()
-    out = parameter.new_zeros(tuple(shape))
-    out[tuple(slice(size) for size in parameter.shape)] = parameter
-    return out
-
-
 def descriptor(tensor: Tensor | None, block: list[int]) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     assert tensor is not None
     return TensorDescriptor.from_tensor(tensor, block)
-
-
-def schedule(steps: tuple[float, ...], scheme: str, extrapolates: bool, device: torch.device) -> Tensor:
-    """h, a and b of each step, float32.
-
-    Copied for each pass, from pinned memory, which does not make the host wait. A tensor kept on the device would come
-    from the pool of the CUDA graph that is recorded when it is first needed, or be freed while a graph still reads it.
-    """
-    return _host_schedule(steps, scheme, extrapolates, device.type == "cuda").to(device, non_blocking=True)
-
-
-@functools.cache
-def _host_schedule(steps: tuple[float, ...], scheme: str, extrapolates: bool, is_pinned: bool) -> Tensor:
-    # For ever: graphs read it each time that they are replayed.
-    rows = []
-    for n, h in enumerate(steps):
-        weights = (0.0, -1.0)
-        if extrapolates and n < len(steps) - 2:
-            weights = extrapolation_weights(SCHEMES[scheme], steps, n)
-        rows.append((h, *weights))
-    return torch.tensor(rows, dtype=torch.float32, device="cpu", pin_memory=is_pinned)
 
 
 @functools.cache
