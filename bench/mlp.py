@@ -19,6 +19,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from resode_cuda import ResidualMLP
+from resode_cuda.fused.triton_tiles import LARGEST_FUSED_DIM
 
 from . import launches
 from .arms import OUT_OF_MEMORY, Arm, described, failures, take_turns
@@ -34,6 +35,7 @@ from .mlp_networks import (
     batch_of,
     fused_step,
     peak_bytes,
+    split_step,
     taken,
 )
 from .mlp_report import tables, targets
@@ -143,6 +145,8 @@ def _arms(job: Job, mlp: ResidualMLP, batches: Batches, compiler: str, size: int
     on_current = batches.on_current
     layers = Layers(mlp)
     arms = [Arm("fused", mode, on_current(fused_step(mlp, mode)), taken(mlp, mode, job.rows)) for mode in FUSED]
+    if taken(mlp, "extrapolated", job.rows) == "triton" and job.dim <= LARGEST_FUSED_DIM:
+        arms.append(Arm("fused", "extrapolated, split", on_current(split_step(mlp, "extrapolated")), "triton"))
     arms += [Arm("eager", mode, on_current(layers.step(mode))) for mode in PLAIN]
     for length in job.compiled:
         kind = "compiled" if length is None else f"compiled by {length}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from resode_cuda import ResidualMLP, smooth_init_
+from resode_cuda.fused import triton_backend
 from resode_cuda.fused.activations import ACTIVATIONS
 from resode_cuda.fused.backend import causes, chosen
 
@@ -97,6 +99,17 @@ def fused_step(mlp: ResidualMLP, mode: str, backend: str = "auto") -> Step:
         return x_last
 
     return Step(function, list(mlp.parameters()))
+
+
+def split_step(mlp: ResidualMLP, mode: str) -> Callable[[Batch], None]:
+    """With Triton's gradients by a pass of their own, where a GPU's copy engine would add them up."""
+    step = fused_step(mlp, mode, "triton")
+
+    def split(batch: Batch) -> None:
+        with mock.patch.object(triton_backend, "LARGEST_FUSED_DIM", 0):
+            step(batch)
+
+    return split
 
 
 def unusable(mlp: ResidualMLP, mode: str) -> dict[str, str | None]:
