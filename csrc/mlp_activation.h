@@ -18,7 +18,7 @@ __device__ __forceinline__ Activated activated(float z) {
   if constexpr (kActivation == Activation::kIdentity) {
     return {z, 1};
   } else if constexpr (kActivation == Activation::kRelu) {
-    return {z < 0 ? 0 : z, z > 0 ? 1.0f : 0.0f};  // a NaN stays one
+    return {z < 0 ? 0 : z, z <= 0 ? 0.0f : 1.0f};  // NaN goes through both
   } else if constexpr (kActivation == Activation::kGelu) {
     const float probability = 0.5f + 0.5f * erff(z * 0.70710678f);
     return {z * probability, probability + z * (0.39894228f * expf(-0.5f * z * z))};

@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
   }
   for (int n = states.last - 1; n >= states.first; n--) {
     const float h = network.schedule[3 * n];
-    State y, point, f;
+    State y = x, point, f;
     if (is_anchored(n)) {
       y = tile.load(states.anchored + n / states.anchors * states.anchored_rows * network.dim);
     } else if (states.extrapolates) {
@@ -62,8 +62,7 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
     for (int e = is_anchored(n) ? corrections + 1 : states.extrapolates; e < evaluations; e++) {
       const bool predicts = e == 0, is_middle = e > corrections;
       const float step = predicts ? -h : h, sign = predicts ? 1 : -1;
-      const State from = predicts ? x : y;
-      point = from;
+      point = y;
       for (int k = 0; k <= (is_middle ? 0 : second); k++) {
         auto u = point;
         tile.normalize(network.norm, network.epsilon, u);
@@ -73,12 +72,12 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
         const int next = !is_last ? n + !is_upper : e + 1 < evaluations ? n : n + second;
         f = layers.evaluate(n + is_upper, next);
         if (k < second) {
-          point = map([step](float x, float f) { return x + step * f; }, from, f);
+          point = map([=](float y, float f) { return y + step * f; }, y, f);
         } else {
           const float scale = is_heun ? 0.5f * step : step;
-          y = map([=](float x, float from, float point, float f) { return x + sign * (0.5f * (point - from) + scale * f); }, x,
-                  from, point, f);
-          y = tile.inside(y);
+          y = tile.inside(
+              map([=](float x, float y, float point, float f) { return x + sign * (0.5f * (point - y) + scale * f); }, x, y, point,
+                  f));
         }
       }
     }
@@ -99,11 +98,9 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
       }
       const bool wants_f = states.reuses && k == second;
       const int next = k > 0 ? n : n > states.first ? entry(n - 1) : kNoLayer;
+      if (k > 0) p = map([](float point, float y) { return 0.5f * (point - y); }, point, y);
       layers.pull(n + k, next, wants_f, f, du);
-      if (wants_f) {
-        p = map([scale](float f) { return scale * f; }, f);
-        if (is_heun) p = map([](float p, float point, float y) { return p + 0.5f * (point - y); }, p, point, y);
-      }
+      if (wants_f) p = map([scale](float p, float f) { return p + scale * f; }, p, f);
       const auto pulled = tile.pull_back(network.norm, r, map([scale](float du) { return scale * du; }, du));
       if (k > 0) {
         through = pulled;
