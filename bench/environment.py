@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import re
@@ -24,7 +25,9 @@ def describe(device: torch.device) -> dict[str, Any]:
         # Above the number of threads in use, other work was slowing the measurements.
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "driver": _driver() if device.type == "cuda" else None,
         "torch": torch.__version__,
+        "triton": _triton(),
         "resode_cuda": resode_cuda.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -42,6 +45,23 @@ def one_line(environment: dict[str, Any]) -> str:
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model()
+
+
+def _driver() -> str | None:
+    """Version of the NVIDIA driver."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        printed = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return printed.stdout.splitlines()[0].strip() if printed.returncode == 0 and printed.stdout else None
+
+
+def _triton() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_model() -> str:
