@@ -145,6 +145,7 @@ void launch_mlp_adjoint(const Network<void>& network, const MlpAdjoint& states, 
   dispatch_mlp("mlp_adjoint", how.dtype, how.padded_dim, [&](auto shape, auto type) {
     using Shape = decltype(shape);
     using T = typename decltype(type)::type;
+    static_assert(Shape::shared(Shape::kGroups, true) <= kLeastShared);
     const int64_t blocks = (states.rows - 1) / (how.groups * kGroupRows) + 1;
     launch("mlp_adjoint", mlp_adjoint_kernel<T, Shape::kDim>, blocks, how.groups * Shape::kGroupThreads,
            Shape::shared(how.groups, true), how.stream, typed<T>(network), states);

@@ -174,6 +174,7 @@ void launch_mlp_gradients(const Network<void>& network, const MlpGradients& oper
     using Shape = decltype(shape);
     using Own = GradientShape<Shape>;
     using T = typename decltype(type)::type;
+    static_assert(Own::template shared<T>() <= kLeastShared);
     const int64_t tiles = (operands.rows - 1) / Own::kRows + 1;
     const int64_t blocks = int64_t{operands.last - operands.first + network.is_heun} * (network.hidden / Shape::kChunk);
     const int64_t wanted = operands.is_deterministic ? 1 : kRangesPerProcessor * processor_count() / blocks;

@@ -65,7 +65,7 @@ template <int kDepth, bool kATransposed, bool kBTransposed, int kTiles>
 __device__ __forceinline__ void add_product_of_floats(float (&sums)[kTiles][4], const float* a, int a_pitch, const float* b,
                                                       int b_pitch) {
   const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
-  constexpr int kUnrolled = kTiles < 4 ? 2 : 1;  // or mlp_adjoint_kernel<float, 128> spills
+  [[maybe_unused]] constexpr int kUnrolled = kTiles < 4 ? 2 : 1;  // or mlp_adjoint_kernel<float, 128> spills
 #pragma unroll kUnrolled
   for (int k = 0; k < kDepth; k += 4) {
     Pack<float, 4> rows[2];

@@ -11,6 +11,7 @@
 constexpr int kGroupRows = 16;   // of a row group: those of an mma
 constexpr int kMostGroups = 2;   // of a block
 constexpr int kMatrixColumns = 8;
+constexpr size_t kLeastShared = 99 << 10;  // bytes that a block can have on every GPU from sm_80 on
 
 template <class T, int kPaddedDim>
 struct MlpShape {
@@ -18,9 +19,9 @@ struct MlpShape {
   static constexpr bool kIsNarrow = sizeof(T) == 2;
   static constexpr int kWarps = kDim == 16 ? 2 : 4;
   static constexpr int kGroupThreads = 32 * kWarps;
-  // A block's shared memory is to stay below 99 KB, which consumer GPUs have.
+  // As large as kLeastShared allows.
   static constexpr int kChunk = !kIsNarrow && kDim == 128 ? 32 : 64;
-  static constexpr int kGroups = kIsNarrow || kDim < 128 ? kMostGroups : 1;
+  static constexpr int kGroups = kIsNarrow || kDim < 64 ? kMostGroups : 1;
   static constexpr int kMostThreads = kGroups * kGroupThreads;
   static constexpr int kTiles = kDim / kMatrixColumns / kWarps;
   static constexpr int kHiddenTiles = kChunk / kMatrixColumns / kWarps;

@@ -18,17 +18,33 @@ ACCESSES = {
 }
 
 
+EIGHT_STATES = "mlp_adjoint_kernel<float, 128>"
+"""Of 16 values a thread each: 24 bytes of them at most wait in local memory on sm_80 and sm_90."""
+STEPS = {f"step_kernel<{pair}>" for pair in ("float, float", "double, float", "double, double")}
+"""On sm_120 six blocks of them leave a thread 40 registers, of which the compiler wants a few more."""
+
+
+@pytest.mark.parametrize("source", cuda_compiled.POINTWISE + cuda_compiled.FUSED)
 @pytest.mark.parametrize("gpu", cuda_compiled.GPUS)
-def test_kernels_stay_within_their_budget(gpu):
-    used = cuda_compiled.resources(gpu)
+def test_kernels_stay_within_their_budget(gpu, source):
+    used = cuda_compiled.resources(gpu, [source])
     budget = json.loads(cuda_compiled.BUDGET.read_text())[f"sm_{gpu}"]
-    assert set(used) == set(budget)
-    assert [name for name, of in used.items() if of["local"]] == [], "registers are spilled"
-    above = {name: (of["registers"], budget[name]) for name, of in used.items() if of["registers"] > budget[name]}
-    assert above == {}, "(registers, budget); if it must be, run tests/cuda_compiled.py"
+    assert used
+    assert set(used) <= set(budget)
+    above = {}
+    for name, figures in used.items():
+        allowed = budget[name] if isinstance(budget[name], dict) else {"registers": budget[name], "local": 0}
+        above |= {f"{name} {what}": (figures[what], most) for what, most in allowed.items() if figures[what] > most}
+    assert above == {}, "(used, budget); if it must be, run tests/cuda_compiled.py"
 
 
-@pytest.mark.parametrize("source", cuda_compiled.SOURCES)
+def test_few_kernels_spill_registers():
+    for gpu, kernels in json.loads(cuda_compiled.BUDGET.read_text()).items():
+        spilling = {name for name, figures in kernels.items() if isinstance(figures, dict)}
+        assert spilling <= (STEPS if gpu == "sm_120" else {EIGHT_STATES}), gpu
+
+
+@pytest.mark.parametrize("source", cuda_compiled.POINTWISE)
 def test_accesses_are_wide(source):
     """Where all types have 16 bits the compiler can't tell packs of x from those of k: they count together."""
     for name, ptx in cuda_compiled.bodies(source, 90).items():
