@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
     }
   }
 
-  __syncthreads();  // r is read by other threads than have written it
+  // r is read by other threads than have written it, behind the barriers of the pass in between.
   State g = tile.load(states.g_last);
   for (int n = states.last - 1; n >= states.first; n--) {
     const float h = network.schedule[3 * n], scale = network.is_heun ? 0.5f * h : h;

@@ -65,7 +65,7 @@ def test_sizes(host, processors, dim, hidden, dtype):
 @pytest.mark.parametrize("scheme", ["euler", "heun"])
 def test_every_order_of_threads_and_copies(kernels, host, processors, scheme, dtype, greedy, late):
     kernels.host_schedule(greedy, late)
-    for dim, hidden in ((16, 130), (64, 70)):
+    for dim, hidden in ((16, 130), (64, 70), (128, 70)):
         solver = Reverse("step", corrections=1)
         check(host, Case(scheme, reverse=solver, norm="rms", dim=dim, hidden=hidden, rows=19, steps=2), dtype)
     check(host, Case(scheme, reverse="extrapolated", anchors=2, steps=4, hidden=60), dtype)
