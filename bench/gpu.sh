@@ -93,11 +93,7 @@ sanitize() { # sanitize NAME SECONDS TOOL TESTS...
 
 memcheck() {
   sanitize memcheck 60 memcheck tests/test_cuda_kernels.py
-  if [ -f tests/test_fused_gpu.py ]; then
-    sanitize memcheck-mlp 50 memcheck tests/test_fused_gpu.py -k sanitize
-  else
-    left_out memcheck-mlp "there is no tests/test_fused_gpu.py"
-  fi
+  sanitize memcheck-mlp 50 memcheck tests/test_fused_gpu.py tests/test_fused_cuda.py -k sanitize
 }
 
 measure() { # measure NAME SECONDS OPTIONS...: python -m bench; all tables go to one file
@@ -133,7 +129,7 @@ for part in "${parts[@]}"; do
     mlp) measure mlp 135 --only mlp ;;
     backends) measure backends 140 --only backends ;;
     memcheck) memcheck ;;
-    racecheck) sanitize racecheck 60 racecheck tests/test_cuda_kernels.py ;;
+    racecheck) sanitize racecheck 60 racecheck tests/test_cuda_kernels.py tests/test_fused_cuda.py -k 'not test_fused or sanitize' ;;
     kernels) measure kernels 60 --only kernels ;;
     overhead) stage overhead 60 python3 -m pytest -q bench/test_ops.py --benchmark-max-time=0.3 ;;
     bench) measure bench $deadline ;;
