@@ -9,7 +9,7 @@ from torch import nn
 from resode_cuda import ResidualStack
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-EXAMPLE, CALIBRATION = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+EXAMPLE, CALIBRATION, PERCEPTRONS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_the_example_runs(capsys):
@@ -26,3 +26,9 @@ def test_the_calibration_runs(capsys):
     exec(compile(CALIBRATION, "README.md", "exec"), names)
     assert "tolerance 0.01: " in capsys.readouterr().out
     assert stack.reverse == names["plan"].chosen.reverse
+
+
+def test_the_perceptrons_run(capsys):
+    exec(compile(PERCEPTRONS, "README.md", "exec"), {})
+    said = re.fullmatch(r"largest relative error of a rebuilt state (\d\.\de-\d\d)\n", capsys.readouterr().out)
+    assert float(said[1]) < 1e-4
