@@ -1,4 +1,4 @@
-"""The depth-fused ops by Triton: what the kernels of `triton_source.py` are launched with.
+"""The depth-fused ops by Triton: what the kernels of `triton_*.py` are launched with.
 
 The number of launches does not depend on the depth: one forward; backward two for each slab of rows, the state pass and
 the weight-gradient pass, or a single one where gradients are reduced in memory. A slab has as many rows as the scratch
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -375,7 +374,7 @@ class Launch:
         return self.network.dtype != torch.float16
 
     def _run(self, name: str, grid: tuple[int, ...], tile: Tile, *values: Any, **constants: Any) -> None:
-        kernel = getattr(_source(), name)
+        kernel = _kernel(name)
         with torch.cuda.device_of(self.w1):
             kernel[grid](
                 *values,
@@ -413,7 +412,9 @@ def descriptor(tensor: Tensor | None, block: list[int]) -> Any:
 
 
 @functools.cache
-def _source() -> ModuleType:
-    from . import triton_source  # imports Triton
+def _kernel(name: str) -> Any:
+    # These modules import Triton.
+    from . import triton_adjoint, triton_exact, triton_forward, triton_gradients
 
-    return triton_source
+    modules = triton_forward, triton_adjoint, triton_exact, triton_gradients
+    return next(getattr(module, name) for module in modules if hasattr(module, name))

@@ -1,4 +1,4 @@
-"""One layer on a tile of rows, for the Triton kernels of `triton_source.py`. Importing this module needs Triton.
+"""One layer on a tile of rows, for the depth-fused Triton kernels. Importing this module needs Triton.
 
     f(x) = W2 s(W1 u + b1) + b2,  u = norm(x)
 
