@@ -5,7 +5,7 @@
 // A block takes a chunk of a layer's hidden dimension over a range of the rows. Its weights stay in shared memory; tiles of rows
 // of u and c come by asynchronous copies, one ahead; a and dz are shared in the parameters' dtype; the sums are fp32, in
 // registers, dW2's transposed. With one range the order of the sums is fixed; with several they are added to memory atomically.
-// Must match torch_backend.Tile._pull.
+// Must match tile.Tile._pull.
 //
 // State: compiled for sm_80 to sm_120 and executed on a CPU (tests/test_fused_cuda.py). It has not run on a GPU yet.
 #include "mlp_gradients.h"

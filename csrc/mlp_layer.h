@@ -9,7 +9,7 @@
 //     a and dz are there
 // u and c may be written again behind a pass's last barrier, that is, after the pass.
 //
-// Sums are fp32, in registers, and scaled by h after the product. Must match torch_backend.Tile.
+// Sums are fp32, in registers, and scaled by h after the product. Must match tile.Tile.
 #pragma once
 #include "mlp_activation.h"
 #include "mlp_tile.h"

@@ -8,7 +8,7 @@ import torch
 from fused_cases import CASES, Case, check, moved
 
 from resode_cuda import ResidualMLP, Reverse, smooth_init_
-from resode_cuda.fused import slabs, torch_backend, triton_backend
+from resode_cuda.fused import slabs, tile, torch_backend, triton_backend
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,7 +46,7 @@ def test_products_in_16_bits_are_added_to_wider_sums_by_the_product_itself():
     device = torch.device("cuda", torch.cuda.current_device())
     acc, a = torch.randn(64, 64, device=device), torch.randn(64, 64, device=device, dtype=torch.bfloat16)
     expected = acc.double() + 0.5 * (a.double() @ a.double())
-    assert torch_backend.adds_to_wider(device, torch.bfloat16)
+    assert tile.adds_to_wider(device, torch.bfloat16)
     torch.ops.aten.addmm.dtype_out(acc, a, a, torch.float32, alpha=0.5, out=acc)
     torch.testing.assert_close(acc.double(), expected, rtol=1e-4, atol=1e-4)
 

@@ -23,7 +23,7 @@ from .network import Network
 from .norms import EPSILON
 from .operands import padded, schedule
 from .slabs import slabs
-from .torch_backend import Gradients
+from .tile import Gradients
 
 SMALLEST_DIM, LARGEST_DIM = 16, 128
 OLDEST = (8, 0)

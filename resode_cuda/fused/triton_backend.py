@@ -24,7 +24,7 @@ from .network import Network
 from .norms import EPSILON
 from .operands import padded, schedule
 from .slabs import slabs
-from .torch_backend import Gradients
+from .tile import Gradients
 from .triton_tiles import LARGEST_FUSED_DIM, Tile, tiles_for
 from .wide import WideTile
 

@@ -4,7 +4,7 @@
 
 z, a and dz are computed again from u and c; sums stay in registers over a range of rows. `triton_tile.py` says how
 memory is laid out.
-Must match `torch_backend.Tile`.
+Must match `tile.Tile`.
 """
 
 import triton

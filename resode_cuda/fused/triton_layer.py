@@ -10,7 +10,7 @@ to a power of two, hidden is padded to a multiple of C, both with zeros, which e
 Products are scaled by h before they are rounded, so that the residual update is the accumulator of the matrix product;
 in float16, which would lose small ones, after it (SCALE_FIRST).
 
-Must match `torch_backend.Tile`.
+Must match `tile.Tile`.
 """
 
 import triton

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import ops
 from .norms import EPSILON
-from .torch_backend import Point, Tile
+from .tile import Point, Tile
 
 ROWS, COLUMNS = 32, 64
 """Of the tiles in which cotangents go through the activation."""
@@ -24,7 +24,7 @@ RANGE_ROWS = 512
 
 
 class WideTile(Tile):
-    """`torch_backend.Tile` with fewer passes over memory."""
+    """`tile.Tile` with fewer passes over memory."""
 
     def _normalize(self, x: Tensor, point: Point) -> None:
         assert self.norm is not None

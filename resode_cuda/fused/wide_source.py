@@ -6,7 +6,7 @@
 
 A row of the first two is held by one program, [D] values padded to a power of two. The third takes ROWS x COLUMNS tiles
 down a range of rows, and leaves a range's sums in [ranges, hidden] float32, to be added up in a fixed order. Arithmetic
-is float32. Must match `torch_backend.Tile`.
+is float32. Must match `tile.Tile`.
 """
 
 import triton
