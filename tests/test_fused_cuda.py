@@ -9,7 +9,7 @@ from fused_cases import CASES, Case, check, moved
 from host_build import load
 
 from resode_cuda.fused import backend, cuda_backend, slabs, torch_backend
-from resode_cuda.fused.cuda_backend import Stacks
+from resode_cuda.fused.cuda_backend import stacks_of
 from resode_cuda.ops import build_info
 from resode_cuda.reverse import Reverse
 
@@ -31,7 +31,7 @@ def kernels(host_build):
 def host(kernels):
     kernels.host_schedule(False, True)
     kernels.host_device(ONE_PROCESSOR)
-    yield Stacks(kernels, lambda device: 0)
+    yield stacks_of(kernels, lambda device: 0)
     kernels.host_schedule(False, True)
     kernels.host_device(ONE_PROCESSOR)
 

@@ -32,7 +32,7 @@ THINNEST = 0.5
 
 
 def forward(
-    network: Network, x: Tensor, kept: int, anchors: int | None, kind: type[Tile] = Tile
+    network: Network, x: Tensor, kept: int, anchors: int | None, *, kind: type[Tile] = Tile
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x_N; the last `kept` increments, newest first; the states of every step divisible by `anchors`.
 
@@ -69,6 +69,7 @@ def adjoint(
     anchored: Tensor,
     wants_parameters: bool,
     wants_input: bool,
+    *,
     kind: type[Tile] = Tile,
 ) -> tuple[Tensor, Gradients | None, Tensor, Tensor | None]:
     """g_0, the gradients, each step's squared norms |y - x_n|^2 and |x_n|^2 (shape [steps, 2]), and the rebuilt x_0.
@@ -90,7 +91,7 @@ def adjoint(
 
 
 def exact_adjoint(
-    network: Network, g: Tensor, x_first: Tensor, wants_parameters: bool, kind: type[Tile] = Tile
+    network: Network, g: Tensor, x_first: Tensor, wants_parameters: bool, *, kind: type[Tile] = Tile
 ) -> tuple[Tensor, Gradients | None]:
     """g_0 and the gradients: each tile goes through the depth once more, and its states are kept meanwhile.
 

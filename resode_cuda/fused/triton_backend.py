@@ -1,9 +1,7 @@
 """The depth-fused ops by Triton: what the kernels of `triton_*.py` are launched with.
 
-The number of launches does not depend on the depth: one forward; backward two for each slab of rows, the state pass and
-the weight-gradient pass, or a single one where gradients are reduced in memory. A slab has as many rows as the scratch
-memory holds all layers' points and cotangents of. Where a stack is so deep that slabs would be too thin for a GPU, they
-are taken through the depth in ranges of it, each with launches of its own.
+`passes.py` says in which order. On GPUs whose copy engine adds in memory the state pass adds up the gradients of narrow
+layers itself, and there is no weight-gradient pass.
 
 Rows of more than 256 values do not fit: their layers are computed one by one, as `wide.py` says.
 """
@@ -11,7 +9,6 @@ Rows of more than 256 values do not fit: their layers are computed one by one, a
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,13 +19,12 @@ from ..reverse import Reverse
 from . import torch_backend
 from .network import Network
 from .norms import EPSILON
-from .operands import padded, schedule
-from .slabs import slabs
+from .passes import Ends, Kernels, Scratch, Stacks, padded_dim, rows_apart
 from .tile import Gradients
 from .triton_tiles import LARGEST_FUSED_DIM, Tile, tiles_for
 from .wide import WideTile
 
-SMALLEST_DIM, LARGEST_DIM = 16, 256
+LARGEST_DIM = 256
 OLDEST = (8, 0)
 FUSING = (9, 10)
 """Major compute capabilities of GPUs with tiles for gradients that the copy engine adds up in memory."""
@@ -56,253 +52,112 @@ def is_wide(network: Network) -> bool:
     return network.dim > LARGEST_DIM
 
 
-def forward(network: Network, x: Tensor, kept: int, anchors: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def forward(network: Network, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
     """As `torch_backend.forward`."""
     if is_wide(network):
-        return torch_backend.forward(network, x, kept, anchors, WideTile)
-    count = len(network.steps)
-    x_last = torch.empty_like(x)
-    increments = x.new_empty((kept, *x.shape), dtype=network.dtype)
-    anchored = x.new_empty((0 if anchors is None else -(-count // anchors), *x.shape))
-    if len(x):
-        Launch(network).forward(x, x_last, increments, anchored, count, anchors)
-    return x_last, increments, anchored
+        return torch_backend.forward(network, *given, kind=WideTile)
+    return Stacks(TritonKernels).forward(network, *given)
 
 
-def adjoint(
-    network: Network,
-    solver: Reverse,
-    anchors: int | None,
-    g: Tensor,
-    x_last: Tensor,
-    increments: Tensor,
-    anchored: Tensor,
-    wants_parameters: bool,
-    wants_input: bool,
-) -> tuple[Tensor, Gradients | None, Tensor, Tensor | None]:
+def adjoint(network: Network, *given: Any) -> tuple[Tensor, Gradients | None, Tensor, Tensor | None]:
     """As `torch_backend.adjoint`."""
     if is_wide(network):
-        given = g, x_last, increments, anchored, wants_parameters, wants_input
-        return torch_backend.adjoint(network, solver, anchors, *given, WideTile)
-    launch = Launch(network, solver.extrapolates)
-    rows, count = len(g), len(network.steps)
-    is_fused = wants_parameters and launch.is_fused
-    is_split = wants_parameters and not is_fused
-    tile = launch.tiles.fused if is_fused else launch.tiles.adjoint
-    g_first = torch.empty_like(g)
-    x_first = torch.empty_like(g) if wants_input else None
-    norms = g.new_zeros(launch.whole(rows) // tile.rows, count, 2)
-    slab_rows, length = slabs(rows, count, launch.step_bytes(is_split), 0, launch.unit)
-    scratch = launch.scratch(min(slab_rows, rows), length) if is_split else (None, None)
-    for begin in range(0, rows, slab_rows):
-        slab = slice(begin, min(begin + slab_rows, rows))
-        here, size = g_first[slab], slab.stop - begin
-        x_here = None if x_first is None else x_first[slab]
-        x, g_here, d, d_rows = x_last[slab], g[slab], None, 0
-        if solver.extrapolates:
-            # Of a single step there is no second increment, and none is used.
-            d, d_rows = increments[:, slab], rows if count > 1 else 0
-        for last in range(count, 0, -length):
-            first = max(0, last - length)
-            x_out, d_out = x_here, None
-            if first:
-                # What the range of steps before this one starts from.
-                x_out = x.new_empty(x.shape) if x_here is None else x_here
-                d_out = None if d is None else x.new_empty((2, *x.shape))
-            launch.adjoint(
-                (x, g_here, d, x_out, here, d_out, None if anchors is None else anchored[:, slab]),
-                norms[begin // tile.rows :],
-                scratch,
-                (size, rows, d_rows),
-                (first, last, anchors),
-                solver,
-                is_fused,
-            )
-            if is_split:
-                launch.weight_gradients(scratch, size, first, last)
-            x, g_here, d, d_rows = x_out if x_out is not None else x, here, d_out, size
-    return g_first, launch.gradients(wants_parameters), norms.sum(0), x_first
+        return torch_backend.adjoint(network, *given, kind=WideTile)
+    return Stacks(TritonKernels).adjoint(network, *given)
 
 
-def exact_adjoint(
-    network: Network, g: Tensor, x_first: Tensor, wants_parameters: bool
-) -> tuple[Tensor, Gradients | None]:
+def exact_adjoint(network: Network, *given: Any) -> tuple[Tensor, Gradients | None]:
     """As `torch_backend.exact_adjoint`."""
     if is_wide(network):
-        return torch_backend.exact_adjoint(network, g, x_first, wants_parameters, WideTile)
-    launch = Launch(network)
-    rows, count = len(g), len(network.steps)
-    g_first = torch.empty_like(g)
-    slab_rows, length = slabs(rows, count, launch.step_bytes(True), launch.start_bytes, launch.unit)
-    us, cs = launch.scratch(min(slab_rows, rows), length)
-    rs = None if network.norm is None else g.new_empty(us.shape[:2])
-    starts = g.new_empty((-(-count // length), min(slab_rows, rows), network.dim)) if length < count else None
-    for begin in range(0, rows, slab_rows):
-        slab = slice(begin, min(begin + slab_rows, rows))
-        x, size = x_first[slab], slab.stop - begin
-        states = x[None]
-        if starts is not None:
-            states = starts[:, :size]
-            # One step beyond the last start, which is stored before it.
-            launch.forward(x, None, None, starts, length * (len(starts) - 1) + 1, length, starts.shape[1])
-        g_here = g[slab]
-        for k in reversed(range(len(states))):
-            first, last = k * length, min((k + 1) * length, count)
-            launch.exact((states[k], g_here, g_first[slab], us, rs, cs), size, first, last)
-            if wants_parameters:
-                launch.weight_gradients((us, cs), size, first, last)
-            g_here = g_first[slab]
-    return g_first, launch.gradients(wants_parameters)
+        return torch_backend.exact_adjoint(network, *given, kind=WideTile)
+    return Stacks(TritonKernels).exact_adjoint(network, *given)
 
 
-class Launch:
-    """The kernels with what all of them take of a network: its weights, padded, its schedule and its formulas."""
+class TritonKernels(Kernels):
+    """Kernels with the tiles chosen for a network and its GPU."""
 
-    def __init__(self, network: Network, extrapolates: bool = False) -> None:
-        self.network = network
-        weight = network.weight_in
-        self.is_heun = network.formulas.blocks_per_step == 2
-        self.device = weight.device
-        self.dim = max(SMALLEST_DIM, 1 << (network.dim - 1).bit_length())
-        capability = capability_of(self.device)
-        is_plain = network.norm is None and not self.is_heun
-        self.tiles = tiles_for(capability, self.dim, weight.itemsize, is_plain)
-        self.unit = max(tile.rows for tile in self.tiles)
-        """Rows that every pass over scratch memory takes in whole tiles."""
-        self.hidden = -(-network.hidden // self.tiles.chunk) * self.tiles.chunk
-        is_wanted = self.dim <= LARGEST_FUSED_DIM and not torch.are_deterministic_algorithms_enabled()
-        self.is_fused = is_wanted and capability[0] in FUSING
-        self.schedule = schedule(tuple(network.steps), network.scheme, extrapolates, self.device)
-        layers, hidden, dim = network.layers, self.hidden, self.dim
-        self.w1 = padded(weight, (layers, hidden, dim)).view(-1, dim)
-        self.b1 = None if network.bias_in is None else padded(network.bias_in, (layers, hidden))
-        self.w2 = padded(network.weight_out, (layers, dim, hidden)).view(-1, hidden)
-        self.b2 = None if network.bias_out is None else padded(network.bias_out, (layers, dim))
+    def __init__(self, network: Network, extrapolates: bool) -> None:
+        capability = capability_of(network.weight_in.device)
+        dim, is_heun = padded_dim(network.dim), network.formulas.blocks_per_step == 2
+        is_plain = network.norm is None and not is_heun
+        self.tiles = tiles_for(capability, dim, network.weight_in.itemsize, is_plain)
+        super().__init__(network, self.tiles.chunk, max(tile.rows for tile in self.tiles), extrapolates)
+        is_wanted = dim <= LARGEST_FUSED_DIM and not torch.are_deterministic_algorithms_enabled()
+        self.is_split = not (is_wanted and capability[0] in FUSING)
         self._sums: tuple[Tensor | None, ...] | None = None
 
-    def step_bytes(self, is_split: bool) -> int:
-        """Of scratch memory for a row and step: u and c of its uses, and r."""
-        uses = self.network.formulas.blocks_per_step
-        return uses * (2 * self.dim * self.w1.itemsize + 4) if is_split else 0
-
-    @property
-    def start_bytes(self) -> int:
-        return 4 * self.network.dim
-
-    def whole(self, rows: int) -> int:
-        return -(-rows // self.unit) * self.unit
-
-    def scratch(self, rows: int, steps: int) -> tuple[Tensor, Tensor]:
-        """For u and c of every use in a range of steps."""
-        shape = steps * self.network.formulas.blocks_per_step, self.whole(rows), self.dim
-        return self.w1.new_empty(shape), self.w1.new_empty(shape)
+    def norms(self, rows: int) -> Tensor:
+        # A part for each tile of whatever size.
+        return self.schedule.new_zeros(
+            self.whole(rows) // min(tile.rows for tile in self.tiles), len(self.network.steps), 2
+        )
 
     def forward(
         self,
         x: Tensor,
         x_last: Tensor | None,
         increments: Tensor | None,
-        anchored: Tensor,
+        anchored: Tensor | None,
         steps: int,
-        anchors: int | None,
-        rows: int | None = None,
+        every: int,
     ) -> None:
-        """Anchored states are so many rows apart, by default as many as x has."""
         tile = self.tiles.forward
-        kept = 0 if increments is None else len(increments)
         self._run(
             "forward_kernel",
             (-(-len(x) // tile.rows),),
             tile,
-            x,
-            x_last,
-            increments if kept else None,
-            None if anchors is None else anchored,
-            self.schedule,
-            *self._weights(tile),
-            len(x),
-            len(x) if rows is None else rows,
-            steps,
-            anchors or 1,
-            self.hidden,
-            KEPT=kept,
-            EPSILON=EPSILON,
-            DIM=self.network.dim,
-            NORM=self.network.norm,
-            SCALE_FIRST=self._scales_first,
+            *(x, x_last, increments, anchored, self.schedule, *self._weights(tile)),
+            *(len(x), max(rows_apart(anchored), rows_apart(increments)), steps, every, self.hidden),
+            KEPT=0 if increments is None else len(increments),
+            **self._formulas,
         )
 
     def adjoint(
         self,
-        states: Sequence[Tensor | None],
+        ends: Ends,
         norms: Tensor,
-        scratch: Sequence[Tensor | None],
-        sizes: tuple[int, int, int],
-        steps: tuple[int, int, int | None],
+        scratch: Scratch | None,
+        first: int,
+        last: int,
+        anchors: int | None,
         solver: Reverse,
-        is_fused: bool,
+        adds_gradients: bool,
     ) -> None:
-        """states: x_last, g_last, d_last, x_first, g_first, d_first, anchored. sizes: count, rows, d_last_rows. steps:
-        first, last, anchors."""
-        tile = self.tiles.fused if is_fused else self.tiles.adjoint
-        first, last, anchors = steps
-        us = scratch[0]
+        tile = self.tiles.fused if adds_gradients else self.tiles.adjoint
+        x, d = ends.x_last, ends.d_last
+        us, cs = scratch or (None, None)
         self._run(
             "adjoint_kernel",
-            (self.whole(sizes[0]) // tile.rows,),
+            (self.whole(len(x)) // tile.rows,),
             tile,
-            *states,
-            norms,
-            *scratch,
-            *(self._reduced(tile) if is_fused else (None,) * 4),
-            self.schedule,
-            *self._weights(tile),
-            *sizes,
-            0 if us is None else us.shape[1],
-            first,
-            last,
-            norms.shape[1],
-            anchors or 1,
-            self.hidden,
+            *(x, ends.g_last, d, ends.x_first, ends.g_first, ends.d_first, ends.anchored, norms, us, cs),
+            *(self._reduced(tile) if adds_gradients else (None,) * 4),
+            *(self.schedule, *self._weights(tile), len(x), rows_apart(ends.anchored), rows_apart(d)),
+            *(0 if us is None else us.shape[1], first, last, norms.shape[1], anchors or 1, self.hidden),
             EXTRAPOLATES=solver.extrapolates,
             CORRECTIONS=solver.corrections,
             REUSES=solver.reuse,
-            FUSED=is_fused,
-            EPSILON=EPSILON,
-            DIM=self.network.dim,
-            NORM=self.network.norm,
-            SCALE_FIRST=self._scales_first,
+            FUSED=adds_gradients,
+            **self._formulas,
         )
 
-    def exact(self, tensors: Sequence[Tensor | None], count: int, first: int, last: int) -> None:
-        """tensors: x_first, g_last, g_first, us, rs, cs."""
-        tile, us = self.tiles.exact, tensors[3]
-        assert us is not None
+    def exact(
+        self, x: Tensor, g_last: Tensor, g_first: Tensor, rs: Tensor | None, scratch: Scratch, first: int, last: int
+    ) -> None:
+        tile, us = self.tiles.exact, scratch.us
         self._run(
             "exact_kernel",
-            (self.whole(count) // tile.rows,),
+            (self.whole(len(x)) // tile.rows,),
             tile,
-            *tensors,
-            self.schedule,
-            *self._weights(tile),
-            count,
-            us.shape[1],
-            first,
-            last,
-            self.hidden,
-            EPSILON=EPSILON,
-            DIM=self.network.dim,
-            NORM=self.network.norm,
-            SCALE_FIRST=self._scales_first,
+            *(x, g_last, g_first, us, rs, scratch.cs, self.schedule, *self._weights(tile)),
+            *(len(x), us.shape[1], first, last, self.hidden),
+            **self._formulas,
         )
 
-    def weight_gradients(self, scratch: Sequence[Tensor | None], count: int, first: int, last: int) -> None:
-        """Add the gradients of the layers that a range of steps uses, from what its state pass has left of the rows."""
-        us, cs = scratch
-        assert us is not None
+    def add_gradients(self, scratch: Scratch, rows: int, first: int, last: int) -> None:
         tile = self.tiles.weights
-        chunks, layers = self.hidden // tile.chunk, last - first + self.is_heun
-        written = self.whole(count)
+        chunks, layers = self.hidden // tile.chunk, last - first + self.uses - 1
+        written = self.whole(rows)
         programs = triton_kernels.most_programs(self.device) // triton_kernels.PROGRAMS_PER_PROCESSOR
         ranges = 1
         if not torch.are_deterministic_algorithms_enabled():
@@ -313,24 +168,12 @@ class Launch:
             "weight_gradient_kernel",
             (layers * chunks, ranges),
             tile,
-            us,
-            cs,
-            *self._gradient_sums(),
-            self.schedule,
-            *self._weights(tile)[:3],
-            us.shape[1],
-            written,
-            range_rows,
-            first,
-            last,
-            self.hidden,
+            *(*scratch, *self._gradient_sums(), self.schedule, *self._weights(tile)[:3]),
+            *(scratch.us.shape[1], written, range_rows, first, last, self.hidden),
             ATOMIC=ranges > 1,
         )
 
-    def gradients(self, wants_parameters: bool) -> Gradients | None:
-        """The sums, cut to the parameters' shapes."""
-        if not wants_parameters:
-            return None
+    def gradients(self) -> Gradients:
         dw1, db1, dw2, db2 = self._gradient_sums()
         assert dw1 is not None
         assert dw2 is not None
@@ -346,15 +189,12 @@ class Launch:
     def _gradient_sums(self) -> tuple[Tensor | None, ...]:
         """dw1 (transposed), db1, dw2, db2, zero at first."""
         if self._sums is None:
-            layers, like = self.network.layers, self.w1
-            shapes = {
-                "w1": (layers * self.dim, self.hidden),
-                "b1": None if self.b1 is None else (layers, self.hidden),
-                "w2": (layers * self.dim, self.hidden),
-                "b2": None if self.b2 is None else (layers, self.dim),
-            }
-            self._sums = tuple(
-                None if shape is None else like.new_zeros(shape, dtype=torch.float32) for shape in shapes.values()
+            layers, like = self.network.layers, self.schedule
+            self._sums = (
+                like.new_zeros(layers * self.dim, self.hidden),
+                None if self.b1 is None else like.new_zeros(layers, self.hidden),
+                like.new_zeros(layers * self.dim, self.hidden),
+                None if self.b2 is None else like.new_zeros(layers, self.dim),
             )
         return self._sums
 
@@ -365,13 +205,15 @@ class Launch:
         return descriptor(dw1, block), db1, descriptor(dw2, block), db2
 
     def _weights(self, tile: Tile) -> tuple[Any, ...]:
-        w1 = descriptor(self.w1, [tile.chunk, self.dim])
-        w2 = descriptor(self.w2, [self.dim, tile.chunk])
+        w1 = descriptor(self.w1.view(-1, self.dim), [tile.chunk, self.dim])
+        w2 = descriptor(self.w2.view(-1, self.hidden), [self.dim, tile.chunk])
         return w1, self.b1, w2, self.b2
 
     @property
-    def _scales_first(self) -> bool:
-        return self.network.dtype != torch.float16
+    def _formulas(self) -> dict[str, Any]:
+        network = self.network
+        is_half = network.dtype == torch.float16
+        return {"EPSILON": EPSILON, "DIM": network.dim, "NORM": network.norm, "SCALE_FIRST": not is_half}
 
     def _run(self, name: str, grid: tuple[int, ...], tile: Tile, *values: Any, **constants: Any) -> None:
         kernel = _kernel(name)
@@ -379,7 +221,7 @@ class Launch:
             kernel[grid](
                 *values,
                 **constants,
-                HEUN=self.is_heun,
+                HEUN=self.uses == 2,
                 ACTIVATION=self.network.activation,
                 D=self.dim,
                 ROWS=tile.rows,
