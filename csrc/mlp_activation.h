@@ -11,7 +11,7 @@ struct Activated {
   float value, slope;
 };
 
-__device__ __forceinline__ float sigmoid(float z) { return 1 / (1 + expf(-z)); }
+__device__ __forceinline__ float sigmoid(float z) { return fast_reciprocal(1 + fast_exp(-z)); }
 
 template <Activation kActivation>
 __device__ __forceinline__ Activated activated(float z) {
@@ -21,7 +21,7 @@ __device__ __forceinline__ Activated activated(float z) {
     return {z < 0 ? 0 : z, z <= 0 ? 0.0f : 1.0f};  // NaN goes through both
   } else if constexpr (kActivation == Activation::kGelu) {
     const float probability = 0.5f + 0.5f * erff(z * 0.70710678f);
-    return {z * probability, probability + z * (0.39894228f * expf(-0.5f * z * z))};
+    return {z * probability, probability + z * (0.39894228f * fast_exp(-0.5f * z * z))};
   } else if constexpr (kActivation == Activation::kGeluTanh) {
     // (1 + tanh(v)) / 2 = sigmoid(2 v),  v = sqrt(2 / pi) (z + 0.044715 z^3)
     const float square = z * z, p = sigmoid(1.59576912f * z * (1 + 0.044715f * square));

@@ -47,13 +47,14 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
     d2 = tile.load(static_cast<const T*>(states.kept_newest));
     if (states.kept_before) d1 = tile.load(static_cast<const T*>(states.kept_before));
   }
+  Schedule ahead = schedule_of(network, states.last - 1);
   for (int n = states.last - 1; n >= states.first; n--) {
-    const float h = network.schedule[3 * n];
+    const float h = ahead.h, a = ahead.a, b = ahead.b;
+    if (n > states.first) ahead = schedule_of(network, n - 1);
     State y = x, point, f;
     if (is_anchored(n)) {
       y = tile.load(states.anchored + n / states.anchors * states.anchored_rows * network.dim);
     } else if (states.extrapolates) {
-      const float a = network.schedule[3 * n + 1], b = network.schedule[3 * n + 2];
       y = tile.inside(map([=](float x, float d1, float d2) { return x - (a * d1 - b * d2); }, x, d1, d2));
     }
 

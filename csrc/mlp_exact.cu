@@ -29,8 +29,10 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
   layers.fetch(states.first, 0);
 
   State x = tile.load(states.x_first);
+  Schedule ahead = schedule_of(network, states.first);
   for (int n = states.first; n < states.last; n++) {
-    const float h = network.schedule[3 * n], scale = network.is_heun ? 0.5f * h : h;
+    const float h = ahead.h, scale = network.is_heun ? 0.5f * h : h;
+    if (n + 1 < states.last) ahead = schedule_of(network, n + 1);
     State point = x;
     for (int k = 0; k <= second; k++) {
       State u = point;
@@ -41,9 +43,8 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
       if (states.rs && tile.warp == 0 && threadIdx.x % 4 == 0) {
         for (int i = 0; i < 2; i++) states.rs[at + tile.row(2 * i)] = r.of[i];
       }
-      // Nobody needs the last state, but the way back starts with its layer.
-      const bool is_end = n + 1 == states.last && k == second;
-      const State f = layers.evaluate(n + k, is_end ? n + k : n + 1);
+      if (n + 1 == states.last && k == second) break;  // nobody needs the last state, and the way back starts with its layer
+      const State f = layers.evaluate(n + k, n + 1);
       if (k < second) {
         point = map([h](float x, float f) { return x + h * f; }, x, f);
       } else {
@@ -52,10 +53,11 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
     }
   }
 
-  // r is read by other threads than have written it, behind the barriers of the pass in between.
+  __syncthreads();  // r is read by other threads than have written it
   State g = tile.load(states.g_last);
   for (int n = states.last - 1; n >= states.first; n--) {
-    const float h = network.schedule[3 * n], scale = network.is_heun ? 0.5f * h : h;
+    const float h = ahead.h, scale = network.is_heun ? 0.5f * h : h;
+    if (n > states.first) ahead = schedule_of(network, n - 1);
     State through{};
     for (int k = second; k >= 0; k--) {
       const int64_t at = row_of_use(n, k);

@@ -21,10 +21,12 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
   auto& tile = layers.tile;
   layers.fetch(0, 0);
   auto x = tile.load(states.x_first);
+  Schedule ahead = schedule_of(network, 0);
   for (int n = 0; n < states.steps; n++) {
     if (states.anchored && n % states.anchors == 0)
       tile.store(states.anchored + n / states.anchors * states.anchored_rows * network.dim, x);
-    const float h = network.schedule[3 * n];
+    const float h = ahead.h;
+    if (n + 1 < states.steps) ahead = schedule_of(network, n + 1);
     auto point = x, increment = x;
     for (int k = 0; k < layers_per_step(network); k++) {
       auto u = point;

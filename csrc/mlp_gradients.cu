@@ -4,7 +4,7 @@
 // scale: h of the step, or h/2 with Heun, where an inner layer is used by two steps.
 // A block takes a chunk of a layer's hidden dimension over a range of the rows. Its weights stay in shared memory; tiles of rows
 // of u and c come by asynchronous copies, one ahead; a and dz are shared in the parameters' dtype; the sums are fp32, in
-// registers, dW2's transposed. With one range the order of the sums is fixed; with several they are added to memory atomically.
+// registers, dW2's transposed, and are added to memory by reductions that nobody waits for. With one range their order is fixed.
 // Must match tile.Tile._pull.
 //
 // State: compiled for sm_80 to sm_120 and executed on a CPU (tests/test_fused_cuda.py). It has not run on a GPU yet.
@@ -24,7 +24,7 @@ constexpr int kRangesPerProcessor = 4;  // blocks for each multiprocessor, where
 template <class Shape>
 struct GradientShape {
   static constexpr int kRows = Shape::kIsNarrow ? 32 : 16;
-  static constexpr int kWarps = Shape::kIsNarrow && Shape::kDim == 128 ? 8 : 4;
+  static constexpr int kWarps = Shape::kIsNarrow && Shape::kDim >= 64 ? 8 : 4;
   static constexpr int kThreads = 32 * kWarps;
   // Of z a warp computes these columns; of the gradients 16 rows of the chunk at these columns of dim.
   static constexpr int kHiddenTiles = Shape::kChunk / kMatrixColumns / kWarps;
@@ -37,14 +37,6 @@ struct GradientShape {
   }
 };
 
-__device__ __forceinline__ void add_to(float* sum, float value, bool is_shared) {
-  if (is_shared) {
-    atomicAdd(sum, value);
-  } else {
-    *sum += value;
-  }
-}
-
 // Over the lanes that hold the same columns.
 __device__ __forceinline__ float sum_over_rows(float value) {
   for (int distance = 4; distance < 32; distance *= 2) value += __shfl_xor_sync(~0u, value, distance);
@@ -52,7 +44,7 @@ __device__ __forceinline__ float sum_over_rows(float value) {
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(GradientShape<MlpShape<T, kDim>>::kThreads, 1)
+__global__ void __launch_bounds__(GradientShape<MlpShape<T, kDim>>::kThreads, kDim <= 64 ? 2 : 1)
     mlp_gradients_kernel(const Network<T> network, const MlpGradients operands, int64_t range_rows, int ranges) {
   using Shape = MlpShape<T, kDim>;
   using Own = GradientShape<Shape>;
@@ -70,7 +62,6 @@ __global__ void __launch_bounds__(GradientShape<MlpShape<T, kDim>>::kThreads, 1)
   const int first_hidden = warp * Own::kHiddenTiles * kMatrixColumns;
   const int slice = warp % Own::kSlices * kGroupRows, first_column = warp / Own::kSlices * Own::kTiles * kMatrixColumns;
   const int64_t unit = int64_t{layer} * network.hidden + chunk * Shape::kChunk;
-  const bool is_shared = ranges > 1;
   constexpr int kInPack = 16 / sizeof(T);
 
   for (int i = threadIdx.x; i < Shape::kChunk * kDim / kInPack; i += Own::kThreads) {
@@ -99,7 +90,12 @@ __global__ void __launch_bounds__(GradientShape<MlpShape<T, kDim>>::kThreads, 1)
     copy_commit();
   };
 
-  float dw1[Own::kTiles][4] = {}, dw2[Own::kTiles][4] = {}, db1[Own::kHiddenTiles][2] = {}, db2 = 0;
+  float b1[Own::kHiddenTiles][2] = {}, db1[Own::kHiddenTiles][2] = {}, db2 = 0;
+  if (network.b1) {
+#pragma unroll
+    for (int i = 0; i < Own::kHiddenTiles * 2; i++)
+      b1[i / 2][i % 2] = widen(network.b1[unit + first_hidden + i / 2 * kMatrixColumns + column + i % 2]);
+  }
   const int uses = layers_per_step(network);
   // With Heun a layer is the first of its own step, and the second of the one before.
   for (int k = 0; k < uses; k++) {
@@ -119,10 +115,7 @@ __global__ void __launch_bounds__(GradientShape<MlpShape<T, kDim>>::kThreads, 1)
       for (int r = 0; r < Own::kRows; r += kGroupRows) {
         float z[Own::kHiddenTiles][4], cotangent[Own::kHiddenTiles][4] = {};
 #pragma unroll
-        for (int i = 0; i < Own::kHiddenTiles * 4; i++) {
-          const int hidden = first_hidden + i / 4 * kMatrixColumns + column + i % 2;
-          z[i / 4][i % 4] = network.b1 ? widen(network.b1[unit + hidden]) : 0;
-        }
+        for (int i = 0; i < Own::kHiddenTiles * 4; i++) z[i / 4][i % 4] = b1[i / 4][i % 2];
         add_product<kDim, false, false>(z, u + r * Shape::kDimPitch, Shape::kDimPitch, weights + first_hidden * Shape::kDimPitch,
                                         Shape::kDimPitch);
         add_product<kDim, false, true>(cotangent, c + r * Shape::kDimPitch, Shape::kDimPitch,
@@ -146,25 +139,20 @@ __global__ void __launch_bounds__(GradientShape<MlpShape<T, kDim>>::kThreads, 1)
     __syncthreads();  // the next use's first tile goes where the last one may still be read
 #pragma unroll
     for (int i = 0; i < Own::kTiles * 4; i++) {
-      dw1[i / 4][i % 4] = multiply_add(scale, part1[i / 4][i % 4], dw1[i / 4][i % 4]);
-      dw2[i / 4][i % 4] = multiply_add(scale, part2[i / 4][i % 4], dw2[i / 4][i % 4]);
+      const int64_t at = (unit + slice + row + i % 4 / 2 * 8) * kDim + first_column + i / 4 * kMatrixColumns + column + i % 2;
+      atomicAdd(operands.dw1 + at, scale * part1[i / 4][i % 4]);
+      atomicAdd(operands.dw2 + at, scale * part2[i / 4][i % 4]);
     }
   }
 
-#pragma unroll
-  for (int i = 0; i < Own::kTiles * 4; i++) {
-    const int64_t at = (unit + slice + row + i % 4 / 2 * 8) * kDim + first_column + i / 4 * kMatrixColumns + column + i % 2;
-    add_to(operands.dw1 + at, dw1[i / 4][i % 4], is_shared);
-    add_to(operands.dw2 + at, dw2[i / 4][i % 4], is_shared);
-  }
   if (operands.db1) {
 #pragma unroll
     for (int i = 0; i < Own::kHiddenTiles * 2; i++) {
       const float sum = sum_over_rows(db1[i / 2][i % 2]);
-      if (row == 0) add_to(operands.db1 + unit + first_hidden + i / 2 * kMatrixColumns + column + i % 2, sum, is_shared);
+      if (row == 0) atomicAdd(operands.db1 + unit + first_hidden + i / 2 * kMatrixColumns + column + i % 2, sum);
     }
   }
-  if (operands.db2 && chunk == 0 && threadIdx.x < kDim) add_to(operands.db2 + int64_t{layer} * kDim + threadIdx.x, db2, is_shared);
+  if (operands.db2 && chunk == 0 && threadIdx.x < kDim) atomicAdd(operands.db2 + int64_t{layer} * kDim + threadIdx.x, db2);
 }
 }  // namespace
 

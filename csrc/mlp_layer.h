@@ -35,8 +35,9 @@ struct Layers {
     T* operands = stages + 2 * Shape::kStage + group * (pulls ? 2 : 1) * Shape::kOperands;
     auto* row_sums = reinterpret_cast<float*>(stages + 2 * Shape::kStage + groups * (pulls ? 2 : 1) * Shape::kOperands);
     tile.first_row = (int64_t{blockIdx.x} * groups + group) * kGroupRows;
-    tile.rows = rows;
+    tile.rows = rows - tile.first_row < kGroupRows ? static_cast<int>(rows - tile.first_row) : kGroupRows;
     tile.dim = network.dim;
+    tile.inverse_dim = 1.0f / network.dim;
     tile.warp = threadIdx.x % Shape::kGroupThreads / 32;
     tile.u = operands;
     a = operands + kGroupRows * Shape::kDimPitch;
@@ -50,11 +51,15 @@ struct Layers {
   __device__ __forceinline__ void fetch(int layer, int chunk) {
     T* to = stages + stage * Shape::kStage;
     const int64_t unit = int64_t{layer} * network.hidden + chunk * Shape::kChunk;
-    copy_rows<kDim>(to, Shape::kDimPitch, network.w1 + unit * kDim, kDim, Shape::kChunk);
-    copy_rows<Shape::kChunk>(to + Shape::kW2, Shape::kChunkPitch,
-                             network.w2 + int64_t{layer} * kDim * network.hidden + chunk * Shape::kChunk, network.hidden, kDim);
-    if (network.b1) copy_rows<Shape::kChunk>(to + Shape::kB1, 0, network.b1 + unit, 0, 1);
-    if (network.b2) copy_rows<kDim>(to + Shape::kB2, 0, network.b2 + int64_t{layer} * kDim, 0, 1);
+    copy_rows<kDim, Shape::kChunk>(to, Shape::kDimPitch, network.w1 + unit * kDim, kDim);
+    copy_rows<Shape::kChunk, kDim>(to + Shape::kW2, Shape::kChunkPitch,
+                                   network.w2 + int64_t{layer} * kDim * network.hidden + chunk * Shape::kChunk, network.hidden);
+    // By a warp each.
+    const int at = threadIdx.x % 32 * kInPack;
+    if (threadIdx.x / 32 == 0 && network.b1 && at < Shape::kChunk) copy_async16(to + Shape::kB1 + at, network.b1 + unit + at);
+    if (threadIdx.x / 32 == 1 && network.b2 && at < kDim)
+      copy_async16(to + Shape::kB2 + at, network.b2 + int64_t{layer} * kDim + at);
+    __syncwarp();
     copy_commit();
   }
 
@@ -98,12 +103,24 @@ struct Layers {
  private:
   __device__ __forceinline__ int first_hidden() const { return tile.warp * Shape::kHiddenTiles * kMatrixColumns; }
 
-  // kValues consecutive values of each of so many rows, by all threads of the block.
-  template <int kValues>
-  __device__ __forceinline__ static void copy_rows(T* to, int to_pitch, const T* from, int64_t from_pitch, int rows) {
-    constexpr int kInPack = 16 / sizeof(T), kPacks = kValues / kInPack;
-    for (int i = threadIdx.x; i < rows * kPacks; i += blockDim.x)
-      copy_async16(to + i / kPacks * to_pitch + i % kPacks * kInPack, from + i / kPacks * from_pitch + i % kPacks * kInPack);
+  static constexpr int kInPack = 16 / sizeof(T);
+
+  // kValues consecutive values of each of kRows rows, by all threads of the block; of two groups each takes every other share.
+  // Shares are known when this is compiled, however many groups there are, or their addresses would cost more than the copies.
+  template <int kValues, int kRows>
+  __device__ __forceinline__ static void copy_rows(T* to, int to_pitch, const T* from, int64_t from_pitch) {
+    constexpr int kPacks = kValues / kInPack, kRowsOfShare = Shape::kGroupThreads / kPacks;
+    static_assert(Shape::kGroupThreads % kPacks == 0 && kRows % kRowsOfShare == 0);
+    const int thread = threadIdx.x % Shape::kGroupThreads, group = threadIdx.x / Shape::kGroupThreads;
+    const bool is_alone = blockDim.x == Shape::kGroupThreads;
+    to += thread / kPacks * to_pitch + thread % kPacks * kInPack;
+    from += thread / kPacks * from_pitch + thread % kPacks * kInPack;
+    constexpr int kShares = kRows / kRowsOfShare;
+    [[maybe_unused]] constexpr int kUnrolled = kShares > 4 ? 1 : kShares;  // or mlp_adjoint_kernel<float, 128> spills
+#pragma unroll kUnrolled
+    for (int share = 0; share < kShares; share++, from += kRowsOfShare * from_pitch) {
+      if (is_alone || share % kMostGroups == group) copy_async16(to + share * kRowsOfShare * to_pitch, from);
+    }
   }
 
   // Waits for a chunk, whose copies the pass before has started, and starts those of the one after it.

@@ -25,9 +25,10 @@ __device__ __forceinline__ void store_pair(T* at, float first, float second) {
   if constexpr (std::is_same_v<T, float>) {
     store<2>(at, Pack<float, 2>{{first, second}});
   } else {
-    require_alignment(at, 4);
     const uint32_t bits = std::is_same_v<T, __half> ? pack_fp16(first, second) : pack_bf16(first, second);
-    memcpy(at, &bits, sizeof bits);
+    Pack<T, 2> pair;
+    memcpy(&pair, &bits, sizeof bits);
+    store<2>(at, pair);
   }
 }
 

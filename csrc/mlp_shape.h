@@ -17,11 +17,11 @@ template <class T, int kPaddedDim>
 struct MlpShape {
   static constexpr int kDim = kPaddedDim;
   static constexpr bool kIsNarrow = sizeof(T) == 2;
-  static constexpr int kWarps = kDim == 16 ? 2 : 4;
+  static constexpr int kWarps = kDim == 16 ? 2 : kDim == 32 || !kIsNarrow ? 4 : 8;
   static constexpr int kGroupThreads = 32 * kWarps;
   // As large as kLeastShared allows.
   static constexpr int kChunk = !kIsNarrow && kDim == 128 ? 32 : 64;
-  static constexpr int kGroups = kIsNarrow || kDim < 64 ? kMostGroups : 1;
+  static constexpr int kGroups = kDim < 64 || (kIsNarrow && kDim == 64) ? kMostGroups : 1;
   static constexpr int kMostThreads = kGroups * kGroupThreads;
   static constexpr int kTiles = kDim / kMatrixColumns / kWarps;
   static constexpr int kHiddenTiles = kChunk / kMatrixColumns / kWarps;

@@ -13,6 +13,15 @@ __device__ __forceinline__ int layers_per_step(const Network<T>& network) {
   return network.is_heun ? 2 : 1;
 }
 
+// Of a step: h, and the weights of the increments behind. Kernels read it a step before it is needed, or each step would wait.
+struct Schedule {
+  float h, a, b;
+};
+template <class T>
+__device__ __forceinline__ Schedule schedule_of(const Network<T>& network, int n) {
+  return {network.schedule[3 * n], network.schedule[3 * n + 1], network.schedule[3 * n + 2]};
+}
+
 template <int kTiles>
 struct Values {
   float of[kTiles][4];
@@ -36,8 +45,9 @@ struct Tile {
   using State = Values<Shape::kTiles>;
 
   int64_t first_row;  // of the group
-  int64_t rows;       // of all tiles together
+  int rows;           // that are there from it on
   int dim;
+  float inverse_dim;
   int warp;  // of the group
   T* u;      // [16, kDim], in shared memory
   T* c;
@@ -49,7 +59,7 @@ struct Tile {
     return (warp * Shape::kTiles + t) * kMatrixColumns + threadIdx.x % 4 * 2;
   }
   __device__ __forceinline__ bool is_inside(int t, int i) const {
-    return column(t) + i % 2 < dim && first_row + row(i) < rows;
+    return column(t) + i % 2 < dim && row(i) < rows;
   }
 
   // states: [rows, dim].
@@ -98,7 +108,11 @@ struct Tile {
 #pragma unroll
     for (int t = 0; t < Shape::kTiles; t++) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) x.of[t][i] = widen(at[row(i) * pitch + column(t) + i % 2]);
+      for (int i = 0; i < 4; i += 2) {
+        const auto pair = ::load<2>(at + row(i) * pitch + column(t));
+        x.of[t][i] = widen(pair.values[0]);
+        x.of[t][i + 1] = widen(pair.values[1]);
+      }
     }
     return x;
   }
@@ -136,16 +150,17 @@ struct Tile {
 #pragma unroll
       for (int i = 0; i < Shape::kTiles * 4; i++) means[i % 4 / 2] += x.of[i / 4][i % 4];
       sum_rows<1>(means);
+      for (float& mean : means) mean *= inverse_dim;
 #pragma unroll
       for (int i = 0; i < Shape::kTiles * 4; i++)
-        x.of[i / 4][i % 4] = column(i / 4) + i % 2 < dim ? x.of[i / 4][i % 4] - means[i % 4 / 2] / dim : 0;
+        x.of[i / 4][i % 4] = column(i / 4) + i % 2 < dim ? x.of[i / 4][i % 4] - means[i % 4 / 2] : 0;
     }
     float squares[2] = {0, 0};
 #pragma unroll
     for (int i = 0; i < Shape::kTiles * 4; i++)
       squares[i % 4 / 2] = multiply_add(x.of[i / 4][i % 4], x.of[i / 4][i % 4], squares[i % 4 / 2]);
     sum_rows<1>(squares);
-    for (int i = 0; i < 2; i++) r.of[i] = 1 / sqrtf(squares[i] / dim + epsilon);
+    for (int i = 0; i < 2; i++) r.of[i] = fast_rsqrt(multiply_add(squares[i], inverse_dim, epsilon));
 #pragma unroll
     for (int i = 0; i < Shape::kTiles * 4; i++) x.of[i / 4][i % 4] *= r.of[i % 4 / 2];
     return r;
@@ -163,10 +178,11 @@ struct Tile {
       sums[i % 4 / 2 * 2 + 1] += value;
     }
     sum_rows<2>(sums);
+    for (float& sum : sums) sum *= inverse_dim;
     State result;
 #pragma unroll
     for (int i = 0; i < Shape::kTiles * 4; i++) {
-      const float along = sums[i % 4 / 2 * 2] / dim, mean = norm == Norm::kLayer ? sums[i % 4 / 2 * 2 + 1] / dim : 0;
+      const float along = sums[i % 4 / 2 * 2], mean = norm == Norm::kLayer ? sums[i % 4 / 2 * 2 + 1] : 0;
       const bool is_value = column(i / 4) + i % 2 < dim;
       const float value = du.of[i / 4][i % 4] - mean - point.of[i / 4][i % 4] * along;
       result.of[i / 4][i % 4] = is_value ? value * r.of[i % 4 / 2] : 0;

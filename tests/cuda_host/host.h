@@ -2,6 +2,8 @@
 // threads.h runs the threads, runtime.h stands for the CUDA runtime, numbers.h has the 16-bit types; here are the primitives by
 // which threads work together.
 #pragma once
+#include <cmath>
+
 #include "numbers.h"
 #include "runtime.h"
 #include "threads.h"
@@ -103,6 +105,10 @@ void copy_wait() {
   }
   fiber.copies.swap(under_way);
 }
+
+inline float fast_reciprocal(float x) { return 1 / x; }
+inline float fast_rsqrt(float x) { return 1 / sqrtf(x); }
+inline float fast_exp(float x) { return expf(x); }
 
 inline uint32_t pack_bf16(float low, float high) {
   return __float2bfloat16_rn(low).bits | uint32_t{__float2bfloat16_rn(high).bits} << 16;
