@@ -61,6 +61,9 @@ def measure(options: Options, device: torch.device, progress: Progress) -> dict[
         except Exception:
             # A part that fails must not take the others' figures with it.
             failed.append(f"{name}: {traceback.format_exc()}")
+        except KeyboardInterrupt:  # whoever stops it wants what there is
+            failed.append(f"stopped during {name}")
+            break
         gc.collect()  # compiled functions are in cycles
         torch.cuda.empty_cache()
         progress.advance(measuring)

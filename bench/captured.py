@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 
 from .mlp_networks import Batch, Step
@@ -42,6 +44,7 @@ class Captured:
                 self._step(self._batch)
         torch.cuda.current_stream().wait_stream(beside)
         self._step.clear(self._batch)
+        gc.collect()  # what is in cycles may hold gradient accumulators of the other stream
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._step(self._batch)

@@ -285,7 +285,7 @@ def _step(ops: Any, scheme: str, reverse: str, states: tuple[Tensor, ...], norms
 
 def _copy(moved: int, device: torch.device) -> Callable[[], None]:
     """Of half as many bytes, each read and written."""
-    source, target = torch.zeros(2, moved // 2, device=device, dtype=torch.uint8)
+    source, target = torch.randint(256, (2, moved // 2), device=device, dtype=torch.uint8)
     return _repeated(partial(target.copy_, source))
 
 

@@ -52,7 +52,7 @@ STEPS_AT_A_TIME = {"cuda": 2, "cpu": 1}
 SHALLOW = 16
 """The depth that memory and launches are compared with."""
 ERROR_ROWS = 256
-SECONDS = 90
+SECONDS = 75
 """On a GPU no size is begun later than this."""
 
 
@@ -75,13 +75,15 @@ def jobs(options: Options, device: torch.device) -> list[Job]:
         found = [Job(64, 128, 64, 4096, torch.float32, "gelu", is_detailed=True, compiled=(None, SEGMENT))]
         found.append(replace(found[0], activation="silu", is_judged=False, is_detailed=False, compiled=(SEGMENT,)))
     else:
-        small = Job(64, 128, 64, 262_144, torch.bfloat16, "silu", is_detailed=True, compiled=(None, SEGMENT))
-        large = replace(small, dim=128, hidden=512, compiled=(SEGMENT,))
+        small = Job(64, 128, 64, 262_144, torch.bfloat16, "silu", is_detailed=True)
+        large = replace(small, dim=128, hidden=512)
         found = [small, large]
         for activation in ("gelu_tanh", "gelu"):
             is_judged = activation != "gelu"
             settings: dict[str, Any] = {"activation": activation, "is_judged": is_judged, "is_detailed": False}
             found += [replace(job, **settings, compiled=(SEGMENT,) if is_judged else ()) for job in (small, large)]
+        # To compile all layers at once takes longer than all that is timed before.
+        found.append(replace(small, is_judged=False, is_detailed=False, compiled=(None,)))
     if options.quick:
         found = [
             replace(job, dim=job.dim // 4, hidden=job.hidden // 4, depth=2 * SEGMENT, rows=256 if index else 64)
@@ -101,23 +103,30 @@ def _measure(options: Options, device: torch.device, progress: Progress) -> dict
     begin = time.perf_counter()
     # With --quick, the same graphs without the wait for code to be generated and compiled.
     compiler = "eager" if options.quick else "inductor"
-    found, left_out, detailed = [], [], []
+    found, left_out, detailed, failed = [], [], [], []
     all_jobs = jobs(options, device)
     measuring = progress.add_task("mlp", total=len(all_jobs) + 1)
     for job in all_jobs:
         if device.type == "cuda" and time.perf_counter() - begin > SECONDS:
             left_out.append(job.facts)
-        else:
+            progress.advance(measuring)
+            continue
+        try:
             found.append(_timed(job, compiler, options, device))
-            detailed += [(job, found[-1])] if job.is_detailed else []
-            gc.collect()  # compiled functions are in cycles
-            torch.cuda.empty_cache()
+        except KeyboardInterrupt:  # whoever stops it wants what there is
+            failed.append(f"stopped during {job}")
+            break
+        detailed += [(job, found[-1])] if job.is_detailed else []
+        gc.collect()  # compiled functions are in cycles
+        torch.cuda.empty_cache()
         progress.advance(measuring)
-    for job, figures in detailed:  # after all timing: a process in which torch's profiler ran is slower
+    for job, figures in (
+        [] if failed else detailed
+    ):  # after all timing: a process in which torch's profiler ran is slower
         figures["memory"] = _memory_and_launches(job, options, device)
     progress.advance(measuring)
     figures = {"device": device.type, "compiler": compiler, "segment": SEGMENT, "jobs": found, "left_out": left_out}
-    failed = failures(row for one in found for row in one["rows"])
+    failed += failures(row for one in found for row in one["rows"])
     return {**figures, "failure": "\n".join(failed)} if failed else figures
 
 
@@ -136,7 +145,7 @@ def _timed(job: Job, compiler: str, options: Options, device: torch.device) -> d
     figures = {**job.facts, "matmul": size, "matmul_flop": 2 * size**3}
     figures["flop"] = 8 * 2 * job.rows * job.dim * job.hidden * job.depth
     figures["rows"] = [_row(arm, by_arm) for arm in arms]
-    figures["errors"] = _errors(mlp)
+    figures["errors"] = _errors(mlp, job.rows)
     return figures
 
 
@@ -167,11 +176,12 @@ def _row(arm: Arm, by_arm: dict[Arm, list[float]]) -> dict[str, Any]:
     return row
 
 
-def _errors(mlp: ResidualMLP) -> dict[str, float]:
+def _errors(mlp: ResidualMLP, rows: int) -> dict[str, float]:
     """Of the gradients of each mode, the worst of all parameters' and the input's, against backprop in float64.
 
     The same weights and inputs, rounded to the job's dtype, in both. "eager" is the list of layers, whose states are
-    of the parameters' dtype; those of the op, and of its "backprop", are float32 at least.
+    of the parameters' dtype; those of the op, and of its "backprop", are float32 at least. The backends are those that
+    are timed, with so many rows.
     """
     x, g = batch_of(ERROR_ROWS, mlp)
     exact_mlp = ResidualMLP(mlp.dim, mlp.hidden, mlp.depth, activation=mlp.activation, device=x.device)
@@ -181,7 +191,9 @@ def _errors(mlp: ResidualMLP) -> dict[str, float]:
     step = layers.step(BASELINE)
     step((x, g))
     found = {"eager": [*layers.gradients(), _gradient(x)]}
-    found |= {mode: _gradients(fused_step(mlp, mode), (x, g)) for mode in MODES}
+    for mode in MODES:
+        backend = "auto" if mode == BASELINE else taken(mlp, mode, rows)
+        found[mode] = _gradients(fused_step(mlp, mode, backend), (x, g))
     return {
         mode: max(relative_error([a], [b]) for a, b in zip(gradients, exact, strict=True))
         for mode, gradients in found.items()

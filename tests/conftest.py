@@ -22,6 +22,12 @@ def _fixed_seed():
 
 
 @pytest.fixture
+def off_the_kink():
+    """With this seed no unit of `fused_cases` is so close to relu's kink that rounding to bfloat16 decides its side."""
+    torch.manual_seed(1)
+
+
+@pytest.fixture
 def float64():
     """float64 as the default dtype."""
     before = torch.get_default_dtype()

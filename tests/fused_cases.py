@@ -13,6 +13,9 @@ from resode_cuda.fused import torch_backend
 from resode_cuda.fused.network import Network
 from resode_cuda.reverse import PRESETS, Reverse
 
+LARGE = 2**24
+"""Products of a sum over a case's layers from which its references are computed where the kernels run."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -115,8 +118,11 @@ def results_of(backend, case, network, x, g, states):
 
 def check(backend, case, dtype, device="cpu"):
     network, x, g = case.operands(dtype)
+    # A CPU takes minutes for the large ones. The small ones stay there, or compute-sanitizer would slow them down.
+    where = device if case.rows * case.dim * case.hidden * case.steps > LARGE else "cpu"
+    network, x, g = moved(network, dtype, where), x.to(where), g.to(where)
     kept = min(2, case.steps) if case.solver.extrapolates else 0
-    wide = moved(network, torch.float64, "cpu")
+    wide = moved(network, torch.float64, where)
     # All start the way back from the same states, as they would be kept.
     states = torch_backend.forward(network, x, kept, case.anchors)
     exact = results_of(torch_backend, case, wide, x.double(), g.double(), [state.double() for state in states])

@@ -178,6 +178,7 @@ def test_copies_of_norms_are_read_when_they_have_arrived():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_on_a_gpu_nothing_waits_for_the_device():
     stack = ResidualStack(mlps("euler", 6), reverse="corrected").cuda()
     x = torch.randn(3, 6, device="cuda")

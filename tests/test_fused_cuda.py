@@ -13,6 +13,7 @@ from resode_cuda.fused.cuda_backend import stacks_of
 from resode_cuda.ops import build_info
 from resode_cuda.reverse import Reverse
 
+pytestmark = pytest.mark.usefixtures("off_the_kink")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ONE_PROCESSOR, LARGE_GPU = 0, 1
 """Devices of the host. On that with a single multiprocessor a block takes two groups of 16 rows, on the other one."""
@@ -39,12 +40,6 @@ def host(kernels):
 @pytest.fixture(params=[ONE_PROCESSOR, LARGE_GPU], ids=["two groups", "one group"])
 def processors(kernels, host, request):
     kernels.host_device(request.param)
-
-
-@pytest.fixture(autouse=True)
-def _off_the_kink():
-    """Of these operands no unit is so close to relu's kink that rounding to bfloat16 decides its side."""
-    torch.manual_seed(1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -178,9 +173,9 @@ def test_matches_the_specification_on_a_gpu(case, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [40, 5000])
+@pytest.mark.parametrize("rows", [40, 4300])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("dim", "hidden"), [*SIZES, (32, 64), (64, 128), (128, 512)])
+@pytest.mark.parametrize(("dim", "hidden"), [*SIZES, (64, 128), (128, 512)])
 def test_sizes_on_a_gpu(dim, hidden, dtype, rows):
     for reverse in ("corrected", "extrapolated"):
         for is_split in (False, True):
