@@ -12,7 +12,7 @@ from resode_cuda import ResidualMLP
 from resode_cuda.fused.backend import NAMES
 
 from .arms import NO_TIME, Arm, described, take_turns
-from .mlp_networks import Batches, Size, fused_step, taken, unusable
+from .mlp_networks import Batches, Size, fused_step, step_by, taken, triton_forms, unusable
 from .options import Options
 from .timing import clock_of
 
@@ -40,13 +40,13 @@ def usable(mlp: ResidualMLP, mode: str) -> list[str]:
 
 
 def backend_arms(mlp: ResidualMLP, batches: Batches, rows: int) -> list[Arm]:
-    """A step by each backend that can run, and by the one that "auto" takes."""
-
-    def arm(kind: str, backend: str, shown: str) -> Arm:
-        return Arm(kind, MODE, batches.on_current(fused_step(mlp, MODE, backend)), shown)
-
-    named = [arm("fused", name, name) for name in usable(mlp, MODE)]
-    return [*named, arm("auto", "auto", taken(mlp, MODE, rows))]
+    """A step by each backend that can run, in each of its forms, and by what "auto" takes."""
+    names = [
+        name for backend in usable(mlp, MODE) for name in (triton_forms(mlp) if backend == "triton" else [backend])
+    ]
+    arms = [Arm("fused", MODE, batches.on_current(step_by(mlp, MODE, name)), name) for name in names]
+    auto = batches.on_current(fused_step(mlp, MODE, "auto"))
+    return [*arms, Arm("auto", MODE, auto, taken(mlp, MODE, rows))]
 
 
 def figures_of(

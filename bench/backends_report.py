@@ -8,7 +8,6 @@ from itertools import groupby
 from typing import Any
 
 from .arms import OUT_OF_MEMORY, shown
-from .backends_arms import BACKENDS
 from .modes import BASELINE
 from .report import Table, Target, mebibytes, relative_time
 from .timing import ratios, spread
@@ -105,16 +104,17 @@ def _memory(part: dict[str, Any]) -> Table:
 
 def _sizes(part: dict[str, Any]) -> Table:
     dtype = f", {part['rows'][0]['dtype']}" if part["rows"] else ""
+    names = list(dict.fromkeys(row["backend"] for row in part["rows"] if row["backend"] != "auto"))
     table = Table(
         f"Backends, {part['mode']}, {part['activation']}{dtype}: ms",
-        ("dim", "hidden", "rows", "N", *BACKENDS, "auto", "takes", "of best"),
+        ("dim", "hidden", "rows", "N", *names, "auto", "takes", "of best"),
         labels=2,
         note='Forward and backward pass, milliseconds. Takes: the backend that "auto" takes. Of best: "auto" relative '
         "to the fastest backend in the same round, the median. –: it can't compute this.",
     )
     for rows in _by_size(part):
         first, by_backend = rows[0], {row["backend"]: row for row in rows}
-        times = (_milliseconds(by_backend.get(name)) for name in (*BACKENDS, "auto"))
+        times = (_milliseconds(by_backend.get(name)) for name in (*names, "auto"))
         of_best = _of_best(rows)
         table.rows.append(
             (

@@ -19,7 +19,6 @@ from rich.progress import Progress
 from torch import Tensor
 
 from resode_cuda import ResidualMLP
-from resode_cuda.fused.triton_tiles import LARGEST_FUSED_DIM
 
 from . import launches
 from .arms import OUT_OF_MEMORY, Arm, described, failures, take_turns
@@ -35,8 +34,9 @@ from .mlp_networks import (
     batch_of,
     fused_step,
     peak_bytes,
-    split_step,
+    step_by,
     taken,
+    triton_forms,
 )
 from .mlp_report import tables, targets
 from .modes import BASELINE, MODES
@@ -120,9 +120,8 @@ def _measure(options: Options, device: torch.device, progress: Progress) -> dict
         gc.collect()  # compiled functions are in cycles
         torch.cuda.empty_cache()
         progress.advance(measuring)
-    for job, figures in (
-        [] if failed else detailed
-    ):  # after all timing: a process in which torch's profiler ran is slower
+    # After all timing: a process in which torch's profiler ran is slower.
+    for job, figures in [] if failed else detailed:
         figures["memory"] = _memory_and_launches(job, options, device)
     progress.advance(measuring)
     figures = {"device": device.type, "compiler": compiler, "segment": SEGMENT, "jobs": found, "left_out": left_out}
@@ -154,8 +153,12 @@ def _arms(job: Job, mlp: ResidualMLP, batches: Batches, compiler: str, size: int
     on_current = batches.on_current
     layers = Layers(mlp)
     arms = [Arm("fused", mode, on_current(fused_step(mlp, mode)), taken(mlp, mode, job.rows)) for mode in FUSED]
-    if taken(mlp, "extrapolated", job.rows) == "triton" and job.dim <= LARGEST_FUSED_DIM:
-        arms.append(Arm("fused", "extrapolated, split", on_current(split_step(mlp, "extrapolated")), "triton"))
+    if taken(mlp, "extrapolated", job.rows).startswith("triton"):
+        arms += [
+            Arm("fused", f"extrapolated, {name}", on_current(step_by(mlp, "extrapolated", name)), name)
+            for name in triton_forms(mlp)
+            if name != taken(mlp, "extrapolated", job.rows)
+        ]
     arms += [Arm("eager", mode, on_current(layers.step(mode))) for mode in PLAIN]
     for length in job.compiled:
         kind = "compiled" if length is None else f"compiled by {length}"
@@ -192,7 +195,7 @@ def _errors(mlp: ResidualMLP, rows: int) -> dict[str, float]:
     step((x, g))
     found = {"eager": [*layers.gradients(), _gradient(x)]}
     for mode in MODES:
-        backend = "auto" if mode == BASELINE else taken(mlp, mode, rows)
+        backend = "auto" if mode == BASELINE else taken(mlp, mode, rows).partition(" ")[0]
         found[mode] = _gradients(fused_step(mlp, mode, backend), (x, g))
     return {
         mode: max(relative_error([a], [b]) for a, b in zip(gradients, exact, strict=True))

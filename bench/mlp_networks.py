@@ -101,15 +101,23 @@ def fused_step(mlp: ResidualMLP, mode: str, backend: str = "auto") -> Step:
     return Step(function, list(mlp.parameters()))
 
 
-def split_step(mlp: ResidualMLP, mode: str) -> Callable[[Batch], None]:
-    """With Triton's gradients by a pass of their own, where a GPU's copy engine would add them up."""
-    step = fused_step(mlp, mode, "triton")
+def step_by(mlp: ResidualMLP, mode: str, backend: str) -> Callable[[Batch], None]:
+    """By a backend, and of Triton's forms by the one named behind it."""
+    backend, _, form = backend.partition(" ")
+    step = fused_step(mlp, mode, backend)
+    if not form:
+        return step
 
-    def split(batch: Batch) -> None:
-        with mock.patch.object(triton_backend, "LARGEST_FUSED_DIM", 0):
+    def in_form(batch: Batch) -> None:
+        with mock.patch.object(triton_backend, "form", return_value=form):
             step(batch)
 
-    return split
+    return in_form
+
+
+def triton_forms(mlp: ResidualMLP) -> list[str]:
+    """As `step_by` takes them."""
+    return [f"triton {form}" for form in triton_backend.forms(mlp._network(), mlp.weight_in.device)]
 
 
 def unusable(mlp: ResidualMLP, mode: str) -> dict[str, str | None]:
@@ -119,12 +127,16 @@ def unusable(mlp: ResidualMLP, mode: str) -> dict[str, str | None]:
 
 
 def taken(mlp: ResidualMLP, mode: str, rows: int) -> str:
-    """The backend that "auto" takes."""
+    """The backend that "auto" takes, and behind it the form of Triton's adjoint."""
     set_mode(mlp, mode)
     x = mlp.weight_in.new_empty(1, 1).expand(rows, mlp.dim)
     solver = mlp.reverse if mlp.gradient == "adjoint" else None
-    name: str = chosen("bench", "auto", mlp._network(), x, solver).__name__
-    return name.rpartition(".")[2].removesuffix("_backend")
+    network = mlp._network()
+    module = chosen("bench", "auto", network, x, solver)
+    name: str = module.__name__.rpartition(".")[2].removesuffix("_backend")
+    if module is not triton_backend or solver is None:
+        return name
+    return f"{name} {triton_backend.form(network, rows, x.device)}"
 
 
 def peak_bytes(step: Step, batch: Batch, device: torch.device) -> int:

@@ -322,7 +322,7 @@ def test_targets_of_the_backends_on_a_gpu(quick_backends):
         assert target.met == is_met
     markdown = "".join(table.markdown() for table in backends.tables(figures))
     assert "| captured eager | backprop | 2.500 | 4.80 ±0.00 | 1.00 ±0.00 |" in markdown
-    assert "| 16 | 32 | 16 | 16 | 1.00 | – | 2.00 | 2.00 | torch | 2.00 |" in markdown
+    assert "| 16 | 32 | 16 | 16 | 1.00 | 2.00 | 2.00 | torch | 2.00 |" in markdown
 
 
 def test_what_the_backends_could_not_measure_is_said(quick_backends):

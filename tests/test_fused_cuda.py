@@ -159,12 +159,6 @@ def test_a_missing_library_is_an_error_where_it_is_asked_for(monkeypatch):
         backend.chosen("here", "cuda", network, x, None)
 
 
-@pytest.mark.parametrize(("rows", "order"), [(2048, ["cuda", "triton", "torch"]), (2049, ["triton", "cuda", "torch"])])
-def test_auto_takes_these_kernels_for_few_rows(rows, order):
-    network, x, _ = Case(rows=rows).operands(torch.float32)
-    assert list(backend.causes(network, x, None)) == order
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..reverse import Reverse
-from . import cuda_backend, triton_backend
+from . import cuda_backend, measured, triton_backend
 from .network import Network
 
 NAMES = ("auto", "cuda", "triton", "torch")
-FEW_ROWS = 2048
+FEW_ROWS, MANY_ROWS = ("cuda", "triton", "torch"), ("triton", "cuda", "torch")
+ROWS_OF_A_PROCESSOR = 32
+"""Up to so many the kernels in CUDA C++ take on a multiprocessor at a time, Triton's at least."""
 SMALLEST = 16
 """A dim and hidden size that every backend takes."""
 
@@ -24,15 +27,15 @@ def causes(network: Network, x: Tensor, solver: Reverse | None) -> dict[str, str
     Args:
         solver: None where nothing is rebuilt.
     """
-    return {name: _cause(name, network, x.device, solver) for name in _order(x)}
+    order = _order(network, x.numel() // x.shape[-1], x.device)
+    return {name: _cause(name, network, x.device, solver) for name in order}
 
 
 def causes_on(device: torch.device) -> dict[str, str | None]:
     """Each backend, and why it can't compute any network on a device; None where it can, in the order for many rows."""
     parameter = torch.empty(1, SMALLEST, SMALLEST, device="meta")
     network = Network(parameter, None, parameter, None, (1.0,), "euler", "relu", None)
-    many = torch.empty(FEW_ROWS + 1, SMALLEST, device="meta")
-    return {name: _cause(name, network, device, None) for name in _order(many)}
+    return {name: _cause(name, network, device, None) for name in MANY_ROWS}
 
 
 def chosen(where: str, backend: str, network: Network, x: Tensor, solver: Reverse | None) -> Any:
@@ -50,13 +53,22 @@ def chosen(where: str, backend: str, network: Network, x: Tensor, solver: Revers
     return importlib.import_module(f"{__package__}.{backend}_backend")
 
 
-def _order(x: Tensor) -> tuple[str, ...]:
-    """The backends as "auto" tries them.
+def _order(network: Network, rows: int, device: torch.device) -> tuple[str, ...]:
+    """The backends as "auto" tries them: the fastest first where that was measured, and those not measured last.
 
-    The kernels in CUDA C++ are made for few rows, where latency decides, Triton's for many. Where the first stop being
-    the faster ones is not measured yet: FEW_ROWS is a guess.
+    Elsewhere the kernels in CUDA C++, which are made for few rows, come first as long as not every multiprocessor has
+    as many as it takes at a time, since Triton's larger tiles would leave more of them idle; beyond, Triton's do, which
+    read weights less often.
     """
-    return ("cuda", "triton", "torch") if x.numel() <= FEW_ROWS * x.shape[-1] else ("triton", "cuda", "torch")
+    if device.type != "cuda":
+        return MANY_ROWS
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    order = FEW_ROWS if rows <= ROWS_OF_A_PROCESSOR * processors else MANY_ROWS
+    least = dict.fromkeys(order, math.inf)
+    for name, time in measured.microseconds(network, rows, device).items():
+        backend = name.partition(" ")[0]
+        least[backend] = min(least[backend], time)
+    return tuple(sorted(order, key=least.__getitem__))
 
 
 def _cause(name: str, network: Network, device: torch.device, solver: Reverse | None) -> str | None:

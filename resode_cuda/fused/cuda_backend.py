@@ -19,7 +19,7 @@ from ..ops import compiled
 from ..reverse import Reverse
 from .network import Network
 from .norms import EPSILON
-from .passes import Ends, Kernels, Scratch, Stacks, padded_dim, rows_apart
+from .passes import Ends, Kernels, Scratch, Stacks, padded_dim, rows_apart, too_old
 from .tile import Gradients
 
 LARGEST_DIM = 128
@@ -44,11 +44,7 @@ def cause(network: Network, device: torch.device, solver: Reverse | None) -> str
         )
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST:
-        needs, got = (f"{major}.{minor}" for major, minor in (OLDEST, capability))
-        return (
-            f"kernels in CUDA C++ need compute capability {needs}, got {got}; "
-            'on this GPU backend="torch" computes all of it'
-        )
+        return too_old("kernels in CUDA C++", capability, OLDEST)
     return compiled.build_info().cause
 
 

@@ -65,9 +65,6 @@ class Kernels(ABC):
         unit: rows that every pass over scratch memory takes in whole blocks.
     """
 
-    is_split = True
-    """Whether gradients of parameters take a pass of their own."""
-
     def __init__(self, network: Network, chunk: int, unit: int, extrapolates: bool) -> None:
         self.network, self.unit = network, unit
         self.device = network.weight_in.device
@@ -81,6 +78,10 @@ class Kernels(ABC):
         self.w2 = padded(network.weight_out, (layers, dim, hidden))
         self.b2 = None if network.bias_out is None else padded(network.bias_out, (layers, dim))
         self.schedule = schedule(tuple(network.steps), network.scheme, extrapolates, self.device)
+
+    def is_split(self, rows: int) -> bool:
+        """Whether the gradients of parameters take a pass of their own."""
+        return True
 
     @abstractmethod
     def forward(
@@ -170,7 +171,7 @@ class Stacks:
         """As `torch_backend.adjoint`."""
         kernels = self.kernels(network, solver.extrapolates)
         rows, count = len(g), len(network.steps)
-        is_split = wants_parameters and kernels.is_split
+        is_split = wants_parameters and kernels.is_split(rows)
         g_first = torch.empty_like(g)
         x_first = torch.empty_like(g) if wants_input else None
         norms = g.new_zeros(count, 2)
@@ -229,3 +230,9 @@ class Stacks:
 def rows_apart(states: Tensor | None) -> int:
     """How many rows after a state the next one begins; 0 where there is no next one."""
     return 0 if states is None or len(states) < 2 else states.stride(0) // states.shape[-1]
+
+
+def too_old(kernels: str, capability: tuple[int, int], oldest: tuple[int, int]) -> str:
+    """What is said of a GPU older than kernels need."""
+    got, needs = (f"{major}.{minor}" for major, minor in (capability, oldest))
+    return f'{kernels} need compute capability {needs}, got {got}; on this GPU backend="torch" computes all of it'

@@ -9,6 +9,7 @@ Rows of more than 256 values do not fit: their layers are computed one by one, a
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from torch import Tensor
 
 from ..ops import triton_kernels
 from ..reverse import Reverse
-from . import torch_backend
+from . import measured, torch_backend
 from .network import Network
 from .norms import EPSILON
-from .passes import Ends, Kernels, Scratch, Stacks, padded_dim, rows_apart
+from .passes import Ends, Kernels, Scratch, Stacks, padded_dim, rows_apart, too_old
 from .tile import Gradients
 from .triton_tiles import LARGEST_FUSED_DIM, Tile, tiles_for
 from .wide import WideTile
@@ -43,13 +44,35 @@ def cause(network: Network, device: torch.device, solver: Reverse | None) -> str
         )
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST:
-        return f"Triton's kernels need compute capability {OLDEST[0]}.{OLDEST[1]}, got {capability[0]}.{capability[1]}"
+        return too_old("Triton's kernels", capability, OLDEST)
     return triton_kernels.cause()
 
 
 def is_wide(network: Network) -> bool:
     """Whether rows are too wide to be kept on chip."""
     return network.dim > LARGEST_DIM
+
+
+def forms(network: Network, device: torch.device) -> tuple[str, ...]:
+    """How the adjoint can be computed, the first choice first.
+
+    "fused": the state pass adds up the parameters' gradients. "split": a pass of its own does. "wide": layer by layer.
+    """
+    if is_wide(network):
+        return ("wide",)
+    is_narrow = padded_dim(network.dim) <= LARGEST_FUSED_DIM
+    if is_narrow and capability_of(device)[0] in FUSING and not torch.are_deterministic_algorithms_enabled():
+        return "fused", "split"
+    return ("split",)
+
+
+def form(network: Network, rows: int, device: torch.device) -> str:
+    """The faster one where that was measured, else the first choice."""
+    possible = forms(network, device)
+    if len(possible) == 1:
+        return possible[0]
+    times = measured.microseconds(network, rows, device)
+    return min(possible, key=lambda name: times.get(f"triton {name}", math.inf))
 
 
 def forward(network: Network, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,9 +105,10 @@ class TritonKernels(Kernels):
         is_plain = network.norm is None and not is_heun
         self.tiles = tiles_for(capability, dim, network.weight_in.itemsize, is_plain)
         super().__init__(network, self.tiles.chunk, max(tile.rows for tile in self.tiles), extrapolates)
-        is_wanted = dim <= LARGEST_FUSED_DIM and not torch.are_deterministic_algorithms_enabled()
-        self.is_split = not (is_wanted and capability[0] in FUSING)
         self._sums: tuple[Tensor | None, ...] | None = None
+
+    def is_split(self, rows: int) -> bool:
+        return form(self.network, rows, self.device) == "split"
 
     def norms(self, rows: int) -> Tensor:
         # A part for each tile of whatever size.
