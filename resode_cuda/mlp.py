@@ -31,7 +31,7 @@ class ResidualMLP(AdjointModule):
     before the next one is taken: states stay in the cache of a CPU, or on the chip of a GPU.
 
     Args:
-        dim: of the states, >= 1; Triton's kernels take up to 256.
+        dim: of the states, >= 1; up to 256, in float32 128, Triton keeps states on chip, up to 128 CUDA C++.
         hidden: of the perceptrons' hidden activations, >= 1.
         depth: N, the number of steps, >= 1.
         scheme: "euler", N layers; or "heun", N + 1 layers, as in `ResidualStack`.
@@ -43,10 +43,12 @@ class ResidualMLP(AdjointModule):
             rows that it works on have N states; "backprop" stores everything, and alone has higher derivatives.
         reverse: how the adjoint rebuilds: "paper", "corrected", "extrapolated" (accurate where weights are smooth in
             depth: `smooth_init_`), or a `Reverse`. Accelerated corrections, the default from 2 on, mix iterates row by
-            row, and only the "torch" backend and Triton's beyond dim 256 have them; `accelerate=False` runs everywhere.
+            row, and only "torch", and "triton" for rows wider than it keeps on chip, have them;
+            `accelerate=False` runs everywhere.
         anchors: keep the exact state of every step divisible by this; None keeps none.
         max_drift, on_drift: the defect that is accepted, and what a larger one leads to, as for `ResidualStack`.
-        backend: "auto" takes what can run; "torch" runs everywhere, "triton" on CUDA devices. One that is named runs
+        backend: "auto" takes the fastest that can run, as far as that was measured; "torch" runs everywhere, "cuda"
+            (C++, for few rows) and "triton" on CUDA devices of compute capability 8.0 and later. One that is named runs
             or raises.
         device, dtype: of the parameters: float64, float32, bfloat16 or float16. With the last two, states are float32
             all the same.

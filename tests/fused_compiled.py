@@ -98,6 +98,9 @@ def _tested():
         yield Configuration(gpu, dim, "checkpoint")
     for dim in (64, 128):
         yield Configuration(120, dim, "extrapolated")
+    for gpu in GPUS[1:]:
+        yield Configuration(gpu, 256, "extrapolated", scheme="heun", norm="layer")
+        yield Configuration(gpu, 256, "checkpoint", scheme="heun", norm="layer")
     for gpu in GPUS:  # beyond what is kept on chip
         yield Configuration(gpu, 2048, "extrapolated", norm="layer")
     for dim in (64, 128):

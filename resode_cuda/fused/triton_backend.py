@@ -3,7 +3,7 @@
 `passes.py` says in which order. On GPUs whose copy engine adds in memory the state pass adds up the gradients of narrow
 layers itself, and there is no weight-gradient pass.
 
-Rows of more than 256 values do not fit: their layers are computed one by one, as `wide.py` says.
+Rows of more than 256 values, in float32 128, do not fit: their layers are computed one by one, as `wide.py` says.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from .tile import Gradients
 from .triton_tiles import LARGEST_FUSED_DIM, Tile, tiles_for
 from .wide import WideTile
 
-LARGEST_DIM = 256
+LARGEST_DIM = {2: 256, 4: 128}
+"""That is kept on chip, by the bytes of a parameter."""
 OLDEST = (8, 0)
 FUSING = (9, 10)
 """Major compute capabilities of GPUs with tiles for gradients that the copy engine adds up in memory."""
@@ -50,7 +51,7 @@ def cause(network: Network, device: torch.device, solver: Reverse | None) -> str
 
 def is_wide(network: Network) -> bool:
     """Whether rows are too wide to be kept on chip."""
-    return network.dim > LARGEST_DIM
+    return network.dim > LARGEST_DIM[network.weight_in.itemsize]
 
 
 def forms(network: Network, device: torch.device) -> tuple[str, ...]:

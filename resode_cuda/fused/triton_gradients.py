@@ -2,8 +2,8 @@
 
     dW1 = sum of u dz^T (transposed), dW2 = sum of c a^T, db1 = sum of dz, db2 = sum of c, each times h or h/2
 
-z, a and dz are computed again from u and c; sums stay in registers over a range of rows. `triton_tile.py` says how
-memory is laid out.
+z, a and dz are computed again from u and c; a use's sums stay in registers over a range of rows. `triton_tile.py` says
+how memory is laid out.
 Must match `tile.Tile`.
 """
 
@@ -53,10 +53,6 @@ def weight_gradient_kernel(
     stop = tl.minimum(start + range_rows, written)
     w1_chunk = w1.load([layer * HIDDEN + j, 0])
     w2_chunk = w2.load([layer * D, j])
-    sum1 = tl.zeros([D, C], tl.float32)
-    sum2 = tl.zeros([D, C], tl.float32)
-    bias1 = tl.zeros([C], tl.float32)
-    bias2 = tl.zeros([D], tl.float32)
     for k in tl.static_range(2 if HEUN else 1):
         # With Heun a layer is the first of its own step, and the second of the one before.
         n = layer - k
@@ -65,31 +61,31 @@ def weight_gradient_kernel(
         scale = tl.load(schedule + 3 * n, mask=is_there, other=0)
         if HEUN:
             scale = 0.5 * scale
-        part1 = tl.zeros([D, C], tl.float32)
-        part2 = tl.zeros([D, C], tl.float32)
+        sum1 = tl.zeros([D, C], tl.float32)
+        sum2 = tl.zeros([D, C], tl.float32)
+        bias1 = tl.zeros([C], tl.float32)
+        bias2 = tl.zeros([D], tl.float32)
         for at in tl.range(start, tl.where(is_there, stop, start), ROWS, num_stages=STAGES):
             u = kept(us, use, at, scratch_rows, ROWS, D)
             c = kept(cs, use, at, scratch_rows, ROWS, D)
             a, slope = activate(hidden(u, w1_chunk, b1, layer * HIDDEN + j, C, PRECISION), ACTIVATION)
             dz = tl.dot(c, w2_chunk, input_precision=PRECISION) * slope
-            part1 = tl.dot(u.T, dz.to(u.dtype), part1, input_precision=PRECISION)
-            part2 = tl.dot(c.T, a.to(c.dtype), part2, input_precision=PRECISION)
+            sum1 = tl.dot(u.T, dz.to(u.dtype), sum1, input_precision=PRECISION)
+            sum2 = tl.dot(c.T, a.to(c.dtype), sum2, input_precision=PRECISION)
             if db1 is not None:
-                bias1 += scale * tl.sum(dz, 0)
+                bias1 += tl.sum(dz, 0)
             if db2 is not None:
-                bias2 += scale * tl.sum(c.to(tl.float32), 0)
-        sum1 += scale * part1
-        sum2 += scale * part2
-    place = (
-        tl.full([], layer, tl.int64) * D * HIDDEN + j + ((tl.arange(0, D) * HIDDEN)[:, None] + tl.arange(0, C)[None, :])
-    )
-    _add(dw1 + place, sum1, ATOMIC)
-    _add(dw2 + place, sum2, ATOMIC)
-    if db1 is not None:
-        _add(db1 + layer * HIDDEN + j + tl.arange(0, C), bias1, ATOMIC)
-    if db2 is not None:
-        if j == 0:
-            _add(db2 + layer * D + tl.arange(0, D), bias2, ATOMIC)
+                bias2 += tl.sum(c.to(tl.float32), 0)
+        # Each use by itself: the sums of two would not fit in registers. Of one that is not there they are zero.
+        corner = tl.full([], layer, tl.int64) * D * HIDDEN + j
+        place = corner + ((tl.arange(0, D) * HIDDEN)[:, None] + tl.arange(0, C)[None, :])
+        _add(dw1 + place, scale * sum1, ATOMIC)
+        _add(dw2 + place, scale * sum2, ATOMIC)
+        if db1 is not None:
+            _add(db1 + layer * HIDDEN + j + tl.arange(0, C), scale * bias1, ATOMIC)
+        if db2 is not None:
+            if j == 0:
+                _add(db2 + layer * D + tl.arange(0, D), scale * bias2, ATOMIC)
 
 
 @triton.jit

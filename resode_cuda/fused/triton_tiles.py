@@ -34,21 +34,24 @@ class Tiles(NamedTuple):
 LARGEST_FUSED_DIM = 64
 """Up to which gradients are reduced in memory; beyond, a tile's weigh more than the scratch of the split form."""
 
-# By the largest padded dim that they serve.
+# By the largest padded dim that they serve. What holds more in registers than a plain Euler step counts for twice that.
 HOPPER = {
     64: Tiles(Tile(128, 64, 8), Tile(128, 32, 8), Tile(64, 32, 8), Tile(128, 64, 8), Tile(64, 32, 4)),
     128: Tiles(Tile(128, 64, 8), Tile(64, 16, 8), Tile(64, 16, 8), Tile(128, 32, 8), Tile(128, 32, 8)),
     256: Tiles(Tile(32, 64, 8), Tile(32, 16, 8), Tile(32, 16, 8), Tile(64, 32, 8), Tile(32, 64, 8)),
+    512: Tiles(Tile(32, 32, 8), Tile(16, 16, 8), Tile(16, 16, 8), Tile(32, 32, 8), Tile(16, 32, 8)),
 }
 BLACKWELL = {
     64: Tiles(Tile(64, 64, 4), Tile(128, 32, 8), Tile(64, 64, 8), Tile(128, 32, 8), Tile(64, 64, 8)),
     128: Tiles(Tile(64, 64, 8), Tile(32, 64, 8), Tile(32, 64, 8), Tile(64, 64, 8), Tile(64, 64, 8)),
     256: Tiles(Tile(32, 32, 8), Tile(32, 16, 8), Tile(32, 16, 8), Tile(32, 32, 8), Tile(32, 32, 8)),
+    512: Tiles(Tile(32, 32, 8), Tile(16, 16, 8), Tile(16, 16, 8), Tile(32, 32, 8), Tile(16, 32, 8)),
 }
 AMPERE = {
     64: Tiles(Tile(64, 32, 8), Tile(32, 32, 8), Tile(32, 32, 8), Tile(64, 32, 8), Tile(64, 32, 8)),
     128: Tiles(Tile(64, 32, 8), Tile(32, 16, 8), Tile(32, 16, 8), Tile(64, 32, 8), Tile(64, 32, 8)),
     256: Tiles(Tile(32, 16, 8), Tile(16, 16, 8), Tile(16, 16, 8), Tile(32, 16, 8), Tile(32, 16, 8)),
+    512: Tiles(Tile(32, 16, 8), Tile(16, 16, 8), Tile(16, 16, 8), Tile(16, 16, 8), Tile(32, 16, 8)),
 }
 FLOAT32 = {
     64: Tiles(Tile(32, 32, 8), Tile(32, 16, 8), Tile(32, 16, 8), Tile(32, 16, 8), Tile(16, 16, 8)),
@@ -58,10 +61,10 @@ FLOAT32 = {
 
 
 def tiles_for(capability: tuple[int, int], dim: int, itemsize: int, is_plain: bool) -> Tiles:
-    """The tiles for a padded dim of 16 to 256.
+    """The tiles for a padded dim, of 16 to 256, or to 128 in float32.
 
     Args:
-        is_plain: an Euler step without a norm. Others hold more in registers, and take the tiles of twice the dim.
+        is_plain: an Euler step without a norm.
     """
     if itemsize == 4:
         table = FLOAT32
@@ -70,5 +73,5 @@ def tiles_for(capability: tuple[int, int], dim: int, itemsize: int, is_plain: bo
     else:
         # 12.x, consumer Blackwell, has neither Hopper's nor Blackwell's matrix units.
         table = {9: HOPPER, 10: BLACKWELL}.get(capability[0], AMPERE)
-    served = dim if is_plain else min(2 * max(dim, 64), 256)
+    served = dim if is_plain else 2 * max(dim, 64)
     return next(tiles for largest, tiles in table.items() if served <= largest)
