@@ -3,14 +3,7 @@
 #include "device.h"
 #include "plan.h"
 
-constexpr int kLanes = 32;  // threads of a warp
 static_assert(kThreads % kLanes == 0 && kThreads / kLanes <= kLanes, "the warps' sums must fit in one warp");
-
-template <class T>
-__device__ __forceinline__ T sum_over_warp(T value) {
-  for (int distance = kLanes / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
-  return value;
-}
 
 template <class T>
 struct Pair {
@@ -28,12 +21,12 @@ template <class T>
 __device__ __forceinline__ Pair<T> sum_over_block(Pair<T> mine, void* shared) {
   auto* of_warps = static_cast<Pair<T>*>(shared);
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  Pair<T> sum = {sum_over_warp(mine.first), sum_over_warp(mine.second)};
+  Pair<T> sum = {sum_over_lanes(mine.first), sum_over_lanes(mine.second)};
   if (lane == 0) of_warps[warp] = sum;
   __syncthreads();
   if (warp == 0) {
     sum = lane < kThreads / kLanes ? of_warps[lane] : Pair<T>{0, 0};
-    sum = {sum_over_warp(sum.first), sum_over_warp(sum.second)};
+    sum = {sum_over_lanes(sum.first), sum_over_lanes(sum.second)};
   }
   return sum;
 }

@@ -1,6 +1,6 @@
 // The CUDA vocabulary that kernels are written in: nvcc's own on a device, the meaning that tests/cuda_host/host.h gives it under
-// RESODE_HOST. A kernel file includes this header and never asks which of the two it is compiled for. All PTX is here.
-// Beyond these, kernels use __syncthreads, __syncwarp, shuffles of whole warps and atomicAdd, as CUDA names them.
+// RESODE_HOST. A kernel file includes this header and never asks which of the two it is compiled for. All PTX is here, and all by
+// which the threads of a warp work together. Beyond these, kernels use __syncthreads, __syncwarp and atomicAdd, as CUDA names them.
 #pragma once
 #ifdef RESODE_HOST
 #include "host.h"
@@ -89,3 +89,14 @@ __device__ __forceinline__ void load_matrices(uint32_t (&out)[2], const void* ro
   }
 }
 #endif
+
+constexpr int kLanes = 32;  // threads of a warp
+
+// Sums over the lanes whose numbers differ in the bits from kFirst up to below kBehind alone, both powers of two: the same for all
+// of them. By default over the warp. All lanes must come here.
+template <int kFirst = 1, int kBehind = kLanes, class T>
+__device__ __forceinline__ T sum_over_lanes(T value) {
+#pragma unroll
+  for (int bit = kBehind / 2; bit >= kFirst; bit /= 2) value += __shfl_xor_sync(~0u, value, bit);
+  return value;
+}

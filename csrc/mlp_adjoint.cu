@@ -19,11 +19,6 @@
 #include "mlp_layer.h"
 
 namespace {
-__device__ __forceinline__ float sum_over_warp(float value) {
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
-  return value;
-}
-
 template <class T, int kDim>
 __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
     mlp_adjoint_kernel(const Network<T> network, const MlpAdjoint states) {
@@ -123,8 +118,8 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
       defect = multiply_add(off, off, defect);
       size = multiply_add(value, value, size);
     }
-    defect = sum_over_warp(defect);
-    size = sum_over_warp(size);
+    defect = sum_over_lanes(defect);
+    size = sum_over_lanes(size);
     if (threadIdx.x % 32 == 0) {
       const int64_t of_warp = tile.first_row / kGroupRows * Shape::kWarps + tile.warp;
       float* norms = states.norms + (of_warp * states.steps + n) * 2;

@@ -37,12 +37,6 @@ struct GradientShape {
   }
 };
 
-// Over the lanes that hold the same columns.
-__device__ __forceinline__ float sum_over_rows(float value) {
-  for (int distance = 4; distance < 32; distance *= 2) value += __shfl_xor_sync(~0u, value, distance);
-  return value;
-}
-
 template <class T, int kDim>
 __global__ void __launch_bounds__(GradientShape<MlpShape<T, kDim>>::kThreads, kDim <= 64 ? 2 : 1)
     mlp_gradients_kernel(const Network<T> network, const MlpGradients operands, int64_t range_rows, int ranges) {
@@ -148,7 +142,7 @@ __global__ void __launch_bounds__(GradientShape<MlpShape<T, kDim>>::kThreads, kD
   if (operands.db1) {
 #pragma unroll
     for (int i = 0; i < Own::kHiddenTiles * 2; i++) {
-      const float sum = sum_over_rows(db1[i / 2][i % 2]);
+      const float sum = sum_over_lanes<4>(db1[i / 2][i % 2]);
       if (row == 0) atomicAdd(operands.db1 + unit + first_hidden + i / 2 * kMatrixColumns + column + i % 2, sum);
     }
   }

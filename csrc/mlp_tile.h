@@ -125,7 +125,7 @@ struct Tile {
     is_odd = !is_odd;
 #pragma unroll
     for (int i = 0; i < 2 * kSums; i++) {
-      for (int distance = 1; distance < 4; distance *= 2) sums[i] += __shfl_xor_sync(~0u, sums[i], distance);
+      sums[i] = sum_over_lanes<1, 4>(sums[i]);
       if (threadIdx.x % 4 == 0) buffer[(warp * kSums + i % kSums) * kGroupRows + row(i / kSums * 2)] = sums[i];
     }
     __syncthreads();
