@@ -26,7 +26,7 @@ from resode_cuda.reverse import PRESETS, Reverse
 
 BUDGET = Path(__file__).with_name("fused_budget.json")
 GPUS = (80, 90, 100)
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Bytes of shared memory that a program may have."""
 STEPS = 5
 SIZES = {16: 64, 32: 64, 64: 128, 128: 512, 256: 512, 2048: 512}
@@ -45,11 +45,13 @@ class Configuration:
     norm: str | None = None
     dtype: torch.dtype = torch.bfloat16
     deterministic: bool = False
+    form: str = "split"
 
     def __str__(self):
         dtype = str(self.dtype).removeprefix("torch.")
         parts = [f"sm_{self.gpu}", str(self.dim), self.reverse, self.scheme, self.activation, self.norm, dtype]
-        return "-".join([part for part in parts if part] + ["split"] * self.deterministic)
+        parts += [self.form if self.form != "split" else None, "deterministic" if self.deterministic else None]
+        return "-".join([part for part in parts if part])
 
 
 def compiled(configuration):
@@ -73,6 +75,7 @@ def compiled(configuration):
         with (
             compiling(c.gpu) as kernels,
             mock.patch.object(triton_backend, "capability_of", return_value=divmod(c.gpu, 10)),
+            mock.patch.object(triton_backend, "form", return_value=c.form),
             mock.patch("triton.runtime.jit.JITFunction.__getitem__", getitem),
         ):
             if c.reverse == "checkpoint":
@@ -96,8 +99,14 @@ def _tested():
     for gpu, dim in itertools.product(GPUS, list(SIZES)[:-1]):
         yield Configuration(gpu, dim, "extrapolated")
         yield Configuration(gpu, dim, "checkpoint")
+    for gpu, dim in itertools.product(GPUS[1:], (16, 64)):
+        yield Configuration(gpu, dim, "extrapolated", form="fused")
     for dim in (64, 128):
         yield Configuration(120, dim, "extrapolated")
+    for gpu in (86, 120):  # with the least shared memory
+        for reverse in ("extrapolated", "checkpoint"):
+            yield Configuration(gpu, 128, reverse, scheme="heun", norm="layer", dtype=torch.float32)
+            yield Configuration(gpu, 256, reverse, scheme="heun", norm="layer")
     for gpu in GPUS[1:]:
         yield Configuration(gpu, 256, "extrapolated", scheme="heun", norm="layer")
         yield Configuration(gpu, 256, "checkpoint", scheme="heun", norm="layer")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import triton
-from fused_cases import CASES, Case, check
+from fused_cases import CASES, Case, check, prefer_fused
 from fused_networks import Calls
 from triton.runtime import interpreter
 
@@ -37,6 +37,7 @@ def _reduce(self, kind, desc, value, indices):
 def _like_a_small_gpu(monkeypatch):
     small = Tile(16, 16, 4)
     monkeypatch.setattr(triton_backend, "capability_of", lambda device: (9, 0))
+    prefer_fused(monkeypatch)
     # The interpreter has no reductions by descriptor; here they are additions to memory, one after the other.
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_descriptor_reduce", _reduce, raising=False)
     # The weight-gradient pass has tiles of its own, and several ranges of rows.
@@ -55,6 +56,17 @@ def test_matches_the_specification(case):
     ids=str,
 )
 def test_float16(case):
+    check(triton_backend, case, torch.float16)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(reverse="extrapolated", dim=24, hidden=40), Case("heun", norm="layer"), Case(bias=False, rows=3)],
+    ids=str,
+)
+def test_gpus_without_a_copy_engine(monkeypatch, case):
+    monkeypatch.setattr(triton_backend, "capability_of", lambda device: (8, 0))
+    check(triton_backend, case, torch.float32)
     check(triton_backend, case, torch.float16)
 
 

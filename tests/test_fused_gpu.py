@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fused_cases import CASES, Case, check, moved
+from fused_cases import CASES, Case, check, moved, prefer_fused
 
 from resode_cuda import ResidualMLP, Reverse, smooth_init_
 from resode_cuda.fused import slabs, tile, torch_backend, triton_backend
@@ -17,6 +17,11 @@ pytestmark = [
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GRADIENTS = ("adjoint", "checkpoint")
+
+
+@pytest.fixture(autouse=True)
+def _fused_where_it_can_be(monkeypatch):
+    prefer_fused(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -59,6 +64,15 @@ def test_sanitize(dim):
         for scheme in ("euler", "heun"):
             case = Case(scheme, reverse="extrapolated", norm="layer", dim=dim, hidden=70, rows=133, is_split=is_split)
             check(triton_backend, case, torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize("scheme", ["euler", "heun"])
+@pytest.mark.parametrize(("dim", "hidden"), [(64, 128), (200, 300)])
+def test_ranges_of_rows_that_add_to_the_same_gradients(monkeypatch, scheme, dim, hidden):
+    monkeypatch.setattr(triton_backend, "form", lambda *_: "split")
+    for norm in (None, "layer"):
+        case = Case(scheme, reverse="extrapolated", norm=norm, dim=dim, hidden=hidden, rows=5000, steps=3)
+        check(triton_backend, case, torch.bfloat16, "cuda")
 
 
 def test_slabs_and_ranges_of_the_depth(monkeypatch):

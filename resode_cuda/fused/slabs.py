@@ -22,7 +22,9 @@ def slabs(rows: int, steps: int, step_bytes: int, start_bytes: int, unit: int) -
     fitting = SCRATCH_BYTES // (steps * step_bytes) // unit * unit
     thinnest = min(everything, max(unit, THINNEST_SLAB // unit * unit))
     if fitting >= thinnest:
-        return min(everything, fitting), steps
+        # All about equally large: a thin one would leave most of a GPU idle.
+        count = -(-everything // fitting)
+        return -(-everything // (count * unit)) * unit, steps
     size = thinnest
     while True:
         # Ranges whose states take three quarters; their starts are to fit in the rest.

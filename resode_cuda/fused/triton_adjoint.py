@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .triton_forward import add_increment
-from .triton_layer import add_layer, normalize, pull_layer
+from .triton_layer import add_layer, normalize, pull_layer, rounded
 from .triton_tile import inside_of, keep, load_tile, store_tile
 
 
@@ -76,8 +76,8 @@ def adjoint_kernel(
     x = load_tile(x_last, row, inside, DIM, ROWS, D)
     g = load_tile(g_last, row, inside, DIM, ROWS, D)
     if EXTRAPOLATES:
-        d2 = load_tile(d_last, row, inside, DIM, ROWS, D).to(w1.dtype)
-        d1 = load_tile(d_last + d_last_rows * DIM, row, inside, DIM, ROWS, D).to(w1.dtype)
+        d2 = rounded(load_tile(d_last, row, inside, DIM, ROWS, D), w1)
+        d1 = rounded(load_tile(d_last + d_last_rows * DIM, row, inside, DIM, ROWS, D), w1)
     for i in range(last - first):
         n = last - 1 - i
         h = tl.load(schedule + 3 * n)
@@ -115,7 +115,7 @@ def adjoint_kernel(
             if REUSES:
                 p = 0.5 * (middle - y)
             u, r = normalize(middle, NORM, DIM, D, EPSILON)
-            u, c = u.to(w1.dtype), g.to(w1.dtype)
+            u, c = rounded(u, w1), rounded(g, w1)
             if us is not None:
                 keep(us, u, 2 * (n - first) + 1, row, scratch_rows, ROWS, D)
                 keep(cs, c, 2 * (n - first) + 1, row, scratch_rows, ROWS, D)
@@ -125,7 +125,7 @@ def adjoint_kernel(
                 *(REUSES, FUSED, ACTIVATION, NORM, DIM, D, C, STAGES, PRECISION, SCALE_FIRST),
             )
             u, r = normalize(y, NORM, DIM, D, EPSILON)
-            u, c = u.to(w1.dtype), (g + 2 * through).to(w1.dtype)
+            u, c = rounded(u, w1), rounded(g + 2 * through, w1)
             if us is not None:
                 keep(us, u, 2 * (n - first), row, scratch_rows, ROWS, D)
                 keep(cs, c, 2 * (n - first), row, scratch_rows, ROWS, D)
@@ -135,7 +135,7 @@ def adjoint_kernel(
             )
         else:
             u, r = normalize(y, NORM, DIM, D, EPSILON)
-            u, c = u.to(w1.dtype), g.to(w1.dtype)
+            u, c = rounded(u, w1), rounded(g, w1)
             if us is not None:
                 keep(us, u, n - first, row, scratch_rows, ROWS, D)
                 keep(cs, c, n - first, row, scratch_rows, ROWS, D)
@@ -154,7 +154,7 @@ def adjoint_kernel(
             measured = inside & (n % anchors != 0)
         if REUSES and EXTRAPOLATES:
             d2 = d1
-            d1 = p.to(w1.dtype)
+            d1 = rounded(p, w1)
         place = norms + (tile * steps + n) * 2
         if REUSES:
             e = tl.where(measured, y - x, 0)

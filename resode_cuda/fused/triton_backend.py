@@ -28,6 +28,8 @@ from .wide import WideTile
 LARGEST_DIM = {2: 256, 4: 128}
 """That is kept on chip, by the bytes of a parameter."""
 OLDEST = (8, 0)
+COPYING = (9, 0)
+"""Compute capability of the first GPUs with a copy engine for tiles."""
 FUSING = (9, 10)
 """Major compute capabilities of GPUs with tiles for gradients that the copy engine adds up in memory."""
 
@@ -57,13 +59,14 @@ def is_wide(network: Network) -> bool:
 def forms(network: Network, device: torch.device) -> tuple[str, ...]:
     """How the adjoint can be computed, the first choice first.
 
-    "fused": the state pass adds up the parameters' gradients. "split": a pass of its own does. "wide": layer by layer.
+    "split": the parameters' gradients take a pass of their own. "fused": the state pass adds them up. "wide": layer by
+    layer.
     """
     if is_wide(network):
         return ("wide",)
     is_narrow = padded_dim(network.dim) <= LARGEST_FUSED_DIM
     if is_narrow and capability_of(device)[0] in FUSING and not torch.are_deterministic_algorithms_enabled():
-        return "fused", "split"
+        return "split", "fused"
     return ("split",)
 
 
@@ -180,7 +183,7 @@ class TritonKernels(Kernels):
         )
 
     def add_gradients(self, scratch: Scratch, rows: int, first: int, last: int) -> None:
-        tile = self.tiles.weights
+        tile = self.tiles.weights_for(self.hidden)
         chunks, layers = self.hidden // tile.chunk, last - first + self.uses - 1
         written = self.whole(rows)
         programs = triton_kernels.most_programs(self.device) // triton_kernels.PROGRAMS_PER_PROCESSOR
@@ -230,6 +233,9 @@ class TritonKernels(Kernels):
         return descriptor(dw1, block), db1, descriptor(dw2, block), db2
 
     def _weights(self, tile: Tile) -> tuple[Any, ...]:
+        if capability_of(self.device) < COPYING:
+            # There descriptors become loads of single values.
+            return self.w1, self.b1, self.w2, self.b2
         w1 = descriptor(self.w1.view(-1, self.dim), [tile.chunk, self.dim])
         w2 = descriptor(self.w2.view(-1, self.hidden), [self.dim, tile.chunk])
         return w1, self.b1, w2, self.b2

@@ -8,7 +8,7 @@ Must match `torch_backend.exact_adjoint`.
 import triton
 import triton.language as tl
 
-from .triton_layer import add_layer, normalize, pull_layer
+from .triton_layer import add_layer, normalize, pull_layer, rounded
 from .triton_tile import inside_of, keep, kept, load_tile, store_tile
 
 
@@ -90,17 +90,17 @@ def exact_kernel(
                 r = tl.load(rs + (use + 1) * scratch_rows + start + tl.arange(0, ROWS))
             else:
                 r = tl.zeros([ROWS], tl.float32)
-            c = g.to(w1.dtype)
+            c = rounded(g, w1)
             keep(cs, c, use + 1, start, scratch_rows, ROWS, D)
             through, _ = pull_layer(
                 *(tl.zeros_like(g), g, u, r, c, 0.5 * h, n + 1, w1, b1, w2, b2, None, None, None, None, HIDDEN),
                 *(False, False, ACTIVATION, NORM, DIM, D, C, STAGES, PRECISION, SCALE_FIRST),
             )
-            c = (g + 2 * through).to(w1.dtype)
+            c = rounded(g + 2 * through, w1)
             g += through
         else:
             use = n - first
-            c = g.to(w1.dtype)
+            c = rounded(g, w1)
         u = kept(us, use, start, scratch_rows, ROWS, D)
         if rs is not None:
             r = tl.load(rs + use * scratch_rows + start + tl.arange(0, ROWS))

@@ -10,7 +10,7 @@ Must match `tile.Tile`.
 import triton
 import triton.language as tl
 
-from .triton_layer import activate, hidden
+from .triton_layer import activate, hidden, load_w1, load_w2
 from .triton_tile import kept
 
 
@@ -51,8 +51,8 @@ def weight_gradient_kernel(
     j = tl.program_id(0) % chunks * C
     start = tl.program_id(1).to(tl.int64) * range_rows
     stop = tl.minimum(start + range_rows, written)
-    w1_chunk = w1.load([layer * HIDDEN + j, 0])
-    w2_chunk = w2.load([layer * D, j])
+    w1_chunk = load_w1(w1, layer, j, HIDDEN, D, C)
+    w2_chunk = load_w2(w2, layer, j, HIDDEN, D, C)
     for k in tl.static_range(2 if HEUN else 1):
         # With Heun a layer is the first of its own step, and the second of the one before.
         n = layer - k
@@ -63,9 +63,10 @@ def weight_gradient_kernel(
             scale = 0.5 * scale
         sum1 = tl.zeros([D, C], tl.float32)
         sum2 = tl.zeros([D, C], tl.float32)
-        bias1 = tl.zeros([C], tl.float32)
-        bias2 = tl.zeros([D], tl.float32)
-        for at in tl.range(start, tl.where(is_there, stop, start), ROWS, num_stages=STAGES):
+        # Added up over the rows of a tile at the end, once.
+        bias1 = tl.zeros([ROWS, C], tl.float32)
+        end = tl.where(is_there, stop, start)
+        for at in tl.range(start, end, ROWS, num_stages=STAGES):
             u = kept(us, use, at, scratch_rows, ROWS, D)
             c = kept(cs, use, at, scratch_rows, ROWS, D)
             a, slope = activate(hidden(u, w1_chunk, b1, layer * HIDDEN + j, C, PRECISION), ACTIVATION)
@@ -73,19 +74,23 @@ def weight_gradient_kernel(
             sum1 = tl.dot(u.T, dz.to(u.dtype), sum1, input_precision=PRECISION)
             sum2 = tl.dot(c.T, a.to(c.dtype), sum2, input_precision=PRECISION)
             if db1 is not None:
-                bias1 += tl.sum(dz, 0)
-            if db2 is not None:
-                bias2 += tl.sum(c.to(tl.float32), 0)
+                bias1 += dz
         # Each use by itself: the sums of two would not fit in registers. Of one that is not there they are zero.
         corner = tl.full([], layer, tl.int64) * D * HIDDEN + j
         place = corner + ((tl.arange(0, D) * HIDDEN)[:, None] + tl.arange(0, C)[None, :])
         _add(dw1 + place, scale * sum1, ATOMIC)
         _add(dw2 + place, scale * sum2, ATOMIC)
         if db1 is not None:
-            _add(db1 + layer * HIDDEN + j + tl.arange(0, C), scale * bias1, ATOMIC)
+            _add(db1 + layer * HIDDEN + j + tl.arange(0, C), scale * tl.sum(bias1, 0), ATOMIC)
         if db2 is not None:
             if j == 0:
-                _add(db2 + layer * D + tl.arange(0, D), scale * bias2, ATOMIC)
+                bias2 = tl.zeros([ROWS, D], tl.float32)
+                for at in tl.range(start, end, ROWS, num_stages=STAGES):
+                    bias2 += kept(cs, use, at, scratch_rows, ROWS, D).to(tl.float32)
+                _add(db2 + layer * D + tl.arange(0, D), scale * tl.sum(bias2, 0), ATOMIC)
+        if HEUN:
+            # The second use reads what other threads may have written for the first.
+            tl.debug_barrier()
 
 
 @triton.jit

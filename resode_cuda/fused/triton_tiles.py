@@ -5,6 +5,7 @@ Chosen by what compiles without spilling registers (`tests/fused_budget.json`); 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 
@@ -14,7 +15,8 @@ class Tile(NamedTuple):
     rows: int
     chunk: int
     warps: int
-    stages: int = 2
+    stages: int = 3
+    """With 2 the compiler waits for the chunk that it has just asked for."""
 
 
 class Tiles(NamedTuple):
@@ -24,11 +26,16 @@ class Tiles(NamedTuple):
     """The adjoint that adds a tile's gradients to memory itself."""
     exact: Tile
     weights: Tile
+    """Its u and c are read once for each chunk: the larger it is the better, but hidden is not padded for its sake."""
 
     @property
     def chunk(self) -> int:
         """What hidden is padded to a multiple of; chunks are powers of two."""
-        return max(tile.chunk for tile in self)
+        return max(tile.chunk for tile in (self.forward, self.adjoint, self.fused, self.exact))
+
+    def weights_for(self, hidden: int) -> Tile:
+        """The tile of the weight-gradient pass, of a padded hidden size."""
+        return self.weights._replace(chunk=math.gcd(self.weights.chunk, hidden))
 
 
 LARGEST_FUSED_DIM = 64
@@ -36,20 +43,20 @@ LARGEST_FUSED_DIM = 64
 
 # By the largest padded dim that they serve. What holds more in registers than a plain Euler step counts for twice that.
 HOPPER = {
-    64: Tiles(Tile(128, 64, 8), Tile(128, 32, 8), Tile(64, 32, 8), Tile(128, 64, 8), Tile(64, 32, 4)),
-    128: Tiles(Tile(128, 64, 8), Tile(64, 16, 8), Tile(64, 16, 8), Tile(128, 32, 8), Tile(128, 32, 8)),
-    256: Tiles(Tile(32, 64, 8), Tile(32, 16, 8), Tile(32, 16, 8), Tile(64, 32, 8), Tile(32, 64, 8)),
+    64: Tiles(Tile(128, 64, 8), Tile(128, 32, 8), Tile(64, 32, 8), Tile(128, 64, 8), Tile(32, 128, 8)),
+    128: Tiles(Tile(128, 64, 8), Tile(64, 16, 8), Tile(64, 16, 8), Tile(128, 64, 8), Tile(32, 128, 8)),
+    256: Tiles(Tile(32, 64, 8), Tile(32, 16, 8), Tile(32, 16, 8), Tile(32, 64, 8), Tile(32, 64, 8)),
     512: Tiles(Tile(32, 32, 8), Tile(16, 16, 8), Tile(16, 16, 8), Tile(32, 32, 8), Tile(16, 32, 8)),
 }
 BLACKWELL = {
-    64: Tiles(Tile(64, 64, 4), Tile(128, 32, 8), Tile(64, 64, 8), Tile(128, 32, 8), Tile(64, 64, 8)),
-    128: Tiles(Tile(64, 64, 8), Tile(32, 64, 8), Tile(32, 64, 8), Tile(64, 64, 8), Tile(64, 64, 8)),
+    64: Tiles(Tile(128, 64, 8), Tile(128, 64, 8), Tile(64, 64, 8), Tile(128, 64, 4, 2), Tile(32, 128, 4)),
+    128: Tiles(Tile(64, 64, 8), Tile(32, 64, 8), Tile(32, 64, 8), Tile(64, 64, 8), Tile(64, 128, 8)),
     256: Tiles(Tile(32, 32, 8), Tile(32, 16, 8), Tile(32, 16, 8), Tile(32, 32, 8), Tile(32, 32, 8)),
     512: Tiles(Tile(32, 32, 8), Tile(16, 16, 8), Tile(16, 16, 8), Tile(32, 32, 8), Tile(16, 32, 8)),
 }
 AMPERE = {
-    64: Tiles(Tile(64, 32, 8), Tile(32, 32, 8), Tile(32, 32, 8), Tile(64, 32, 8), Tile(64, 32, 8)),
-    128: Tiles(Tile(64, 32, 8), Tile(32, 16, 8), Tile(32, 16, 8), Tile(64, 32, 8), Tile(64, 32, 8)),
+    64: Tiles(Tile(128, 64, 8), Tile(64, 16, 4), Tile(64, 16, 4), Tile(128, 64, 8), Tile(32, 128, 8)),
+    128: Tiles(Tile(64, 64, 8), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(64, 32, 4), Tile(128, 32, 8)),
     256: Tiles(Tile(32, 16, 8), Tile(16, 16, 8), Tile(16, 16, 8), Tile(32, 16, 8), Tile(32, 16, 8)),
     512: Tiles(Tile(32, 16, 8), Tile(16, 16, 8), Tile(16, 16, 8), Tile(16, 16, 8), Tile(32, 16, 8)),
 }

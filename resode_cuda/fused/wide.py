@@ -19,8 +19,8 @@ from .tile import Point, Tile
 
 ROWS, COLUMNS = 32, 64
 """Of the tiles in which cotangents go through the activation."""
-RANGE_ROWS = 512
-"""Rows whose sums one program adds up."""
+RANGE_ROWS = 128
+"""Rows whose sums one program adds up: few enough for many programs, which keep memory busy."""
 
 
 class WideTile(Tile):
