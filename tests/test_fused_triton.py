@@ -88,7 +88,7 @@ def test_every_program_fits_in_shared_memory():
 @pytest.mark.parametrize(
     ("configuration", "launches"),
     [
-        (Configuration(90, 64, "extrapolated"), ["forward", "adjoint"]),
+        (Configuration(90, 64, "extrapolated", form="fused"), ["forward", "adjoint"]),
         (Configuration(90, 128, "corrected"), ["forward", "adjoint", "weight_gradient"]),
         (Configuration(90, 64, "extrapolated", deterministic=True), ["forward", "adjoint", "weight_gradient"]),
         (Configuration(90, 64, "checkpoint"), ["exact", "weight_gradient"]),
@@ -110,11 +110,21 @@ def test_bf16_products_are_warpgroup_instructions_on_hopper():
 
 
 @needs_triton
-def test_the_copy_engine_adds_gradients_to_memory_on_hopper_and_later():
-    for gpu, has_engine in ((80, False), (90, True), (100, True)):
-        kernels = dict(fused_compiled.compiled(Configuration(gpu, 64, "extrapolated")))
-        assert ("cp.reduce.async.bulk.tensor" in kernels["adjoint_kernel"].asm["ptx"]) == has_engine, gpu
-        assert ("weight_gradient_kernel" in kernels) != has_engine
+@pytest.mark.parametrize("gpu", [90, 100])
+@pytest.mark.parametrize("form", ["fused", "split"])
+def test_the_copy_engine_adds_gradients_to_memory_in_the_fused_form(gpu, form):
+    kernels = dict(fused_compiled.compiled(Configuration(gpu, 64, "extrapolated", form=form)))
+    assert ("cp.reduce.async.bulk.tensor" in kernels["adjoint_kernel"].asm["ptx"]) == (form == "fused")
+    assert ("weight_gradient_kernel" in kernels) == (form == "split")
+
+
+@needs_triton
+@pytest.mark.parametrize("reverse", ["extrapolated", "checkpoint"])
+def test_weights_come_16_bytes_at_a_time_where_there_is_no_copy_engine(reverse):
+    for name, kernel in fused_compiled.compiled(Configuration(80, 64, reverse)):
+        if name != "weight_gradient_kernel":
+            copies = re.findall(r"cp\.async\.\w+\.shared\.global \[.*?\], \[.*?\], (0x10|16)\b", kernel.asm["ptx"])
+            assert copies, name
 
 
 @needs_triton

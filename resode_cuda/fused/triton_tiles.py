@@ -1,6 +1,8 @@
 """How large the Triton kernels' tiles are, by the padded dim, the bytes of a parameter and the GPU.
 
-Chosen by what compiles without spilling registers (`tests/fused_budget.json`); none has been timed on a GPU yet.
+Chosen by what compiles without spilling registers (`tests/fused_budget.json`), among those by the instructions of the
+inner loop for each row and hidden unit: warps lie along the rows, so that a tile of fewer than 16 rows a warp computes
+some of them twice, which from dim 128 on registers force the adjoint to. None has been timed on a GPU yet.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ HOPPER = {
     512: Tiles(Tile(32, 32, 8), Tile(16, 16, 8), Tile(16, 16, 8), Tile(32, 32, 8), Tile(16, 32, 8)),
 }
 BLACKWELL = {
-    64: Tiles(Tile(128, 64, 8), Tile(128, 64, 8), Tile(64, 64, 8), Tile(128, 64, 4, 2), Tile(32, 128, 4)),
+    64: Tiles(Tile(128, 64, 8), Tile(128, 64, 8), Tile(64, 64, 8), Tile(64, 64, 4), Tile(32, 128, 4)),
     128: Tiles(Tile(64, 64, 8), Tile(32, 64, 8), Tile(32, 64, 8), Tile(64, 64, 8), Tile(64, 128, 8)),
     256: Tiles(Tile(32, 32, 8), Tile(32, 16, 8), Tile(32, 16, 8), Tile(32, 32, 8), Tile(32, 32, 8)),
     512: Tiles(Tile(32, 32, 8), Tile(16, 16, 8), Tile(16, 16, 8), Tile(32, 32, 8), Tile(16, 32, 8)),
@@ -59,6 +61,12 @@ AMPERE = {
     128: Tiles(Tile(64, 64, 8), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(64, 32, 4), Tile(128, 32, 8)),
     256: Tiles(Tile(32, 16, 8), Tile(16, 16, 8), Tile(16, 16, 8), Tile(32, 16, 8), Tile(32, 16, 8)),
     512: Tiles(Tile(32, 16, 8), Tile(16, 16, 8), Tile(16, 16, 8), Tile(16, 16, 8), Tile(32, 16, 8)),
+}
+CONSUMER = {
+    64: Tiles(Tile(128, 32, 8), Tile(32, 32, 4), Tile(32, 32, 4), Tile(64, 32, 4), Tile(32, 128, 8)),
+    128: Tiles(Tile(64, 64, 8), Tile(32, 32, 8), Tile(32, 32, 8), Tile(32, 64, 4), Tile(128, 16, 8)),
+    256: AMPERE[256],
+    512: AMPERE[512],
 }
 FLOAT32 = {
     64: Tiles(Tile(32, 32, 8), Tile(32, 16, 8), Tile(32, 16, 8), Tile(32, 16, 8), Tile(16, 16, 8)),
@@ -75,10 +83,8 @@ def tiles_for(capability: tuple[int, int], dim: int, itemsize: int, is_plain: bo
     """
     if itemsize == 4:
         table = FLOAT32
-    elif capability < (9, 0):
-        table = AMPERE
     else:
         # 12.x, consumer Blackwell, has neither Hopper's nor Blackwell's matrix units.
-        table = {9: HOPPER, 10: BLACKWELL}.get(capability[0], AMPERE)
+        table = {8: AMPERE, 9: HOPPER, 10: BLACKWELL}.get(capability[0], CONSUMER)
     served = dim if is_plain else 2 * max(dim, 64)
     return next(tiles for largest, tiles in table.items() if served <= largest)
