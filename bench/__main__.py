@@ -55,8 +55,13 @@ def main() -> int:
             except Exception:
                 figures["failure"] = traceback.format_exc()
                 console.print(f"{name} failed\n{figures['failure']}", markup=False, highlight=False)
+            except KeyboardInterrupt:
+                figures |= {"failure": "stopped", "stopped": True}
             figures["wall_seconds"] = time.perf_counter() - begin
             results.save(record, options.output)
+            if figures.get("stopped"):
+                console.print(f"stopped during {name}")
+                break
     for table in tables:
         console.print()
         console.print(table.rich())

@@ -58,10 +58,13 @@ def measure(options: Options, device: torch.device, progress: Progress) -> dict[
                 warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
                 figures[name] = part(options, device, min(until, time.perf_counter() + seconds))
             failed += failures(figures[name]["rows"])
+            figures["stopped"] = figures[name].get("stopped", False)
         except Exception:
             # A part that fails must not take the others' figures with it.
             failed.append(f"{name}: {traceback.format_exc()}")
         except KeyboardInterrupt:  # whoever stops it wants what there is
+            figures["stopped"] = True
+        if figures.get("stopped"):
             failed.append(f"stopped during {name}")
             break
         gc.collect()  # compiled functions are in cycles

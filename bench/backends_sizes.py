@@ -57,18 +57,26 @@ def measure(options: Options, device: torch.device, until: float) -> dict[str, A
     left_out: list[dict[str, Any]] = []
     causes: set[str] = set()
     mlp: ResidualMLP | None = None
+    stopped = False
     for size in all_sizes(options, device):
-        if time.perf_counter() > until:
+        if stopped or time.perf_counter() > until:
             left_out.append(size.facts)
             continue
         if mlp is None or (mlp.dim, mlp.hidden, mlp.depth) != (size.dim, size.hidden, size.depth):
             mlp = network_of(size, options, device)
         causes |= {f"{name}: {cause}" for name, cause in unusable(mlp, MODE).items() if cause is not None}
         batches = Batches(size.rows, mlp, count=2)
-        # A size that is begun is finished.
-        figures = figures_of(size, backend_arms(mlp, batches, size.rows), options, device, math.inf, batches.advance)
+        try:
+            # A size that is begun is finished.
+            figures = figures_of(
+                size, backend_arms(mlp, batches, size.rows), options, device, math.inf, batches.advance
+            )
+        except KeyboardInterrupt:  # whoever stops it wants what there is
+            stopped = True
+            left_out.append(size.facts)
+            continue
         rows += [_row(figures, row, capability) for row in figures["rows"]]
-    found = {"mode": MODE, "activation": ACTIVATION, "rows": rows}
+    found = {"mode": MODE, "activation": ACTIVATION, "rows": rows, "stopped": stopped}
     return {**found, "left_out": left_out, "causes": sorted(causes)}
 
 

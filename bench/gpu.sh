@@ -47,7 +47,7 @@ rm -f "$RESULTS/table.md"
 export RESULTS PYTHONUNBUFFERED=1 NO_COLOR=1 COLUMNS=120
 export PIP_BREAK_SYSTEM_PACKAGES=1 PIP_DISABLE_PIP_VERSION_CHECK=1 # python3 may be the system's
 unset RESODE_SKIP_CUDA
-deadline=540
+deadline=525 # and 15 more for what does not stop at once
 summary=()
 failed=0
 
@@ -119,7 +119,7 @@ fi
 workers=()
 if python3 -c 'import xdist' 2>/dev/null; then workers=(-n 12 --dist worksteal); fi
 
-# The limits of the commands above add up to what there is; a part gets what those before it have not used.
+# The limits of the commands above stay within what there is; a part gets what those before it have not used.
 stage machine 20 bash -c 'nvidia-smi; nvcc --version; python3 -m pip list; git describe --always --dirty || true'
 stage build 90 python3 -m pip install --no-build-isolation --no-deps --verbose --editable .
 stage library 40 bash -c 'python3 -m resode_cuda && python3 -c "import resode_cuda.ops as o, sys; sys.exit(not o.build_info().compiled)"'

@@ -93,17 +93,32 @@ def jobs(options: Options, device: torch.device) -> list[Job]:
 
 
 def measure(options: Options, device: torch.device, progress: Progress) -> dict[str, Any]:
+    # With --quick, the same graphs without the wait for code to be generated and compiled.
+    compiler = "eager" if options.quick else "inductor"
+    figures: dict[str, Any] = {
+        "device": device.type,
+        "compiler": compiler,
+        "segment": SEGMENT,
+        "jobs": [],
+        "left_out": [],
+    }
+    failed = []
     with warnings.catch_warnings():
         # Of the compiler's own look at the inputs of a compiled segment.
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-        return _measure(options, device, progress)
+        try:
+            _measure(options, device, progress, figures)
+        except KeyboardInterrupt:  # whoever stops it wants what there is
+            figures["stopped"] = True
+            failed.append("stopped")
+    failed += failures(row for job in figures["jobs"] for row in job["rows"])
+    return {**figures, "failure": "\n".join(failed)} if failed else figures
 
 
-def _measure(options: Options, device: torch.device, progress: Progress) -> dict[str, Any]:
+def _measure(options: Options, device: torch.device, progress: Progress, figures: dict[str, Any]) -> None:
     begin = time.perf_counter()
-    # With --quick, the same graphs without the wait for code to be generated and compiled.
-    compiler = "eager" if options.quick else "inductor"
-    found, left_out, detailed, failed = [], [], [], []
+    compiler = figures["compiler"]
+    found, left_out, detailed = figures["jobs"], figures["left_out"], []
     all_jobs = jobs(options, device)
     measuring = progress.add_task("mlp", total=len(all_jobs) + 1)
     for job in all_jobs:
@@ -111,22 +126,15 @@ def _measure(options: Options, device: torch.device, progress: Progress) -> dict
             left_out.append(job.facts)
             progress.advance(measuring)
             continue
-        try:
-            found.append(_timed(job, compiler, options, device))
-        except KeyboardInterrupt:  # whoever stops it wants what there is
-            failed.append(f"stopped during {job}")
-            break
+        found.append(_timed(job, compiler, options, device))
         detailed += [(job, found[-1])] if job.is_detailed else []
         gc.collect()  # compiled functions are in cycles
         torch.cuda.empty_cache()
         progress.advance(measuring)
     # After all timing: a process in which torch's profiler ran is slower.
-    for job, figures in [] if failed else detailed:
-        figures["memory"] = _memory_and_launches(job, options, device)
+    for job, of_job in detailed:
+        of_job["memory"] = _memory_and_launches(job, options, device)
     progress.advance(measuring)
-    figures = {"device": device.type, "compiler": compiler, "segment": SEGMENT, "jobs": found, "left_out": left_out}
-    failed += failures(row for one in found for row in one["rows"])
-    return {**figures, "failure": "\n".join(failed)} if failed else figures
 
 
 def _timed(job: Job, compiler: str, options: Options, device: torch.device) -> dict[str, Any]:

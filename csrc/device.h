@@ -1,6 +1,7 @@
 // The CUDA vocabulary that kernels are written in: nvcc's own on a device, the meaning that tests/cuda_host/host.h gives it under
 // RESODE_HOST. A kernel file includes this header and never asks which of the two it is compiled for. All PTX is here, and all by
-// which the threads of a warp work together. Beyond these, kernels use __syncthreads, __syncwarp and atomicAdd, as CUDA names them.
+// which the threads of a warp work together but __syncwarp, which kernels use as CUDA names it, as they do __syncthreads and
+// atomicAdd.
 #pragma once
 #ifdef RESODE_HOST
 #include "host.h"

@@ -278,6 +278,22 @@ def test_a_quick_run_of_the_backends(quick_backends):
         assert row["taken"] == ("torch" if row["backend"] == "auto" else None)
 
 
+def test_sizes_measured_before_an_interrupt_are_kept(monkeypatch):
+    measured = iter([backends_sizes.figures_of])
+
+    def figures_of(*arguments):
+        of = next(measured, None)
+        if of is None:
+            raise KeyboardInterrupt
+        return of(*arguments)
+
+    monkeypatch.setattr(backends_sizes, "figures_of", figures_of)
+    figures = backends_sizes.measure(options.parse(["--quick", "--only", "backends"]), CPU, math.inf)
+    assert [row["backend"] for row in figures["rows"]] == ["torch", "auto"]
+    assert len(figures["left_out"]) == 1
+    assert figures["stopped"]
+
+
 def test_without_a_gpu_the_backends_are_left_out():
     figures = backends.measure(options.parse(["--only", "backends"]), CPU, None)
     (table,) = backends.tables(figures)

@@ -64,4 +64,4 @@ def test_accesses_are_wide(source):
 def test_pairs_are_not_stored_by_bytes(source):
     """As they are where the compiler does not know how a pair is aligned."""
     for name, ptx in cuda_compiled.bodies(source, 90).items():
-        assert not re.findall(r"\bst\.[a-z.]*(?:u8|b8|s8)\b", ptx), name
+        assert not re.findall(r"\bst\.[\w.]*(?:u8|b8|s8)\b", ptx), name

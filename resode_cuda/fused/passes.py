@@ -2,9 +2,8 @@
 
 A forward pass is one launch, whatever the depth. A backward pass is two for each slab of rows, the state pass and the
 weight-gradient pass, between which each layer's points and cotangents wait in scratch memory; or a single one, where
-the state pass adds up gradients itself. A slab has as many rows as scratch memory holds all steps of. Where a stack is
-so deep that slabs would be too thin for a GPU, they are taken through the depth in ranges of it, each with launches of
-its own.
+the state pass adds up gradients itself. `slabs.py` says how many rows a slab has, and when its way through the depth is
+one of several ranges.
 """
 
 from __future__ import annotations

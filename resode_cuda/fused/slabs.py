@@ -22,7 +22,7 @@ def slabs(rows: int, steps: int, step_bytes: int, start_bytes: int, unit: int) -
     fitting = SCRATCH_BYTES // (steps * step_bytes) // unit * unit
     thinnest = min(everything, max(unit, THINNEST_SLAB // unit * unit))
     if fitting >= thinnest:
-        # All about equally large: a thin one would leave most of a GPU idle.
+        # All about equally large: a short last one would leave most of a GPU idle.
         count = -(-everything // fitting)
         return -(-everything // (count * unit)) * unit, steps
     size = thinnest

@@ -53,7 +53,7 @@ def cause(network: Network, device: torch.device, solver: Reverse | None) -> str
 
 def is_wide(network: Network) -> bool:
     """Whether rows are too wide to be kept on chip."""
-    return network.dim > LARGEST_DIM[network.weight_in.itemsize]
+    return network.dim > LARGEST_DIM.get(network.weight_in.itemsize, 0)
 
 
 def forms(network: Network, device: torch.device) -> tuple[str, ...]:
@@ -115,9 +115,9 @@ class TritonKernels(Kernels):
         return form(self.network, rows, self.device) == "split"
 
     def norms(self, rows: int) -> Tensor:
-        # A part for each tile of whatever size.
+        # A part for each tile of either form.
         return self.schedule.new_zeros(
-            self.whole(rows) // min(tile.rows for tile in self.tiles), len(self.network.steps), 2
+            self.whole(rows) // min(self.tiles.adjoint.rows, self.tiles.fused.rows), len(self.network.steps), 2
         )
 
     def forward(

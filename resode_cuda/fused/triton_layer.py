@@ -5,8 +5,8 @@
 A tile has ROWS rows. States x, adjoints g and sums of products are float32 in registers, [ROWS, D]; operands of matrix
 products are rounded to the parameters' dtype. The hidden dimension is walked through in chunks of C: a chunk of W1,
 [C, D], and one of W2, [D, C], come by descriptor, on GPUs before 9.0 by pointer, and the compiler runs these loads
-ahead of the products. D is dim, padded
-to a power of two, hidden is padded to a multiple of C, both with zeros, which every activation maps to zero.
+ahead of the products. D is dim, padded to a power of two, hidden is padded to a multiple of C, both with zeros, which
+every activation maps to zero.
 
 Products are scaled by h before they are rounded, so that the residual update is the accumulator of the matrix product;
 in float16, which would lose small ones, after it (SCALE_FIRST).
