@@ -93,8 +93,9 @@ class Network:
         if len(self.steps) != steps:
             raise ValueError(f"{where}: step must give h for each of {steps} steps, got {len(self.steps)}")
         limits = torch.finfo(self.stream_dtype)
+        least, most = limits.tiny, limits.max  # once: each look at them takes longer than a comparison
         for h in self.steps:
-            if not limits.tiny <= h <= limits.max:
+            if not least <= h <= most:
                 raise ValueError(
                     f"{where}: step must be positive and finite in {dtype_name(self.stream_dtype)}, got {h}; leave it "
                     f"out for 1/{steps}"
