@@ -70,7 +70,10 @@ BAD_NAMES = [
 BAD_BACKENDS = [
     ({"backend": "numpy"}, "backend must be one of .*, got 'numpy'"),
     ({"backend": "triton"}, "backend='triton' can't compute this: .*CUDA devices, got tensors on cpu; use \"auto\" or"),
-    ({"backend": "cuda"}, "backend='cuda' can't compute this: kernels run on CUDA devices, .*; use \"auto\" or"),
+    (
+        {"backend": "cuda"},
+        "backend='cuda' can't compute this: kernels in CUDA C.* run on CUDA devices, .*; use \"auto\" or",
+    ),
     (
         {"backend": "triton", "gradient": "backprop"},
         'gradient="backprop" is computed by plain torch, got backend=\'triton\'; use backend="torch"',

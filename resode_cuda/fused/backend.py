@@ -74,8 +74,6 @@ def _order(network: Network, rows: int, device: torch.device) -> tuple[str, ...]
 def _cause(name: str, network: Network, device: torch.device, solver: Reverse | None) -> str | None:
     if name == "torch":
         return None
-    if device.type != "cuda":
-        return f"kernels run on CUDA devices, got tensors on {device}"
-    if not torch.cuda.is_available():
+    if device.type == "cuda" and not torch.cuda.is_available():
         return "torch finds no CUDA device"
     return (cuda_backend if name == "cuda" else triton_backend).cause(network, device, solver)

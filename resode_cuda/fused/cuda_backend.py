@@ -17,35 +17,22 @@ from torch import Tensor
 
 from ..ops import compiled
 from ..reverse import Reverse
+from . import limits
 from .network import Network
 from .norms import EPSILON
-from .passes import Ends, Kernels, Scratch, Stacks, padded_dim, rows_apart, too_old
+from .passes import Ends, Kernels, Scratch, Stacks, padded_dim, rows_apart
 from .tile import Gradients
 
 LARGEST_DIM = 128
-OLDEST = (8, 0)
-"""Compute capability of the first GPUs with asynchronous copies into shared memory."""
 UNIT = 32
 """Rows that every launch takes in whole blocks."""
 
 
 def cause(network: Network, device: torch.device, solver: Reverse | None) -> str | None:
     """Why the kernels in CUDA C++ can't compute this; None if they can."""
-    if device.type != "cuda":
-        return f"kernels in CUDA C++ run on CUDA devices, got tensors on {device}"
-    if network.dtype == torch.float64:
-        return "kernels in CUDA C++ take parameters of float32, bfloat16 or float16, got float64"
     if network.dim > LARGEST_DIM:
         return f"kernels in CUDA C++ keep rows of at most {LARGEST_DIM} values on chip, got dim {network.dim}"
-    if solver is not None and solver.accelerate:
-        return (
-            "kernels in CUDA C++ do not accelerate corrections, which is the default from 2 on; use "
-            "Reverse(..., accelerate=False)"
-        )
-    capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST:
-        return too_old("kernels in CUDA C++", capability, OLDEST)
-    return compiled.build_info().cause
+    return limits.cause("kernels in CUDA C++", network, device, solver) or compiled.build_info().cause
 
 
 def forward(network: Network, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,6 +68,8 @@ def _stacks() -> Stacks:
 class CudaKernels(Kernels):
     """A library's kernels on the addresses of tensors."""
 
+    sums_by_dim = False
+
     def __init__(self, library: ModuleType, stream: Callable[[int], int], network: Network, extrapolates: bool) -> None:
         self.library = library
         self.code = library.dtype_codes[str(network.dtype).removeprefix("torch.")]
@@ -96,7 +85,6 @@ class CudaKernels(Kernels):
             EPSILON,
         )
         self.stream = stream(network.weight_in.get_device())
-        self._sums: tuple[Tensor | None, ...] | None = None
 
     def step_bytes(self, is_split: bool) -> int:
         of_norms = 2 * 4 * self.warps // self.library.mlp_group_rows
@@ -180,33 +168,9 @@ class CudaKernels(Kernels):
             self.library.mlp_gradients(
                 self.fields,
                 self._how(rows),
-                *map(_address, (*scratch, *self._gradient_sums())),
+                *map(_address, (*scratch, *self.sums)),
                 *(rows, scratch.us.shape[1], first, last, torch.are_deterministic_algorithms_enabled()),
             )
-
-    def gradients(self) -> Gradients:
-        dw1, db1, dw2, db2 = self._gradient_sums()
-        assert dw1 is not None
-        assert dw2 is not None
-        hidden, dim = self.network.hidden, self.network.dim
-        return Gradients(
-            dw1[:, :hidden, :dim].contiguous(),
-            None if db1 is None else db1[:, :hidden].contiguous(),
-            dw2[:, :hidden, :dim].mT.contiguous(),
-            None if db2 is None else db2[:, :dim].contiguous(),
-        )
-
-    def _gradient_sums(self) -> tuple[Tensor | None, ...]:
-        """dw1, db1, dw2 (transposed), db2, zero at first."""
-        if self._sums is None:
-            layers, like = self.network.layers, self.schedule
-            self._sums = (
-                like.new_zeros(layers, self.hidden, self.dim),
-                None if self.b1 is None else like.new_zeros(layers, self.hidden),
-                like.new_zeros(layers, self.hidden, self.dim),
-                None if self.b2 is None else like.new_zeros(layers, self.dim),
-            )
-        return self._sums
 
     def _groups(self, rows: int) -> int:
         with self._on_device():

@@ -8,9 +8,10 @@ one of several ranges.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,6 +79,9 @@ class Kernels(ABC):
         self.b2 = None if network.bias_out is None else padded(network.bias_out, (layers, dim))
         self.schedule = schedule(tuple(network.steps), network.scheme, extrapolates, self.device)
 
+    sums_by_dim: ClassVar[bool]
+    """Whether kernels add up the gradients of both matrices as [dim, hidden], or as [hidden, dim]."""
+
     def is_split(self, rows: int) -> bool:
         """Whether the gradients of parameters take a pass of their own."""
         return True
@@ -119,12 +123,30 @@ class Kernels(ABC):
         """Of the layers that a range of steps uses, from what its state pass has left of the rows."""
 
     @abstractmethod
-    def gradients(self) -> Gradients:
-        """What has been added up, cut to the parameters' shapes; zero at first."""
-
-    @abstractmethod
     def norms(self, rows: int) -> Tensor:
         """For what a state pass finds of a slab's norms, shape [parts, steps, 2]: its sum over parts is the slab's."""
+
+    @functools.cached_property
+    def sums(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """What gradients are added to, of W1, b1, W2 and b2, padded, in float32."""
+        layers, zeros = self.network.layers, self.schedule.new_zeros
+        matrix = (layers, self.dim, self.hidden) if self.sums_by_dim else (layers, self.hidden, self.dim)
+        db1 = None if self.b1 is None else zeros(layers, self.hidden)
+        db2 = None if self.b2 is None else zeros(layers, self.dim)
+        return zeros(matrix), db1, zeros(matrix), db2
+
+    def gradients(self) -> Gradients:
+        """The sums, cut to the parameters' shapes."""
+        dw1, db1, dw2, db2 = self.sums
+        if self.sums_by_dim:
+            dw1, dw2 = dw1.mT, dw2.mT
+        hidden, dim = self.network.hidden, self.network.dim
+        return Gradients(
+            dw1[:, :hidden, :dim].contiguous(),
+            None if db1 is None else db1[:, :hidden].contiguous(),
+            dw2[:, :hidden, :dim].mT.contiguous(),
+            None if db2 is None else db2[:, :dim].contiguous(),
+        )
 
     def step_bytes(self, is_split: bool) -> int:
         """Of scratch memory for a row and step: u and c of its uses, and r."""
@@ -229,9 +251,3 @@ class Stacks:
 def rows_apart(states: Tensor | None) -> int:
     """How many rows after a state the next one begins; 0 where there is no next one."""
     return 0 if states is None or len(states) < 2 else states.stride(0) // states.shape[-1]
-
-
-def too_old(kernels: str, capability: tuple[int, int], oldest: tuple[int, int]) -> str:
-    """What is said of a GPU older than kernels need."""
-    got, needs = (f"{major}.{minor}" for major, minor in (capability, oldest))
-    return f'{kernels} need compute capability {needs}, got {got}; on this GPU backend="torch" computes all of it'

@@ -17,17 +17,16 @@ from torch import Tensor
 
 from ..ops import triton_kernels
 from ..reverse import Reverse
-from . import measured, torch_backend
+from . import limits, measured, torch_backend
 from .network import Network
 from .norms import EPSILON
-from .passes import Ends, Kernels, Scratch, Stacks, padded_dim, rows_apart, too_old
+from .passes import Ends, Kernels, Scratch, Stacks, padded_dim, rows_apart
 from .tile import Gradients
 from .triton_tiles import LARGEST_FUSED_DIM, Tile, tiles_for
 from .wide import WideTile
 
 LARGEST_DIM = {2: 256, 4: 128}
 """That is kept on chip, by the bytes of a parameter."""
-OLDEST = (8, 0)
 COPYING = (9, 0)
 """Compute capability of the first GPUs with a copy engine for tiles."""
 FUSING = (9, 10)
@@ -36,19 +35,8 @@ FUSING = (9, 10)
 
 def cause(network: Network, device: torch.device, solver: Reverse | None) -> str | None:
     """Why Triton's kernels can't compute this; None if they can."""
-    if device.type != "cuda":
-        return f"Triton's kernels run on CUDA devices, got tensors on {device}"
-    if network.dtype == torch.float64:
-        return "Triton's kernels take parameters of float32, bfloat16 or float16, got float64"
-    if solver is not None and solver.accelerate and not is_wide(network):
-        return (
-            "Triton's kernels do not accelerate corrections, which is the default from 2 on; use "
-            "Reverse(..., accelerate=False)"
-        )
-    capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST:
-        return too_old("Triton's kernels", capability, OLDEST)
-    return triton_kernels.cause()
+    accelerates = is_wide(network)
+    return limits.cause("Triton's kernels", network, device, solver, accelerates) or triton_kernels.cause()
 
 
 def is_wide(network: Network) -> bool:
@@ -103,13 +91,14 @@ def exact_adjoint(network: Network, *given: Any) -> tuple[Tensor, Gradients | No
 class TritonKernels(Kernels):
     """Kernels with the tiles chosen for a network and its GPU."""
 
+    sums_by_dim = True
+
     def __init__(self, network: Network, extrapolates: bool) -> None:
         capability = capability_of(network.weight_in.device)
         dim, is_heun = padded_dim(network.dim), network.formulas.blocks_per_step == 2
         is_plain = network.norm is None and not is_heun
         self.tiles = tiles_for(capability, dim, network.weight_in.itemsize, is_plain)
         super().__init__(network, self.tiles.chunk, max(tile.rows for tile in self.tiles), extrapolates)
-        self._sums: tuple[Tensor | None, ...] | None = None
 
     def is_split(self, rows: int) -> bool:
         return form(self.network, rows, self.device) == "split"
@@ -196,41 +185,16 @@ class TritonKernels(Kernels):
             "weight_gradient_kernel",
             (layers * chunks, ranges),
             tile,
-            *(*scratch, *self._gradient_sums(), self.schedule, *self._weights(tile)[:3]),
+            *(*scratch, *self.sums, self.schedule, *self._weights(tile)[:3]),
             *(scratch.us.shape[1], written, range_rows, first, last, self.hidden),
             ATOMIC=ranges > 1,
         )
 
-    def gradients(self) -> Gradients:
-        dw1, db1, dw2, db2 = self._gradient_sums()
-        assert dw1 is not None
-        assert dw2 is not None
-        network, shape = self.network, (self.network.layers, self.dim, self.hidden)
-        hidden, dim = network.hidden, network.dim
-        return Gradients(
-            dw1.view(shape)[:, :dim, :hidden].mT.contiguous(),
-            None if db1 is None else db1[:, :hidden].contiguous(),
-            dw2.view(shape)[:, :dim, :hidden].contiguous(),
-            None if db2 is None else db2[:, :dim].contiguous(),
-        )
-
-    def _gradient_sums(self) -> tuple[Tensor | None, ...]:
-        """dw1 (transposed), db1, dw2, db2, zero at first."""
-        if self._sums is None:
-            layers, like = self.network.layers, self.schedule
-            self._sums = (
-                like.new_zeros(layers * self.dim, self.hidden),
-                None if self.b1 is None else like.new_zeros(layers, self.hidden),
-                like.new_zeros(layers * self.dim, self.hidden),
-                None if self.b2 is None else like.new_zeros(layers, self.dim),
-            )
-        return self._sums
-
     def _reduced(self, tile: Tile) -> tuple[Any, ...]:
         """The sums as a fused kernel takes them."""
-        dw1, db1, dw2, db2 = self._gradient_sums()
+        dw1, db1, dw2, db2 = self.sums
         block = [self.dim, tile.chunk]
-        return descriptor(dw1, block), db1, descriptor(dw2, block), db2
+        return descriptor(dw1.view(-1, self.hidden), block), db1, descriptor(dw2.view(-1, self.hidden), block), db2
 
     def _weights(self, tile: Tile) -> tuple[Any, ...]:
         if capability_of(self.device) < COPYING:
@@ -277,10 +241,9 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def descriptor(tensor: Tensor | None, block: list[int]) -> Any:
+def descriptor(tensor: Tensor, block: list[int]) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    assert tensor is not None
     return TensorDescriptor.from_tensor(tensor, block)
 
 
