@@ -25,7 +25,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 # The package is installed in place: Python changes need no new install, changes to what is compiled do.
-$(VENV)/installed: requirements-dev.txt pyproject.toml setup.py CMakeLists.txt MANIFEST.in $(wildcard csrc/*)
+$(VENV)/installed: requirements-dev.txt pyproject.toml setup.py CMakeLists.txt MANIFEST.in $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "resode_cuda needs Python >= 3.10, got " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt -e .

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from rich.progress import Progress
 
-    from .report import Table, Target
+    from .harness.report import Table, Target
 
 
 def main() -> int:
@@ -24,7 +24,7 @@ def main() -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from . import environment, results
+    from .harness import environment, results
 
     if options.device == "cuda" and not torch.cuda.is_available():
         print("bench: --device cuda needs a CUDA device, but torch finds none; use auto or cpu", file=sys.stderr)
@@ -87,7 +87,7 @@ def _run(
     tables: list[Table],
     targets: list[Target],
 ) -> None:
-    section = importlib.import_module(f"{__package__}.{name}")
+    section = importlib.import_module(f"{__package__}.sections.{name}")
     figures.update(section.measure(options, device, progress))
     tables.extend(section.tables(figures))
     targets.extend(section.targets(figures))

@@ -96,8 +96,8 @@ sanitize() { # sanitize NAME SECONDS TOOL TESTS...
 }
 
 memcheck() {
-  sanitize memcheck 60 memcheck tests/test_cuda_kernels.py -k "test_on_a_gpu or misaligned"
-  sanitize memcheck-mlp 50 memcheck tests/test_fused_gpu.py tests/test_fused_cuda.py -k sanitize
+  sanitize memcheck 60 memcheck tests/ops/test_cuda_kernels.py -k "test_on_a_gpu or misaligned"
+  sanitize memcheck-mlp 50 memcheck tests/fused/test_fused_gpu.py tests/fused/test_fused_cuda.py -k sanitize
 }
 
 measure() { # measure NAME SECONDS OPTIONS...: python -m bench; all tables go to one file
@@ -133,7 +133,7 @@ for part in "${parts[@]}"; do
     mlp) measure mlp 170 --only mlp ;;
     backends) measure backends 140 --only backends ;;
     memcheck) memcheck ;;
-    racecheck) sanitize racecheck 60 racecheck tests/test_cuda_kernels.py tests/test_fused_cuda.py -k '(test_on_a_gpu and reverse) or sanitize' ;;
+    racecheck) sanitize racecheck 60 racecheck tests/ops/test_cuda_kernels.py tests/fused/test_fused_cuda.py -k '(test_on_a_gpu and reverse) or sanitize' ;;
     kernels) measure kernels 60 --only kernels ;;
     overhead) stage overhead 60 python3 -m pytest -q bench/test_ops.py --benchmark-max-time=0.3 ;;
     bench) measure bench $deadline ;;

@@ -17,7 +17,7 @@ import torch
 
 from resode_cuda import ops
 from resode_cuda.ops import op as op_module
-from resode_cuda.ops.compiled import Compiled
+from resode_cuda.ops.cuda import Compiled
 
 H = 0.1
 NAMES = ("forward_step", "heun_step", "reverse_update_", "reverse_extrapolate_", "adjoint_update_")

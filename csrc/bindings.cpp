@@ -3,10 +3,10 @@
 // Operands keep the names and the order of resode_cuda/ops/reference.py; 0 stands for one that is absent.
 #include <pybind11/pybind11.h>
 
-#include "attributes.h"
-#include "forward_step.h"
-#include "mlp_bindings.h"
-#include "reverse_update.h"
+#include "common/attributes.h"
+#include "pointwise/forward_step.h"
+#include "mlp/bindings.h"
+#include "pointwise/reverse_update.h"
 
 #ifdef RESODE_HOST
 #include "schedule.h"

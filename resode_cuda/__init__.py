@@ -3,9 +3,9 @@
 from importlib.metadata import version
 
 from . import functional, ops
+from .adjoint.drift import Drift, DriftError, DriftLogger
 from .available import backends
 from .calibration import Candidate, Plan, calibrate
-from .drift import Drift, DriftError, DriftLogger
 from .initialize import deepen, smooth_init_
 from .mlp import ResidualMLP
 from .reverse import Reverse

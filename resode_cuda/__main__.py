@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from . import __version__, backends, ops
-from .ops import compiled
+from . import __version__, backends, library, ops
 
 HARDWARE = "compiled, not yet run on hardware"
 """What stands behind the kernels, until results measured on a GPU are in bench/results."""
@@ -88,7 +87,7 @@ def _kernels() -> Iterator[str]:
     if not (torch.cuda.is_available() and ops.build_info().compiled):
         return
     device = torch.cuda.get_device_properties(torch.cuda.current_device())
-    kernels = compiled.require("python -m resode_cuda").kernel_attributes()
+    kernels = library.require("python -m resode_cuda").kernel_attributes()
     width = max(len(kernel["name"]) for kernel in kernels)
     yield ""
     yield f"kernels on {device.name}, {HARDWARE}; registers and bytes of local memory of a thread, shared of a block"

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .drift import DriftMonitor, root_mean_square
-from .replay import buffers_untouched, submodules
+from .adjoint.drift import DriftMonitor, root_mean_square
+from .adjoint.replay import buffers_untouched, submodules
 from .reverse import Reverse
 
 if TYPE_CHECKING:

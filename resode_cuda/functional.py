@@ -11,13 +11,13 @@ from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
 from . import fused
-from .drift import DriftMonitor
+from .adjoint.drift import DriftMonitor
 from .fused.network import Network
-from .fused.plain import plain
+from .fused.reference.plain import plain
+from .module import GRADIENTS, checked_anchors, checked_steps
 from .ops.operands import dtype_name
 from .reverse import Reverse, solver_from
 from .schemes import SCHEMES
-from .settings import GRADIENTS, checked_anchors, checked_steps
 
 
 def residual_mlp(

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .capture import is_capturing
+from .adjoint.capture import is_capturing
 from .fused.activations import ACTIVATIONS
-from .fused.backend import NAMES
 from .fused.network import COMPUTE_DTYPES, Network
 from .fused.norms import NORMS
+from .fused.selection import NAMES
+from .module import AdjointModule, checked_steps
 from .ops.operands import dtype_name
 from .perceptron import Perceptron
 from .reverse import Reverse
 from .schemes import SCHEMES
-from .settings import AdjointModule, checked_steps
 from .stack import ResidualStack
 
 

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import adjoint, checkpoint, traced
-from .blocks import Arguments, Block, Call
+from .adjoint import checkpoint, traced
+from .adjoint import node as adjoint
+from .adjoint.blocks import Arguments, Block, Call
+from .adjoint.capture import is_capturing
+from .adjoint.replay import buffers_untouched
 from .calibration import Loss, Plan, Recalibration
-from .capture import is_capturing
-from .replay import buffers_untouched
+from .module import AdjointModule, checked_steps
 from .reverse import Reverse, extrapolate, extrapolation_weights, predict
 from .schemes import SCHEMES, increment
-from .settings import AdjointModule, checked_steps
 
 STREAM_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from host_build import build
+
+from tests.support.host_build import build
 
 # The tensors are tiny: a second thread costs more than it brings, and much more on a busy machine.
 torch.set_num_threads(1)

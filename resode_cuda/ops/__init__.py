@@ -21,7 +21,7 @@ A backward step outside its blocks, in passes, with k corrections:
 | Heun, extrapolation | 0 | (3 + 4) k | 3 + 3 + 12 | 18 + 7 k |
 
 Heun's 3 + 3 are x + h k1 and the cotangent of k1. A pass is one read or write of a tensor of the state's shape, in its
-own dtype. No op reads or writes a buffer twice, which `tests/test_ops.py` counts.
+own dtype. No op reads or writes a buffer twice, which `tests/ops/test_ops.py` counts.
 
 Results are laid out as `torch.empty_like(x)`, what is mutated stays as it lies. Kernels walk through memory: operands
 that lie as x does, dense in whatever order, are taken as they are, and others are copied once into x's layout (into a
@@ -38,9 +38,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import causes, using
-from .compiled import BuildInfo, build_info
+from ..library import BuildInfo, build_info
 from .op import Op
+from .selection import causes, using
 
 __all__ = ["BuildInfo", "backends", "build_info", "using"]
 

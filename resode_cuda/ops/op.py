@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backend import chosen
 from .operands import apart, check_like, check_norms, check_stream, is_dense, laid_out_like, of_one_dtype, same_layout
+from .selection import chosen
 
 # The last operands of the ops that also update the adjoint.
 _PRODUCTS = ("g", "v1", "v2", "g_scale", "v_scale")

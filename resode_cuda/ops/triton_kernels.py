@@ -1,156 +1,248 @@
-"""The ops by Triton: each function launches one kernel of `triton_source.py` on the current stream.
+"""Triton kernels of the ops; `triton_kernels.py` launches them. Importing this module needs Triton.
 
-For GPUs that the compiled library is not built for, and where there is none. Triton is imported by the first call, and
-compiles a kernel when it first meets a combination of dtypes, of operands that are there and of their alignment.
+    step_kernel:     out = x + w (k1 + k2)
+    reverse_kernel:  x <- x - w (k1 + k2), the squared norms of y - x and x, and with d the extrapolation of y and d
+    adjoint_kernel:  g <- s g + t (v1 + v2), which also rides in reverse_kernel
+
+Formulas and names are those of `reference.py`, which these must match: bit for bit in fp32 and fp64 but for the norms.
+Operands are n consecutive values each; k1 and k2 have x's dtype or a narrower one. An operand that is None is compiled
+away. A tile is BLOCK consecutive values, and a thread holds neighbours, so that each access of an aligned operand moves
+16 bytes. All loads of a tile come before its stores, which the compiler could not reorder: it takes every pointer for
+an alias of every other. Nothing is read or written twice; norms are summed in registers, then through shared memory.
+
+Rounding: 16-bit values are computed in fp32. A fused multiply-add is written `tl.fma` where the reference has one, and
+kernels are compiled with enable_fp_fusion=False, so that no other product and sum are fused.
+
+Scalars are declared tl.float64 and rounded here: a Python float that is not declared arrives in fp32, whatever the
+stream. They are not specialised on. Addresses are those of a tile, in int64, plus a 32-bit place in it.
 """
 
-from __future__ import annotations
-
-import functools
-from types import ModuleType
-from typing import Any
-
-import torch
-from torch import Tensor
-
-VALUES_PER_TILE = {torch.float64: 512, torch.float32: 1024, torch.float16: 1024, torch.bfloat16: 1024}
-"""Values that a program takes at a time, by the stream's dtype: 8 per thread, 4 of float64."""
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-"""How kernels are compiled; why without fusion, `triton_source.py` says."""
-PROGRAMS_PER_PROCESSOR = 8
-"""Of a kernel that sums norms. Each makes two atomic additions; 8 of 4 warps fit at up to 64 registers a thread."""
-PARTIAL_NORMS_AT_A_TIME = 1024
+import triton
+import triton.language as tl
 
 
-@functools.cache
-def cause() -> str | None:
-    """Why Triton can't run on the current device; None if it can."""
-    try:
-        import triton
-
-        # What a launch starts with: it finds the driver, and a C compiler for Triton's own bindings to it.
-        triton.runtime.driver.active.get_current_target()
-    except Exception as error:  # a broken installation may raise anything
-        return f"Triton can't be used here: {type(error).__name__}: {error}"
-    return None
+@triton.constexpr_function
+def _wide(stream: tl.dtype) -> tl.dtype:
+    """In which dtype a stream is computed, given the type of pointers to it."""
+    return tl.float64 if stream.element_ty == tl.float64 else tl.float32
 
 
-def forward_step(x: Tensor, f: Tensor, h: float, out: Tensor) -> None:
-    _step(x, f, None, h, out)
+@triton.constexpr_function
+def _neighbours(stream: tl.dtype) -> int:
+    """How many of its values fill an access of 16 bytes."""
+    return 128 // stream.element_ty.primitive_bitwidth
 
 
-def heun_step(x: Tensor, k1: Tensor, k2: Tensor, h: float, out: Tensor) -> None:
-    _step(x, k1, k2, 0.5 * h, out)
+@triton.jit
+def _load(
+    operand: tl.tensor, stream: tl.constexpr, start: tl.tensor, left: tl.tensor, BLOCK: tl.constexpr
+) -> tl.tensor:
+    """A tile in the dtype of the arithmetic. `left` values are there, or a whole tile if it is None; the others are 0.
 
-
-def reverse_update_(
-    x: Tensor,
-    y: Tensor,
-    k1: Tensor,
-    k2: Tensor | None,
-    weight: float,
-    norms: Tensor,
-    g: Tensor | None,
-    v1: Tensor | None,
-    v2: Tensor | None,
-    g_scale: float,
-    v_scale: float,
-) -> None:
-    _reverse(x, y, None, k1, k2, weight, 0.0, 0.0, norms, g, v1, v2, g_scale, v_scale)
-
-
-def reverse_extrapolate_(
-    x: Tensor,
-    y: Tensor,
-    d: Tensor,
-    k1: Tensor,
-    k2: Tensor | None,
-    weight: float,
-    a: float,
-    b: float,
-    norms: Tensor,
-    g: Tensor | None,
-    v1: Tensor | None,
-    v2: Tensor | None,
-    g_scale: float,
-    v_scale: float,
-) -> None:
-    _reverse(x, y, d, k1, k2, weight, a, b, norms, g, v1, v2, g_scale, v_scale)
-
-
-def adjoint_update_(g: Tensor, v1: Tensor | None, v2: Tensor | None, g_scale: float, v_scale: float) -> None:
-    n = g.numel()
-    tile = VALUES_PER_TILE[g.dtype]
-    _launch("adjoint_kernel", -(-n // tile), (g, v1, v2), g_scale, v_scale, n, tile)
-
-
-def _step(x: Tensor, k1: Tensor, k2: Tensor | None, weight: float, out: Tensor) -> None:
-    n = x.numel()
-    tile = VALUES_PER_TILE[x.dtype]
-    _launch("step_kernel", -(-n // tile), (x, k1, k2, out), weight, n, tile)
-
-
-def _reverse(
-    x: Tensor,
-    y: Tensor,
-    d: Tensor | None,
-    k1: Tensor,
-    k2: Tensor | None,
-    weight: float,
-    a: float,
-    b: float,
-    norms: Tensor,
-    g: Tensor | None,
-    v1: Tensor | None,
-    v2: Tensor | None,
-    g_scale: float,
-    v_scale: float,
-) -> None:
-    n = x.numel()
-    tile = VALUES_PER_TILE[x.dtype]
-    programs = min(-(-n // tile), most_programs(x.device))
-    partial_norms = None
-    if torch.are_deterministic_algorithms_enabled():
-        partial_norms = torch.empty((2, programs), dtype=norms.dtype, device=norms.device)
-    tensors = x, y, d, k1, k2, g, v1, v2, norms, partial_norms
-    _launch("reverse_kernel", programs, tensors, weight, a, b, g_scale, v_scale, n, tile)
-    if partial_norms is not None:
-        _launch("add_partial_norms_kernel", 2, (partial_norms, norms), programs, PARTIAL_NORMS_AT_A_TIME)
-
-
-_compiled: dict[tuple[Any, ...], Any] = {}
-
-
-def _launch(name: str, programs: int, tensors: tuple[Any, ...], *scalars_and_tile: float) -> None:
-    """Launch a kernel: its tensors, the first not None, then its scalars, and last a compile-time constant.
-
-    Triton itself takes some 20 us to find what it compiled for such arguments. They differ by what the key says and by
-    nothing else, as `triton_source.py` has nothing specialised on a scalar.
+    A mask would break accesses of 16 bytes up wherever n is odd, so whole tiles go without.
     """
-    facts = [name, tensors[0].get_device(), scalars_and_tile[-1]]
-    for tensor in tensors:
-        if tensor is None:
-            facts.append(None)
-        else:
-            facts += tensor.dtype, tensor.data_ptr() % 16 == 0
-    key = tuple(facts)
-    compiled = _compiled.get(key)
-    if compiled is not None:
-        compiled[programs, 1, 1](*tensors, *scalars_and_tile)
-        return
-    compiled = getattr(_source(), name)[(programs,)](*tensors, *scalars_and_tile, **OPTIONS)
-    if compiled is not None:  # as it is in the interpreter
-        _compiled[key] = compiled
+    # A thread would hold as many values as fill 16 bytes of a narrower k1, and stores of x go through shared memory.
+    place = tl.max_contiguous(tl.arange(0, BLOCK), _neighbours(stream))
+    if left is None:
+        return tl.load(operand + start + place).to(_wide(stream))
+    else:
+        return tl.load(operand + start + place, mask=place < left, other=0).to(_wide(stream))
 
 
-@functools.cache
-def most_programs(device: torch.device) -> int:
-    """As many as run at once, or a few more."""
-    return PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+@triton.jit
+def _load_sum(
+    k1: tl.tensor, k2: tl.tensor, stream: tl.constexpr, start: tl.tensor, left: tl.tensor, BLOCK: tl.constexpr
+) -> tl.tensor:
+    values = _load(k1, stream, start, left, BLOCK)
+    if k2 is not None:
+        values += _load(k2, stream, start, left, BLOCK)
+    return values
 
 
-@functools.cache
-def _source() -> ModuleType:
-    from . import triton_source  # imports Triton
+@triton.jit
+def _store(operand: tl.tensor, start: tl.tensor, left: tl.tensor, values: tl.tensor, BLOCK: tl.constexpr) -> None:
+    place = tl.arange(0, BLOCK)
+    if left is None:
+        tl.store(operand + start + place, values)
+    else:
+        tl.store(operand + start + place, values, mask=place < left)
 
-    return triton_source
+
+@triton.jit
+def _scalar(value: tl.tensor, stream: tl.constexpr) -> tl.tensor:
+    """The float64 argument, rounded once. (The interpreter's argument is a Python float, without a method `to`.)"""
+    return tl.full([], value, _wide(stream))
+
+
+@triton.jit
+def _step_tile(
+    x: tl.tensor,
+    k1: tl.tensor,
+    k2: tl.tensor,
+    out: tl.tensor,
+    w: tl.tensor,
+    start: tl.tensor,
+    left: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    x_tile = _load(x, x.dtype, start, left, BLOCK)
+    k_tile = _load_sum(k1, k2, x.dtype, start, left, BLOCK)
+    _store(out, start, left, tl.fma(w, k_tile, x_tile), BLOCK)
+
+
+@triton.jit(do_not_specialize=["n"])
+def step_kernel(
+    x: tl.tensor,
+    k1: tl.tensor,
+    k2: tl.tensor,
+    out: tl.tensor,
+    weight: tl.float64,
+    n: tl.int64,
+    BLOCK: tl.constexpr,
+) -> None:
+    """A tile per program."""
+    w = _scalar(weight, x.dtype)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    if start + BLOCK <= n:
+        _step_tile(x, k1, k2, out, w, start, None, BLOCK)
+    else:
+        _step_tile(x, k1, k2, out, w, start, n - start, BLOCK)
+
+
+@triton.jit
+def _adjoint_tile(
+    g: tl.tensor,
+    v1: tl.tensor,
+    v2: tl.tensor,
+    s: tl.tensor,
+    t: tl.tensor,
+    start: tl.tensor,
+    left: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """The new g, not stored yet."""
+    g_tile = s * _load(g, g.dtype, start, left, BLOCK)
+    if v1 is not None:
+        g_tile = tl.fma(t, _load(v1, g.dtype, start, left, BLOCK), g_tile)
+    if v2 is not None:
+        g_tile = tl.fma(t, _load(v2, g.dtype, start, left, BLOCK), g_tile)
+    return g_tile
+
+
+@triton.jit(do_not_specialize=["n"])
+def adjoint_kernel(
+    g: tl.tensor,
+    v1: tl.tensor,
+    v2: tl.tensor,
+    g_scale: tl.float64,
+    v_scale: tl.float64,
+    n: tl.int64,
+    BLOCK: tl.constexpr,
+) -> None:
+    """A tile per program."""
+    s, t = _scalar(g_scale, g.dtype), _scalar(v_scale, g.dtype)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    if start + BLOCK <= n:
+        _store(g, start, None, _adjoint_tile(g, v1, v2, s, t, start, None, BLOCK), BLOCK)
+    else:
+        _store(g, start, n - start, _adjoint_tile(g, v1, v2, s, t, start, n - start, BLOCK), BLOCK)
+
+
+@triton.jit
+def _reverse_tile(
+    x: tl.tensor,
+    y: tl.tensor,
+    d: tl.tensor,
+    k1: tl.tensor,
+    k2: tl.tensor,
+    g: tl.tensor,
+    v1: tl.tensor,
+    v2: tl.tensor,
+    w: tl.tensor,
+    a: tl.tensor,
+    b: tl.tensor,
+    s: tl.tensor,
+    t: tl.tensor,
+    start: tl.tensor,
+    left: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """Update a tile; its y - x and x are returned for the norms."""
+    x_tile = _load(x, x.dtype, start, left, BLOCK)
+    y_tile = _load(y, x.dtype, start, left, BLOCK)
+    k_tile = _load_sum(k1, k2, x.dtype, start, left, BLOCK)
+    if d is not None:
+        d_tile = _load(d, x.dtype, start, left, BLOCK)
+    if g is not None:
+        g_tile = _adjoint_tile(g, v1, v2, s, t, start, left, BLOCK)
+
+    # The state that is kept: the norms are of that, and the prediction starts from it.
+    x_tile = tl.fma(-w, k_tile, x_tile).to(x.dtype.element_ty).to(w.dtype)
+    _store(x, start, left, x_tile, BLOCK)
+    if d is not None:
+        increment = w * k_tile
+        _store(y, start, left, tl.fma(-a, increment, b * d_tile) + x_tile, BLOCK)
+        _store(d, start, left, increment, BLOCK)
+    if g is not None:
+        _store(g, start, left, g_tile, BLOCK)
+    return y_tile - x_tile, x_tile
+
+
+@triton.jit(do_not_specialize=["n"])
+def reverse_kernel(
+    x: tl.tensor,
+    y: tl.tensor,
+    d: tl.tensor,
+    k1: tl.tensor,
+    k2: tl.tensor,
+    g: tl.tensor,
+    v1: tl.tensor,
+    v2: tl.tensor,
+    norms: tl.tensor,
+    partial_norms: tl.tensor,
+    weight: tl.float64,
+    a: tl.float64,
+    b: tl.float64,
+    g_scale: tl.float64,
+    v_scale: tl.float64,
+    n: tl.int64,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Tiles in turn by a limited number of programs, each of which adds to the norms once.
+
+    With partial_norms, of shape [2, programs], the sums go there, for add_partial_norms_kernel.
+    """
+    w = _scalar(weight, x.dtype)
+    a, b = _scalar(a, x.dtype), _scalar(b, x.dtype)
+    s, t = _scalar(g_scale, x.dtype), _scalar(v_scale, x.dtype)
+    program = tl.program_id(0).to(tl.int64)
+    programs = tl.num_programs(0)
+    whole = n // BLOCK
+    defect = tl.zeros([BLOCK], w.dtype)
+    scale = tl.zeros([BLOCK], w.dtype)
+    for tile in range(program, whole, programs):
+        e, x_tile = _reverse_tile(x, y, d, k1, k2, g, v1, v2, w, a, b, s, t, tile * BLOCK, None, BLOCK)
+        defect = tl.fma(e, e, defect)
+        scale = tl.fma(x_tile, x_tile, scale)
+    start = whole * BLOCK
+    if (start < n) & (program == whole % programs):
+        e, x_tile = _reverse_tile(x, y, d, k1, k2, g, v1, v2, w, a, b, s, t, start, n - start, BLOCK)
+        defect = tl.fma(e, e, defect)
+        scale = tl.fma(x_tile, x_tile, scale)
+    if partial_norms is None:
+        tl.atomic_add(norms, tl.sum(defect), sem="relaxed")
+        tl.atomic_add(norms + 1, tl.sum(scale), sem="relaxed")
+    else:
+        tl.store(partial_norms + program, tl.sum(defect))
+        tl.store(partial_norms + programs + program, tl.sum(scale))
+
+
+@triton.jit(do_not_specialize=["count"])
+def add_partial_norms_kernel(partial_norms: tl.tensor, norms: tl.tensor, count: tl.int32, BLOCK: tl.constexpr) -> None:
+    """norms[i] += the sum of partial_norms[i], of shape [2, count], in an order that only count determines."""
+    place = tl.arange(0, BLOCK)
+    row = tl.program_id(0)
+    total = tl.zeros([BLOCK], norms.dtype.element_ty)
+    for start in range(0, count, BLOCK):
+        total += tl.load(partial_norms + row * count + start + place, mask=start + place < count, other=0)
+    tl.store(norms + row, tl.load(norms + row) + tl.sum(total))

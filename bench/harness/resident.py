@@ -1,0 +1,103 @@
+"""Resident growth of a fresh process over one training step: what the operating system sees on a CPU.
+
+Resident size misleads where freed memory stays with the process, so the measuring processes run with a malloc that
+maps every block of 64 KiB or more by itself and gives it back when it is freed. One process imports torch and has a
+child for each measurement, since the import takes far longer than the step.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import models
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A step to measure: the function of `models` that builds the workload, its arguments, the mode."""
+
+    build: str
+    arguments: dict[str, Any]
+    mode: str
+
+
+def growth(jobs: Sequence[Job], device: torch.device) -> Sequence[int | None]:
+    """Bytes by which each job's step makes a process grow at most; None on a GPU and where /proc does not tell."""
+    if device.type != "cpu" or not os.access(_CLEAR, os.W_OK):
+        return [None] * len(jobs)
+    # Two processes at a time, with one thread each.
+    halves = jobs[0::2], jobs[1::2]
+    with ThreadPoolExecutor(len(halves)) as pool:
+        even, odd = pool.map(_growth_elsewhere, halves)
+    return [(even, odd)[index % 2][index // 2] for index in range(len(jobs))]
+
+
+def _growth_elsewhere(jobs: Sequence[Job]) -> list[int]:
+    measured = subprocess.run(
+        [sys.executable, "-m", __name__],
+        input=json.dumps([asdict(job) for job in jobs]),
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        # OpenBLAS would start threads when it is imported, and a process with threads is not safe to fork.
+        env={
+            **os.environ,
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        },
+    )
+    if measured.returncode:
+        raise RuntimeError(f"bench.resident: the measuring process must end well, but wrote\n{measured.stderr}")
+    return json.loads(measured.stdout)
+
+
+def _growth_here(job: Job) -> int:
+    workload = getattr(models, job.build)(**job.arguments)
+    # Code that is paged in, threads and buffers that stay are no part of a step.
+    workload.step(job.mode)
+    _CLEAR.write_text("5")  # the peak of the resident size starts afresh
+    before = _status("VmRSS")
+    workload.step(job.mode)
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    found = re.search(rf"^{field}:\s*(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"bench.resident: {_STATUS} must have a line {field}, but has none")
+    return 1024 * int(found[1])
+
+
+def _in_child(job: Job) -> int:
+    def send(connection: Connection) -> None:
+        connection.send(_growth_here(job))
+
+    context = multiprocessing.get_context("fork")
+    receiving, sending = context.Pipe(duplex=False)
+    child = context.Process(target=send, args=(sending,))
+    child.start()
+    sending.close()  # so that a child that dies ends the wait
+    try:
+        return receiving.recv()
+    finally:
+        child.join()
+
+
+if __name__ == "__main__":
+    print(json.dumps([_in_child(Job(**job)) for job in json.load(sys.stdin)]))

@@ -1,0 +1,3 @@
+from .run import measure, tables, targets
+
+__all__ = ["measure", "tables", "targets"]

@@ -1,0 +1,18 @@
+#pragma once
+#include <vector>
+
+#include "common/kernel.h"
+
+// What the compiler made of a kernel for the current device.
+struct KernelAttributes {
+  int registers;             // of a thread
+  size_t static_shared;      // bytes of a block, besides Kernel::shared
+  size_t local;              // bytes of a thread: arrays that do not fit in registers, and spills
+  int blocks_per_processor;  // that a multiprocessor holds at a time
+};
+
+// All kernels of the module.
+std::vector<Kernel> all_kernels();
+
+// Throws, with cudart's message, where there is no device. Not on the host.
+KernelAttributes attributes_of(const Kernel& kernel);

@@ -1,0 +1,161 @@
+// The backward pass of a residual MLP stack through a range of its depth, one launch. Of each step, from x_{n+1} and g_{n+1}:
+//     y     x_{n+1} + (R_n(x_{n+1}) - x_{n+1}), or x_{n+1} - (a d1 - b d2), or the anchored state
+//     y     x_{n+1} - Phi_n(y), once for each correction; not from an anchored state
+//     g_n = g_{n+1} + (dPhi_n/dy)^T g_{n+1}
+//     x_n = x_{n+1} - Phi_n(y), where increments are reused; y where not, or where it was anchored
+// R_n is the scheme run backwards, and a Heun step is written by its middle y + h f_n(y):
+//     c2 = g,  through = h/2 (df_{n+1})^T c2,  c1 = g + 2 through,  g_n = g + through + h/2 (df_n)^T c1
+// A row group keeps its 16 rows of x, y, g and of the last two increments d1 and d2 in registers, fp32; u, c, a and dz, the
+// operands of products, and two chunks of weights are in shared memory (mlp_layer.h). What the gradients of a layer need, its u
+// and c less the factor h or h/2, goes to scratch memory for mlp_gradients.cu. A use is a step's only layer, or with Heun its
+// first (2 i) or second (2 i + 1), i counting from the range's first step.
+// Must match torch_backend.Walk.
+//
+// State: compiled for sm_80 to sm_120 and executed on a CPU (tests/fused/test_fused_cuda.py). It has not run on a GPU yet.
+#include "mlp/adjoint.h"
+
+#include "common/launch.h"
+#include "mlp/dispatch.h"
+#include "mlp/layer.h"
+
+namespace {
+template <class T, int kDim>
+__global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
+    mlp_adjoint_kernel(const Network<T> network, const MlpAdjoint states) {
+  using Shape = MlpShape<T, kDim>;
+  using State = Values<Shape::kTiles>;
+  DYN_SHARED(memory);
+  Layers<T, kDim> layers(network, memory, true, states.rows);
+  auto& tile = layers.tile;
+  const bool is_heun = network.is_heun;
+  const int corrections = states.corrections, second = is_heun;
+  const auto is_anchored = [&](int n) { return states.anchored && n % states.anchors == 0; };
+  // The layer that step n starts with.
+  const auto entry = [&](int n) { return !is_heun || states.extrapolates || is_anchored(n) ? n : n + 1; };
+  layers.fetch(entry(states.last - 1), 0);
+
+  State x = tile.load(states.x_last), g = tile.load(states.g_last), d1{}, d2{};
+  if (states.carried) {
+    d2 = tile.load(states.carried);
+    d1 = tile.load(states.carried + states.rows * network.dim);
+  } else if (states.extrapolates) {
+    d2 = tile.load(static_cast<const T*>(states.kept_newest));
+    if (states.kept_before) d1 = tile.load(static_cast<const T*>(states.kept_before));
+  }
+  Schedule ahead = schedule_of(network, states.last - 1);
+  for (int n = states.last - 1; n >= states.first; n--) {
+    const float h = ahead.h, a = ahead.a, b = ahead.b;
+    if (n > states.first) ahead = schedule_of(network, n - 1);
+    State y = x, point, f;
+    if (is_anchored(n)) {
+      y = tile.load(states.anchored + n / states.anchors * states.anchored_rows * network.dim);
+    } else if (states.extrapolates) {
+      y = tile.inside(map([=](float x, float d1, float d2) { return x - (a * d1 - b * d2); }, x, d1, d2));
+    }
+
+    // Evaluations: 0 predicts by the scheme run backwards, 1 to `corrections` correct, and one more takes Heun to its middle.
+    const int evaluations = corrections + 1 + second;
+    for (int e = is_anchored(n) ? corrections + 1 : states.extrapolates; e < evaluations; e++) {
+      const bool predicts = e == 0, is_middle = e > corrections;
+      const float step = predicts ? -h : h, sign = predicts ? 1 : -1;
+      point = y;
+      for (int k = 0; k <= (is_middle ? 0 : second); k++) {
+        auto u = point;
+        tile.normalize(network.norm, network.epsilon, u);
+        tile.put(tile.u, Shape::kDimPitch, u);
+        const bool is_upper = is_heun && predicts == (k == 0), is_last = k == second || is_middle;
+        // Behind a step's last evaluation comes the product, which starts with its last layer.
+        const int next = !is_last ? n + !is_upper : e + 1 < evaluations ? n : n + second;
+        f = layers.evaluate(n + is_upper, next);
+        if (k < second) {
+          point = map([=](float y, float f) { return y + step * f; }, y, f);
+        } else {
+          const float scale = is_heun ? 0.5f * step : step;
+          y = tile.inside(
+              map([=](float x, float y, float point, float f) { return x + sign * (0.5f * (point - y) + scale * f); }, x, y, point,
+                  f));
+        }
+      }
+    }
+
+    const float scale = is_heun ? 0.5f * h : h;
+    State p{}, through{};
+    for (int k = second; k >= 0; k--) {
+      State u = k ? point : y, du;
+      const auto r = tile.normalize(network.norm, network.epsilon, u);
+      const auto c = map([](float g, float through) { return g + 2 * through; }, g, through);
+      tile.put(tile.u, Shape::kDimPitch, u);
+      tile.put(tile.c, Shape::kDimPitch, c);
+      if (states.us) {
+        const int64_t use = (n - states.first) * layers_per_step(network) + k;
+        const int64_t at = (use * states.scratch_rows + tile.first_row) * kDim;
+        tile.put(static_cast<T*>(states.us) + at, kDim, u);
+        tile.put(static_cast<T*>(states.cs) + at, kDim, c);
+      }
+      const bool wants_f = states.reuses && k == second;
+      const int next = k > 0 ? n : n > states.first ? entry(n - 1) : kNoLayer;
+      if (k > 0) p = map([](float point, float y) { return 0.5f * (point - y); }, point, y);
+      layers.pull(n + k, next, wants_f, f, du);
+      if (wants_f) p = map([scale](float p, float f) { return p + scale * f; }, p, f);
+      const auto pulled = tile.pull_back(network.norm, r, map([scale](float du) { return scale * du; }, du));
+      if (k > 0) {
+        through = pulled;
+      } else {
+        g = map([](float g, float through, float pulled) { return g + through + pulled; }, g, through, pulled);
+      }
+    }
+
+    const bool rebuilds = states.reuses && !is_anchored(n);
+    x = rebuilds ? tile.inside(map([](float x, float p) { return x - p; }, x, p)) : y;
+    if (states.extrapolates) {
+      d2 = d1;
+      d1 = p;
+    }
+    float defect = 0, size = 0;
+#pragma unroll
+    for (int i = 0; i < Shape::kTiles * 4; i++) {
+      const float value = x.of[i / 4][i % 4], off = y.of[i / 4][i % 4] - value;
+      defect = multiply_add(off, off, defect);
+      size = multiply_add(value, value, size);
+    }
+    defect = sum_over_lanes(defect);
+    size = sum_over_lanes(size);
+    if (threadIdx.x % 32 == 0) {
+      const int64_t of_warp = tile.first_row / kGroupRows * Shape::kWarps + tile.warp;
+      float* norms = states.norms + (of_warp * states.steps + n) * 2;
+      norms[0] = rebuilds ? defect : 0;
+      norms[1] = is_anchored(n) ? 0 : size;
+    }
+  }
+  tile.store(states.g_first, g);
+  if (states.x_first) tile.store(states.x_first, x);
+  if (states.carries) {
+    tile.store(states.carries, d2);
+    tile.store(states.carries + states.rows * network.dim, d1);
+  }
+}
+}  // namespace
+
+void launch_mlp_adjoint(const Network<void>& network, const MlpAdjoint& states, const MlpLaunch& how) {
+  if (states.rows == 0) return;
+  dispatch_mlp("mlp_adjoint", how.dtype, how.padded_dim, [&](auto shape, auto type) {
+    using Shape = decltype(shape);
+    using T = typename decltype(type)::type;
+    static_assert(Shape::shared(Shape::kGroups, true) <= kLeastShared);
+    const int64_t blocks = (states.rows - 1) / (how.groups * kGroupRows) + 1;
+    launch("mlp_adjoint", mlp_adjoint_kernel<T, Shape::kDim>, blocks, how.groups * Shape::kGroupThreads,
+           Shape::shared(how.groups, true), how.stream, typed<T>(network), states);
+  });
+}
+
+std::vector<Kernel> mlp_adjoint_kernels() {
+  std::vector<Kernel> kernels;
+  for_each_mlp([&](auto shape, auto type) {
+    using Shape = decltype(shape);
+    using T = typename decltype(type)::type;
+    kernels.push_back({std::string("mlp_adjoint_kernel<") + type.name + ", " + std::to_string(Shape::kDim) + ">",
+                       reinterpret_cast<const void*>(mlp_adjoint_kernel<T, Shape::kDim>), Shape::kGroupThreads,
+                       Shape::shared(1, true)});
+  });
+  return kernels;
+}

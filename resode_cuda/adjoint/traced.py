@@ -1,0 +1,178 @@
+"""The stack as torch.compile can trace it whole: `adjoint` and `checkpoint` without what a trace cannot hold.
+
+Blocks are called as functions of their parameters, and everything is out of place: the compiler fuses it with what the
+blocks do, and decides about memory itself. Nothing is replayed and no drift is measured, so blocks must be functions of
+their arguments alone; `is_traceable` looks for what is known not to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.utils.checkpoint import checkpoint
+
+from ..reverse import Reverse, predict
+from ..schemes import BlockFunction, Pullback, Scheme
+from .blocks import Arguments, Block, Call
+from .step import Step, continued, known, known_at_the_end, shadow_count, steps_of
+
+
+def is_traceable(modules: Iterable[nn.Module]) -> bool:
+    """Whether no module is known to draw random numbers, to write its buffers or to call hooks."""
+    return not any(_is_changing(module) or module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
+def _is_changing(module: nn.Module) -> bool:
+    if not module.training:
+        return False
+    if isinstance(module, _DropoutNd):
+        return module.p > 0
+    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+        return module.dropout > 0
+    if isinstance(module, (_BatchNorm, _InstanceNorm)):
+        return module.track_running_stats
+    return isinstance(module, (nn.RReLU, _SpectralNorm))
+
+
+def propagate(
+    scheme: type[Scheme],
+    solver: Reverse,
+    blocks: Sequence[Block],
+    steps: Sequence[float],
+    anchors: int | None,
+    x: Tensor,
+    arguments: Arguments,
+    argument_tensors: Sequence[Tensor],
+) -> Tensor:
+    """x_N from x_0 with the backward pass of `adjoint.propagate`."""
+    blank = x.new_zeros(())
+    shadows: Sequence[Tensor | None] = (None,) * shadow_count(solver)
+    for step in steps_of(scheme, solver, steps, anchors):
+        used = blocks[step.n : step.n + scheme.blocks_per_step]
+        names = [[name for name, _ in block.module.named_parameters()] for block in used]
+        parameters = [parameter for block in used for _, parameter in block.module.named_parameters()]
+        evaluation = Evaluation(used, names, arguments)
+        x, *shadows = TracedStep.apply(step, evaluation, blank, x, *shadows, *argument_tensors, *parameters)
+    return x
+
+
+def propagate_checkpointed(
+    scheme: type[Scheme], blocks: Sequence[Block], steps: Sequence[float], x: Tensor, call: Call
+) -> Tensor:
+    """x_N from x_0 with the backward pass of `checkpoint.propagate`."""
+    for n, h in enumerate(steps):
+        functions = [block.function(call) for block in blocks[n : n + scheme.blocks_per_step]]
+
+        def step(x: Tensor, functions: list[BlockFunction] = functions, h: float = h) -> Tensor:
+            return scheme.add(x, scheme.stages(functions, x, h), h)
+
+        x = checkpoint(step, x, use_reentrant=False)
+    return x
+
+
+class Evaluation:
+    """A step's blocks, as functions of the state and of the tensors that they use: those among the arguments, then each
+    block's parameters."""
+
+    def __init__(self, blocks: Sequence[Block], names: Sequence[Sequence[str]], arguments: Arguments) -> None:
+        self.blocks, self.names, self.arguments = blocks, names, arguments
+
+    def functions(self, tensors: Sequence[Tensor]) -> list[Function]:
+        found, begin = [], self.arguments.count
+        for block, names in zip(self.blocks, self.names, strict=True):
+            places = [*range(self.arguments.count), *range(begin, begin + len(names))]
+            found.append(Function(block, names, self.arguments, places, tensors))
+            begin += len(names)
+        return found
+
+
+class Function:
+    """A block as a function of the state; `of` also of its tensors, which stand at `places` among the step's."""
+
+    def __init__(
+        self, block: Block, names: Sequence[str], arguments: Arguments, places: Sequence[int], tensors: Sequence[Tensor]
+    ) -> None:
+        self.block, self.names, self.arguments, self.places = block, names, arguments, places
+        self.tensors = [tensors[place] for place in places]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.of(x, self.tensors)
+
+    def of(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        count = self.arguments.count
+        parameters = dict(zip(self.names, tensors[count:], strict=True))
+        return self.block(x, self.arguments.filled(tensors[:count]), parameters)
+
+
+class Products:
+    """`products.Products`, by torch.func.vjp."""
+
+    def __init__(self, wants: Sequence[bool]) -> None:
+        self.wants = wants
+        self.found: list[Tensor | None] = [None] * len(wants)
+
+    def linearize(self, f: Any, x: Tensor) -> tuple[Tensor, Pullback]:
+        varied = [i for i, place in enumerate(f.places) if self.wants[place]]
+
+        def of_what_varies(x: Tensor, *some: Tensor) -> Tensor:
+            tensors = list(f.tensors)
+            for i, tensor in zip(varied, some, strict=True):
+                tensors[i] = tensor
+            return f.of(x, tensors)
+
+        out, pull_all = torch.func.vjp(of_what_varies, x, *[f.tensors[i] for i in varied])[:2]
+
+        def pull(cotangent: Tensor) -> Tensor:
+            products: tuple[Tensor, ...] = pull_all(cotangent.to(out.dtype))
+            for i, product in zip(varied, products[1:], strict=True):
+                place = f.places[i]
+                before = self.found[place]
+                self.found[place] = product if before is None else before + product
+            return products[0]
+
+        return out, pull
+
+
+class TracedStep(torch.autograd.Function):
+    """`adjoint.AdjointStep`, with one blank element more among the inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Step, evaluation: Evaluation, blank: Tensor, x: Tensor, *rest: Any) -> Any:
+        shadows, tensors = rest[: step.shadow_count], rest[step.shadow_count :]
+        stages = step.scheme.stages(evaluation.functions(tensors), x, step.h)
+        x_next = step.scheme.add(x, stages, step.h)
+        end, following = step.ends(x, x_next, stages, shadows, blank)
+        start = [x] if step.is_anchored else []
+        ctx.save_for_backward(*tensors, *end, *start)
+        ctx.set_materialize_grads(False)
+        ctx.step, ctx.evaluation = step, evaluation
+        return x_next, *following
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, *cotangents: Tensor | None) -> Any:
+        step, evaluation = ctx.step, ctx.evaluation
+        if g is None:
+            return (None,) * len(ctx.needs_input_grad)
+        needs_x, needs_state = ctx.needs_input_grad[3:5]
+        wants = ctx.needs_input_grad[4 + step.shadow_count :]
+        saved = ctx.saved_tensors
+        tensors, kept = saved[: len(wants)], saved[len(wants) :]
+        end = kept[:-1] if step.is_anchored else kept
+        x_next, predicted, d_next = known_at_the_end(step, end) if step.is_last else known(cotangents, g)
+        gamma = step.scheme.weight(step.h) * g if step.is_last else g
+        functions = evaluation.functions(tensors)
+        y = kept[-1] if step.is_anchored else predict(step.solver, step.scheme, functions, x_next, step.h, predicted)
+        products = Products(wants)
+        stages, (v1, v2) = step.scheme.vjp(functions, y, step.h, gamma, products.linearize)
+        adjoint = (gamma if needs_x else None, v1, v2, *step.adjoint_scales)
+        _, travels, g_x = continued(step, x_next, y, d_next, stages, step.weights if needs_state else None, adjoint)
+        travels = travels if needs_state else ()
+        nowhere = (None,) * (step.shadow_count - len(travels))
+        return None, None, None, g_x, *travels, *nowhere, *products.found

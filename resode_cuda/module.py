@@ -1,0 +1,164 @@
+"""What the modules of this library have in common: how they train, settable between training steps, and their drift."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from .adjoint.drift import ON_DRIFT, Drift, DriftMonitor
+from .reverse import Reverse, solver_from
+
+GRADIENTS = ("adjoint", "checkpoint", "backprop")
+
+
+class AdjointModule(nn.Module):
+    """A residual network of steps with a choice of backward passes.
+
+    Args:
+        steps: h of each step.
+        gradient, reverse, anchors, max_drift, on_drift: as the properties say.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[float],
+        *,
+        gradient: str,
+        reverse: str | Reverse,
+        anchors: int | None,
+        max_drift: float,
+        on_drift: str,
+    ) -> None:
+        super().__init__()
+        self._steps = tuple(steps)
+        self._monitor = DriftMonitor(self._where, len(self._steps))
+        self.max_drift = max_drift
+        self.on_drift = on_drift
+        self.gradient = gradient
+        self.reverse = reverse
+        self.anchors = anchors
+
+    @property
+    def _where(self) -> str:
+        """The name that errors and warnings begin with."""
+        return type(self).__name__
+
+    @property
+    def drift(self) -> Drift | None:
+        """What the last backward pass measured of its error; None before the first, after a forward pass that is not
+        for the adjoint, and for a solver without reuse unless the input was kept.
+
+        Tensors on the device of the input; reading their values is what waits for the device.
+        """
+        return self._monitor.read()
+
+    @property
+    def gradient(self) -> str:
+        """`"adjoint"`, `"checkpoint"` or `"backprop"`; may be set between training steps."""
+        return self._gradient
+
+    @gradient.setter
+    def gradient(self, gradient: str) -> None:
+        if gradient not in GRADIENTS:
+            raise ValueError(f"{self._where}: gradient must be one of {GRADIENTS}, got {gradient!r}")
+        self._gradient = gradient
+        self._monitor.wants_exact = False
+        self._monitor.gradient_error_per_defect = None
+
+    @property
+    def reverse(self) -> Reverse:
+        """The reverse solver; may be set, also by a preset's name, between training steps."""
+        return self._solver
+
+    @reverse.setter
+    def reverse(self, reverse: str | Reverse) -> None:
+        self._solver = solver_from(self._where, reverse)
+        self._monitor.gradient_error_per_defect = None
+
+    @property
+    def anchors(self) -> int | None:
+        """Steps from one kept state to the next; may be set between training steps."""
+        return self._anchors
+
+    @anchors.setter
+    def anchors(self, anchors: int | None) -> None:
+        self._anchors = checked_anchors(self._where, anchors)
+        self._monitor.gradient_error_per_defect = None
+
+    @property
+    def max_drift(self) -> float:
+        """The largest defect that is accepted; may be set between training steps."""
+        return self._monitor.max_drift
+
+    @max_drift.setter
+    def max_drift(self, max_drift: float) -> None:
+        if not isinstance(max_drift, (int, float)) or isinstance(max_drift, bool):
+            raise TypeError(f"{self._where}: max_drift must be a number, got {max_drift!r}")
+        if not max_drift > 0:
+            raise ValueError(
+                f'{self._where}: max_drift must be > 0, got {max_drift}; use on_drift="ignore" for no limit'
+            )
+        self._monitor.max_drift = float(max_drift)
+
+    @property
+    def on_drift(self) -> str:
+        """`"ignore"`, `"warn"`, `"raise"` or `"checkpoint"`; may be set between training steps."""
+        return self._monitor.on_drift
+
+    @on_drift.setter
+    def on_drift(self, on_drift: str) -> None:
+        if on_drift not in ON_DRIFT:
+            raise ValueError(f"{self._where}: on_drift must be one of {ON_DRIFT}, got {on_drift!r}")
+        self._monitor.on_drift = on_drift
+
+    @property
+    def steps(self) -> tuple[float, ...]:
+        """h of each step."""
+        return self._steps
+
+    def _replicate_for_data_parallel(self) -> AdjointModule:
+        # Replicas run in threads at once; each measures its own drift, and nobody reads it.
+        replica: AdjointModule = super()._replicate_for_data_parallel()
+        replica._monitor = copy.copy(self._monitor)
+        return replica
+
+    def _described(self, scheme: str) -> str:
+        shown = f"scheme={scheme!r}, steps={len(self._steps)}, gradient={self._gradient!r}"
+        if self._gradient == "adjoint":
+            shown += f", reverse={self._solver}"
+        return shown if self._anchors is None else f"{shown}, anchors={self._anchors}"
+
+
+def checked_steps(where: str, step: float | Sequence[float] | None, count: int) -> tuple[float, ...]:
+    """h of each of so many steps; None is 1/count.
+
+    Raises:
+        TypeError: for what is no number.
+        ValueError: for another count, or a step that is not positive and finite.
+    """
+    if step is None:
+        return (1 / count,) * count
+    if getattr(step, "requires_grad", False):
+        raise TypeError(f"{where}: step must not require gradients, got a tensor that does; detach it")
+    try:
+        steps = tuple(map(float, step)) if isinstance(step, Iterable) else (float(step),) * count
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{where}: step must be a number, one for each step, or None, got {step!r}") from error
+    if len(steps) != count:
+        raise ValueError(f"{where}: step must be one number or {count}, one for each step, got {len(steps)}")
+    for h in steps:
+        if not (math.isfinite(h) and h > 0):
+            raise ValueError(f"{where}: step must be positive and finite, got {h}; leave it out for 1/{count}")
+    return steps
+
+
+def checked_anchors(where: str, anchors: int | None) -> int | None:
+    if anchors is not None:
+        if not isinstance(anchors, int) or isinstance(anchors, bool):
+            raise TypeError(f"{where}: anchors must be an integer or None, got {anchors!r}")
+        if anchors < 1:
+            raise ValueError(f"{where}: anchors must be >= 1, got {anchors}; use None for no anchors")
+    return anchors

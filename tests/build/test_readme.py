@@ -1,0 +1,34 @@
+"""The README's examples run as printed."""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from resode_cuda import ResidualStack
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+EXAMPLE, CALIBRATION, PERCEPTRONS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_example_runs(capsys):
+    assert len(EXAMPLE.splitlines()) <= 13
+    exec(compile(EXAMPLE, "README.md", "exec"), {})
+    assert re.fullmatch(
+        r"loss \d\.\d{3}, largest relative error of a rebuilt state \d\.\de-\d\d\n", capsys.readouterr().out
+    )
+
+
+def test_the_calibration_runs(capsys):
+    stack, head = ResidualStack([nn.Linear(8, 8) for _ in range(6)]), nn.Linear(8, 3)
+    names = {"stack": stack, "head": head, "x": torch.randn(5, 8), "labels": torch.arange(5) % 3, "nn": nn}
+    exec(compile(CALIBRATION, "README.md", "exec"), names)
+    assert "tolerance 0.01: " in capsys.readouterr().out
+    assert stack.reverse == names["plan"].chosen.reverse
+
+
+def test_the_perceptrons_run(capsys):
+    exec(compile(PERCEPTRONS, "README.md", "exec"), {})
+    said = re.fullmatch(r"largest relative error of a rebuilt state (\d\.\de-\d\d)\n", capsys.readouterr().out)
+    assert float(said[1]) < 1e-4

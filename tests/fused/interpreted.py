@@ -1,0 +1,157 @@
+"""The depth-fused Triton kernels in the interpreter: `test_fused_triton.py` runs this file in a process of its own.
+
+    TRITON_INTERPRET=1 python -m pytest tests/fused/interpreted.py
+
+bfloat16 is left out, as in `triton_interpreted.py`.
+"""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import triton
+from triton.runtime import interpreter
+
+from resode_cuda.fused import slabs
+from resode_cuda.fused.reference import passes as torch_backend
+from resode_cuda.fused.triton import passes as triton_backend
+from resode_cuda.fused.triton import wide
+from resode_cuda.fused.triton.tiles import Tile, Tiles
+from resode_cuda.fused.triton.wide import WideTile
+from resode_cuda.ops import triton as triton_kernels
+from resode_cuda.reverse import Reverse
+from tests.support.fused_cases import CASES, Case, check, prefer_fused
+from tests.support.fused_networks import Calls
+
+assert triton.knobs.runtime.interpret, "run this file with TRITON_INTERPRET=1"
+# numpy warns of how the interpreter takes a scalar out of an array.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+
+
+def _reduce(self, kind, desc, value, indices):
+    pointers, mask = desc.materialize_pointers(indices)
+    old = self.create_masked_load(pointers, mask, None, "", "", False)
+    self.create_masked_store(pointers, interpreter.TensorHandle(old.data + value.data, old.dtype), mask, None, None)
+    return interpreter.TensorHandle(np.zeros(1, np.int32), triton.language.int32)
+
+
+@pytest.fixture(autouse=True)
+def _like_a_small_gpu(monkeypatch):
+    small = Tile(16, 16, 4)
+    monkeypatch.setattr(triton_backend, "capability_of", lambda device: (9, 0))
+    prefer_fused(monkeypatch)
+    # The interpreter has no reductions by descriptor; here they are additions to memory, one after the other.
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_descriptor_reduce", _reduce, raising=False)
+    # The weight-gradient pass has tiles of its own, and several ranges of rows.
+    monkeypatch.setattr(triton_backend, "tiles_for", lambda *_: Tiles(small, small, small, small, Tile(32, 16, 4)))
+    monkeypatch.setattr(triton_kernels, "most_programs", lambda device: 8 * triton_kernels.PROGRAMS_PER_PROCESSOR)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_the_specification(case):
+    check(triton_backend, case, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(reverse="extrapolated", norm="rms"), Case("heun", activation="gelu_tanh", is_split=True)],
+    ids=str,
+)
+def test_float16(case):
+    check(triton_backend, case, torch.float16)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(reverse="extrapolated", dim=24, hidden=40), Case("heun", norm="layer"), Case(bias=False, rows=3)],
+    ids=str,
+)
+def test_gpus_without_a_copy_engine(monkeypatch, case):
+    monkeypatch.setattr(triton_backend, "capability_of", lambda device: (8, 0))
+    check(triton_backend, case, torch.float32)
+    check(triton_backend, case, torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "norm", "reverse", "step_bytes"),
+    # u and c of 16 values and r, for each of a step's layers
+    [("euler", None, "extrapolated", 132), ("heun", "rms", "corrected", 264)],
+)
+def test_slabs_of_rows_and_ranges_of_the_depth(monkeypatch, scheme, norm, reverse, step_bytes):
+    monkeypatch.setattr(slabs, "THINNEST_SLAB", 32)
+    case = Case(scheme, norm=norm, reverse=reverse, steps=4, rows=37, is_split=True, anchors=3)
+    for fitting_steps, length in ((4, 4), (3, 2)):
+        monkeypatch.setattr(slabs, "SCRATCH_BYTES", 32 * fitting_steps * step_bytes)
+        assert slabs.slabs(case.rows, case.steps, step_bytes, 64, unit=32) == (32, length)
+        check(triton_backend, case, torch.float32)
+
+
+def test_ranges_of_rows_that_add_to_the_same_gradients():
+    # Not deterministic, and beyond the dim of which gradients are reduced by the state pass.
+    check(triton_backend, Case(rows=50, dim=80, hidden=16, steps=1), torch.float32)
+
+
+def test_gradients_are_repeated_bit_by_bit():
+    case = Case(rows=37, steps=2)
+    network, x, g = case.operands(torch.float32)
+    torch.use_deterministic_algorithms(True)
+    try:
+        states = triton_backend.forward(network, x, 0, None)
+        first, second = (
+            triton_backend.adjoint(network, case.solver, None, g, *states, True, False)[1] for _ in range(2)
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+class Wide:
+    """The backend for wide layers, at sizes that are not."""
+
+    forward = staticmethod(partial(torch_backend.forward, kind=WideTile))
+    adjoint = staticmethod(partial(torch_backend.adjoint, kind=WideTile))
+    exact_adjoint = staticmethod(partial(torch_backend.exact_adjoint, kind=WideTile))
+
+
+WIDE = [
+    *(
+        Case(scheme, norm=norm, reverse=reverse, dim=20)
+        for scheme, norm, reverse in [
+            ("euler", "rms", "extrapolated"),
+            ("euler", "layer", "corrected"),
+            ("heun", "rms", "extrapolated"),
+        ]
+    ),
+    *(Case(activation=activation, bias=activation != "tanh") for activation in ("relu", "gelu", "gelu_tanh", "tanh")),
+    Case(reverse=Reverse("step", corrections=2), anchors=2, rows=75),
+    Case(reverse="extrapolated", anchors=2, steps=5, rows=1),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", WIDE, ids=str)
+def test_wide_layers(monkeypatch, case, dtype):
+    monkeypatch.setattr(wide, "RANGE_ROWS", 32)
+    monkeypatch.setattr(wide, "COLUMNS", 16)
+    check(Wide, case, dtype)
+
+
+@pytest.mark.parametrize(("reverse", "products"), [("extrapolated", 8), ("corrected", 10), ("paper", 9)])
+def test_products_of_wide_layers(reverse, products):
+    """Of an Euler step, forward pass included, up to what the ends do."""
+
+    def count(steps):
+        case = Case(reverse=reverse, norm="rms", steps=steps)
+        network, x, g = case.operands(torch.float32)
+        with Calls() as calls:
+            states = Wide.forward(network, x, 2 if reverse == "extrapolated" else 0, None)
+            Wide.adjoint(network, case.solver, None, g, *states, True, False)
+        return calls.products()
+
+    assert count(6) - count(4) == 2 * products
+
+
+def test_wide_layers_are_the_backends_beyond_what_fits_on_chip(monkeypatch):
+    monkeypatch.setitem(triton_backend.LARGEST_DIM, 4, 8)
+    check(triton_backend, Case(reverse="extrapolated", norm="layer"), torch.float32)

@@ -1,0 +1,209 @@
+"""The depth-fused ops in CUDA C++: their own source executed on the CPU, and the same on a GPU."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from resode_cuda.fused import cuda as cuda_backend
+from resode_cuda.fused import selection as backend
+from resode_cuda.fused import slabs
+from resode_cuda.fused.cuda import stacks_of
+from resode_cuda.fused.reference import passes as torch_backend
+from resode_cuda.ops import build_info
+from resode_cuda.reverse import Reverse
+from tests.support.fused_cases import CASES, Case, check, moved
+from tests.support.host_build import load
+
+pytestmark = pytest.mark.usefixtures("off_the_kink")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ONE_PROCESSOR, LARGE_GPU = 0, 1
+"""Devices of the host. On that with a single multiprocessor a block takes two groups of 16 rows, on the other one."""
+SCHEDULES = list(itertools.product((False, True), (False, True)))
+"""Whether warps run ahead of each other, and whether copies land late."""
+SIZES = [(16, 24), (16, 130), (32, 64), (24, 7), (64, 100), (128, 40), (100, 65)]
+"""dim and hidden: padded and not; a chunk has 64 hidden units, or 32."""
+
+
+@pytest.fixture(scope="session")
+def kernels(host_build):
+    return load(host_build, "_kernels")
+
+
+@pytest.fixture
+def host(kernels):
+    kernels.host_schedule(False, True)
+    kernels.host_device(ONE_PROCESSOR)
+    yield stacks_of(kernels, lambda device: 0)
+    kernels.host_schedule(False, True)
+    kernels.host_device(ONE_PROCESSOR)
+
+
+@pytest.fixture(params=[ONE_PROCESSOR, LARGE_GPU], ids=["two groups", "one group"])
+def processors(kernels, host, request):
+    kernels.host_device(request.param)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_the_specification(host, case, dtype):
+    check(host, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dim", "hidden"), SIZES)
+def test_sizes(host, processors, dim, hidden, dtype):
+    check(host, Case("heun", reverse="extrapolated", norm="layer", dim=dim, hidden=hidden, rows=33, steps=2), dtype)
+    check(host, Case(dim=dim, hidden=hidden, rows=18, steps=2, is_split=True), dtype)
+
+
+@pytest.mark.parametrize(("greedy", "late"), SCHEDULES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scheme", ["euler", "heun"])
+def test_every_order_of_threads_and_copies(kernels, host, processors, scheme, dtype, greedy, late):
+    kernels.host_schedule(greedy, late)
+    for dim, hidden in ((16, 130), (64, 70), (128, 70)):
+        solver = Reverse("step", corrections=1)
+        check(host, Case(scheme, reverse=solver, norm="rms", dim=dim, hidden=hidden, rows=19, steps=2), dtype)
+    check(host, Case(scheme, reverse="extrapolated", anchors=2, steps=4, hidden=60), dtype)
+
+
+@pytest.mark.parametrize("activation", ["identity", "relu", "gelu", "gelu_tanh", "silu", "tanh"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activations_with_every_norm(host, activation, dtype):
+    for norm in (None, "rms", "layer"):
+        check(host, Case(activation=activation, norm=norm, steps=2, rows=9), dtype)
+
+
+@pytest.mark.parametrize("scheme", ["euler", "heun"])
+def test_slabs_and_ranges_of_the_depth(monkeypatch, host, scheme):
+    monkeypatch.setattr(slabs, "THINNEST_SLAB", 32)
+    case = Case(scheme, reverse="extrapolated", rows=75, steps=5, anchors=3, norm="rms")
+    for fitting in (2**16, 2**14, 2**13):
+        monkeypatch.setattr(slabs, "SCRATCH_BYTES", fitting)
+        for is_split in (False, True):
+            check(host, replace(case, is_split=is_split), torch.float32)
+        check(host, replace(case, reverse="corrected"), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_deterministic_gradients_do_not_depend_on_the_device(kernels, host, dtype):
+    network, x, g = Case(rows=100, hidden=70).operands(dtype)
+    states = torch_backend.forward(network, x, 0, None)
+    found = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for device, greedy in ((ONE_PROCESSOR, False), (LARGE_GPU, True)):
+            kernels.host_device(device)
+            kernels.host_schedule(greedy, True)
+            g_first, gradients, *_ = host.adjoint(network, Reverse("step"), None, g, *states, True, False)
+            found.append((g_first, *gradients))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_products_of_floats_are_not_rounded(host):
+    """They are IEEE's: a tf32 product would be off by 1e-3."""
+    network, x, _ = Case(activation="identity", steps=1, dim=64, hidden=64).operands(torch.float32)
+    x_last, *_ = host.forward(network, x, 0, None)
+    expected, *_ = torch_backend.forward(network, x, 0, None)
+    torch.testing.assert_close(x_last, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_row(host, value):
+    network, x, _ = Case(rows=20).operands(torch.bfloat16)
+    x[3, 5] = value
+    x_last, *_ = host.forward(network, x, 0, None)
+    assert not x_last[3].isfinite().any() or x_last[3].isnan().any()
+    others = torch.arange(20) != 3
+    assert x_last[others].isfinite().all()
+
+
+def test_bad_calls_of_the_launchers_are_refused(kernels):
+    network = (0, 0, 0, 0, 0, 64, 16, False, 0, 0, 1e-5)
+    states = (0, 0, 0, 0, 5, 5, 1, 0, 1)
+    code = kernels.dtype_codes
+    with pytest.raises(ValueError, match=r"^mlp_forward: the padded dim must be 16, 32, 64 or 128, got 48; pad it"):
+        kernels.mlp_forward(network, (48, code["float32"], 1, 0), *states)
+    with pytest.raises(ValueError, match=r"^mlp_forward: parameters must be float32, .* got float64; use backend="):
+        kernels.mlp_forward(network, (16, code["float64"], 1, 0), *states)
+    with pytest.raises(ValueError, match=r"^mlp: activation and norm must be among .*, got 6 and 0; take the codes"):
+        kernels.mlp_forward((*network[:8], 6, 0, 1e-5), (16, code["float32"], 1, 0), *states)
+
+
+def cause_on_cuda(monkeypatch, case, dtype=torch.float32, capability=(9, 0), solver=None):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    return cuda_backend.cause(case.operands(dtype)[0], torch.device("cuda"), solver)
+
+
+def test_what_the_kernels_cannot_compute_is_told(monkeypatch):
+    missing = build_info().cause
+    assert cause_on_cuda(monkeypatch, Case()) == missing
+    assert "float64" in cause_on_cuda(monkeypatch, Case(), torch.float64)
+    assert "at most 128 values" in cause_on_cuda(monkeypatch, Case(dim=129))
+    too_old = cause_on_cuda(monkeypatch, Case(), capability=(7, 5))
+    assert 'need compute capability 8.0, got 7.5; on this GPU backend="torch" computes all of it' in too_old
+    accelerated = Reverse("step", corrections=2)
+    assert "accelerate" in cause_on_cuda(monkeypatch, Case(), solver=accelerated)
+    assert cause_on_cuda(monkeypatch, Case(), solver=replace(accelerated, accelerate=False)) == missing
+    network = Case().operands(torch.float32)[0]
+    assert "got tensors on cpu" in cuda_backend.cause(network, torch.device("cpu"), None)
+
+
+def test_a_missing_library_is_an_error_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(cuda_backend.library, "_load", lambda: (None, "it is not there"))
+    assert cause_on_cuda(monkeypatch, Case()) == "it is not there"
+    monkeypatch.setattr(backend, "_cause", lambda name, network, *_: cuda_backend.library.build_info().cause)
+    network, x, _ = Case().operands(torch.float32)
+    with pytest.raises(ValueError, match=r"^here: backend='cuda' can't compute this: it is not there; use \"auto\""):
+        backend.chosen("here", "cuda", network, x, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_the_specification_on_a_gpu(case, dtype):
+    check(cuda_backend, case, dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [40, 4300])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dim", "hidden"), [*SIZES, (64, 128), (128, 512)])
+def test_sizes_on_a_gpu(dim, hidden, dtype, rows):
+    for reverse in ("corrected", "extrapolated"):
+        for is_split in (False, True):
+            case = Case(reverse=reverse, dim=dim, hidden=hidden, rows=rows, steps=6, is_split=is_split)
+            check(cuda_backend, case, dtype, "cuda")
+            check(cuda_backend, replace(case, scheme="heun", norm="layer"), dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [16, 128])
+def test_sanitize_on_a_gpu(dim):
+    """Small: compute-sanitizer makes every access slow."""
+    for dtype in DTYPES:
+        for scheme in ("euler", "heun"):
+            check(
+                cuda_backend,
+                Case(scheme, reverse="extrapolated", norm="layer", dim=dim, hidden=70, rows=33),
+                dtype,
+                "cuda",
+            )
+
+
+@pytest.mark.gpu
+def test_deterministic_gradients_on_a_gpu():
+    network, x, g = Case(dim=64, hidden=128, rows=3000, steps=10).operands(torch.bfloat16)
+    network, x, g = moved(network, torch.bfloat16, "cuda"), x.cuda(), g.cuda()
+    torch.use_deterministic_algorithms(True)
+    try:
+        states = cuda_backend.forward(network, x, 0, None)
+        runs = [cuda_backend.adjoint(network, Reverse("step"), None, g, *states, True, False)[1] for _ in range(5)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))

@@ -1,0 +1,226 @@
+"""The depth-fused ops by Triton: in Triton's interpreter, and compiled for GPUs that are not there."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from resode_cuda.fused import selection as backend
+from resode_cuda.fused.schedule import schedule
+from resode_cuda.fused.slabs import SCRATCH_BYTES, slabs
+from resode_cuda.fused.triton import passes as triton_backend
+from resode_cuda.reverse import Reverse
+from tests.support.fused_cases import Case
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+if HAS_TRITON:
+    from tests.support import fused_compiled
+    from tests.support.fused_compiled import TESTED, Configuration
+else:
+    TESTED = []
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path_factory):
+    """Of kernels that Triton compiles, shared by this run's tests and never by an earlier run's."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
+
+
+@needs_triton
+def test_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", ROOT / "tests/fused/interpreted.py"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, "\n".join((done.stdout + done.stderr).splitlines()[-60:])
+    assert re.search(r"^\d+ passed in ", done.stdout, re.MULTILINE), done.stdout[-500:]
+
+
+@needs_triton
+@pytest.mark.parametrize("configuration", TESTED, ids=str)
+def test_compiles_within_its_budget(configuration):
+    budget = json.loads(fused_compiled.BUDGET.read_text())[str(configuration)]
+    used = fused_compiled.used_by(configuration)
+    assert used.keys() == budget.keys()
+    above = {
+        f"{kernel} {what}": figure
+        for kernel, figures in used.items()
+        for what, figure in figures.items()
+        if figure > budget[kernel][what]
+    }
+    assert not above, f"above the budget {budget}; if it must be, run python -m tests.support.fused_compiled"
+
+
+@needs_triton
+def test_the_budget_is_of_what_is_tested():
+    assert list(json.loads(fused_compiled.BUDGET.read_text())) == list(map(str, TESTED))
+
+
+@needs_triton
+def test_the_presets_spill_no_registers_on_hopper_and_later():
+    budget = json.loads(fused_compiled.BUDGET.read_text())
+    for configuration in TESTED:
+        is_tuned = configuration == Configuration(configuration.gpu, configuration.dim, configuration.reverse)
+        if is_tuned and configuration.gpu >= 90:
+            # For 12.0, every kernel has a frame of 8 bytes, however few registers it takes.
+            frame = 8 if configuration.gpu == 120 else 0
+            for kernel, used in budget[str(configuration)].items():
+                assert used["local"] == frame, f"{configuration} {kernel}"
+
+
+@needs_triton
+def test_every_program_fits_in_shared_memory():
+    for name, kernels in json.loads(fused_compiled.BUDGET.read_text()).items():
+        gpu = int(re.match(r"sm_(\d+)", name)[1])
+        for kernel, used in kernels.items():
+            assert used["shared"] <= fused_compiled.SHARED[gpu], f"{name} {kernel}"
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("configuration", "launches"),
+    [
+        (Configuration(90, 64, "extrapolated", form="fused"), ["forward", "adjoint"]),
+        (Configuration(90, 128, "corrected"), ["forward", "adjoint", "weight_gradient"]),
+        (Configuration(90, 64, "extrapolated", deterministic=True), ["forward", "adjoint", "weight_gradient"]),
+        (Configuration(90, 64, "checkpoint"), ["exact", "weight_gradient"]),
+    ]
+    if HAS_TRITON
+    else [],
+)
+@pytest.mark.parametrize("steps", [5, 100])
+def test_launches_do_not_depend_on_the_depth(monkeypatch, configuration, launches, steps):
+    monkeypatch.setattr(fused_compiled, "STEPS", steps)
+    assert [name.removesuffix("_kernel") for name, _ in fused_compiled.compiled(configuration)] == launches
+
+
+@needs_triton
+def test_bf16_products_are_warpgroup_instructions_on_hopper():
+    kernels = dict(fused_compiled.compiled(Configuration(90, 64, "extrapolated")))
+    for kernel in kernels.values():
+        assert "wgmma.mma_async" in kernel.asm["ptx"]
+
+
+@needs_triton
+@pytest.mark.parametrize("gpu", [90, 100])
+@pytest.mark.parametrize("form", ["fused", "split"])
+def test_the_copy_engine_adds_gradients_to_memory_in_the_fused_form(gpu, form):
+    kernels = dict(fused_compiled.compiled(Configuration(gpu, 64, "extrapolated", form=form)))
+    assert ("cp.reduce.async.bulk.tensor" in kernels["adjoint_kernel"].asm["ptx"]) == (form == "fused")
+    assert ("weight_gradient_kernel" in kernels) == (form == "split")
+
+
+@needs_triton
+@pytest.mark.parametrize("reverse", ["extrapolated", "checkpoint"])
+def test_weights_come_16_bytes_at_a_time_where_there_is_no_copy_engine(reverse):
+    for name, kernel in fused_compiled.compiled(Configuration(80, 64, reverse)):
+        ptx = kernel.asm["ptx"]
+        sizes = re.findall(r"cp\.async\.c\w\.shared\.global \[.*?\], \[.*?\], (\w+)", ptx)
+        assert 16 in {int(size, 0) for size in sizes}, name
+        assert {int(size, 0) for size in sizes} <= {4, 16}, name  # 4: of biases
+        assert not re.findall(r"ld\.global\.\w*16\b", ptx), name  # a value at a time
+
+
+@needs_triton
+def test_the_split_form_has_no_atomics_where_it_must_repeat():
+    kernels = dict(fused_compiled.compiled(Configuration(90, 64, "extrapolated", deterministic=True)))
+    for name, kernel in kernels.items():
+        assert not re.findall(r"\b(?:atom|red)\.", kernel.asm["ptx"]), name
+
+
+@needs_triton
+def test_addresses_of_tiles_have_64_bits():
+    for name, kernel in fused_compiled.compiled(Configuration(90, 64, "extrapolated", deterministic=True)):
+        assert re.search(r"arith\.muli %\w+, %\w+ : i64", kernel.asm["ttir"]), name
+
+
+def test_slabs_keep_to_their_memory():
+    for rows in (1, 1000, 262_144):
+        for steps in (1, 64, 1000, 20_000):
+            for dim in (16, 64, 256):
+                step_bytes, start_bytes = 4 * dim + 4, 4 * dim
+                size, length = slabs(rows, steps, step_bytes, start_bytes, 128)
+                assert size % 128 == 0
+                assert 1 <= length <= steps
+                starts = -(-steps // length) * start_bytes if length < steps else 0
+                assert size * (length * step_bytes + starts) <= SCRATCH_BYTES
+                assert size <= -(-rows // 128) * 128
+    # The sizes of the benchmark go through the whole depth at once.
+    assert slabs(262_144, 64, 4 * 64 + 4, 4 * 64, 128) == (29_184, 64)
+    assert slabs(262_144, 64, 0, 0, 128) == (262_144, 64)
+
+
+def causes_on_cuda(case, dtype, monkeypatch, capability=(9, 0), solver=None):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(triton_backend.triton_kernels, "cause", lambda: None)
+    network, *_ = case.operands(dtype)
+    return triton_backend.cause(network, torch.device("cuda"), solver)
+
+
+def test_what_triton_cannot_compute_is_told(monkeypatch):
+    assert causes_on_cuda(Case(), torch.float32, monkeypatch) is None
+    assert "float64" in causes_on_cuda(Case(), torch.float64, monkeypatch)
+    assert causes_on_cuda(Case(dim=257), torch.float32, monkeypatch) is None
+    assert "capability 8.0, got 7.5" in causes_on_cuda(Case(), torch.float32, monkeypatch, (7, 5))
+    accelerated = Reverse("step", corrections=2)
+    assert "accelerate" in causes_on_cuda(Case(), torch.float32, monkeypatch, solver=accelerated)
+    assert causes_on_cuda(Case(), torch.float32, monkeypatch, solver=replace(accelerated, accelerate=False)) is None
+    assert causes_on_cuda(Case(dim=257), torch.float32, monkeypatch, solver=accelerated) is None
+
+
+def test_products_are_as_precise_as_torch_is_told_by_either_name():
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    try:
+        for value, told in (("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")):
+            settings.fp32_precision = value
+            assert triton_backend.precision(torch.float32) == told
+            assert triton_backend.precision(torch.bfloat16) == "ieee"
+        for value, told in (("high", "tf32"), ("highest", "ieee")):
+            torch.set_float32_matmul_precision(value)
+            assert triton_backend.precision(torch.float32) == told
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        settings.fp32_precision = before
+
+
+def test_no_schedule_is_kept_on_the_device():
+    there = torch.device("meta")
+    first, second = (schedule((0.5, 0.25, 0.25), "euler", True, there) for _ in range(2))
+    assert first.is_meta
+    assert first is not second
+    here = schedule((0.5, 0.25, 0.25), "euler", True, torch.device("cpu"))
+    assert here[:, 0].tolist() == [0.5, 0.25, 0.25]
+    assert here[1:, 1:].tolist() == [[0, -1], [0, -1]]
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 128), (torch.bfloat16, 256), (torch.float16, 256)])
+def test_wider_rows_than_fit_on_chip_go_layer_by_layer(monkeypatch, dtype, dim):
+    on_chip, wide = (Case(dim=width).operands(dtype)[0] for width in (dim, dim + 1))
+    assert not triton_backend.is_wide(on_chip)
+    assert triton_backend.is_wide(wide)
+    for norm, scheme in ((None, "euler"), ("rms", "heun")):
+        is_plain = norm is None and scheme == "euler"
+        for gpu in ((8, 0), (8, 9), (9, 0), (10, 0), (11, 0), (12, 0)):
+            assert triton_backend.tiles_for(gpu, dim, dtype.itemsize, is_plain).chunk >= 16
+    accelerated = Reverse("step", corrections=2)
+    assert causes_on_cuda(Case(dim=dim + 1), dtype, monkeypatch, solver=accelerated) is None
+    assert "accelerate" in causes_on_cuda(Case(dim=dim), dtype, monkeypatch, solver=accelerated)
+
+
+def test_auto_takes_triton_where_it_runs_and_torch_elsewhere(monkeypatch):
+    network, x, _ = Case().operands(torch.float32)
+    assert backend.chosen("here", "auto", network, x, None).__name__.endswith("torch_backend")
+    monkeypatch.setattr(triton_backend.triton_kernels, "cause", lambda: None)
+    assert backend.chosen("here", "auto", network, x.to("meta"), None).__name__.endswith("torch_backend")
+    monkeypatch.setattr(backend, "_cause", lambda name, *_: "no" if name == "cuda" else None)
+    assert backend.chosen("here", "auto", network, x, None).__name__.endswith("triton_backend")

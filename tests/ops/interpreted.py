@@ -1,0 +1,151 @@
+"""The Triton kernels in Triton's interpreter, on the CPU: `test_triton.py` runs this file in a process of its own.
+
+    TRITON_INTERPRET=1 python -m pytest tests/ops/interpreted.py
+
+Triton reads the variable when it compiles a kernel's decorator. bfloat16 is left out: the interpreter truncates where a
+GPU rounds. Its fused multiply-add rounds twice; here it is replaced by the C library's.
+"""
+
+import ctypes
+import math
+
+import numpy as np
+import pytest
+import torch
+import triton
+from triton.runtime import interpreter
+
+from resode_cuda.ops import triton as triton_kernels
+from resode_cuda.ops import triton_kernels as triton_source
+from tests.support.kernel_cases import CASES, DTYPE_PAIRS, Case, by_kernel, by_reference, check, operands, pair_id
+
+assert triton.knobs.runtime.interpret, "run this file with TRITON_INTERPRET=1"
+pytestmark = [
+    # numpy warns of what floating point does: NaN, infinity, and values too large for float16;
+    pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"),
+    # and of how the interpreter takes a scalar out of an array.
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+]
+
+PAIRS = [pair for pair in DTYPE_PAIRS if torch.bfloat16 not in pair]
+PROGRAMS, TILE = 3, 64
+"""Small, for speed: what a GPU takes is compiled in `test_triton.py`."""
+
+
+def _fused(name, dtype, c_type):
+    function = getattr(ctypes.CDLL(None), name)
+    function.argtypes, function.restype = [c_type] * 3, c_type
+    elementwise = np.frompyfunc(function, 3, 1)
+    return lambda *values: elementwise(*values).astype(dtype)
+
+
+FUSED = {
+    np.dtype(np.float64): _fused("fma", np.float64, ctypes.c_double),
+    np.dtype(np.float32): _fused("fmaf", np.float32, ctypes.c_float),
+}
+
+
+@pytest.fixture(autouse=True)
+def _like_a_small_gpu(monkeypatch):
+    def create_fma(self, x, y, z):
+        return interpreter.TensorHandle(FUSED[z.data.dtype](x.data, y.data, z.data), z.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
+    monkeypatch.setattr(triton_kernels, "most_programs", lambda device: PROGRAMS)
+    monkeypatch.setattr(triton_kernels, "VALUES_PER_TILE", dict.fromkeys(triton_kernels.VALUES_PER_TILE, TILE))
+
+
+MANY = (2 * PROGRAMS + 1) * TILE + 5
+"""Up to three tiles a program, with a masked one at the end."""
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=pair_id)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_the_reference(case, pair):
+    values = operands(case, pair, (MANY,))
+    check(case, values, by_kernel(triton_kernels, case, values))
+
+
+@pytest.mark.parametrize("n", [1, TILE - 1, TILE, PROGRAMS * TILE])
+@pytest.mark.parametrize("case", CASES[:2] + CASES[-1:], ids=str)
+def test_sizes(case, n):
+    values = operands(case, (torch.float32, torch.float16), (n,))
+    check(case, values, by_kernel(triton_kernels, case, values))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_misaligned_operands(case, first):
+    values = operands(case, (torch.float32, torch.float16), (TILE + 3,))
+    order = [*values, "out"]
+    check(case, values, by_kernel(triton_kernels, case, values, offset=lambda name: (first + order.index(name)) % 2))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_any_order_of_dimensions(case):
+    values = {
+        name: value.permute(2, 0, 1) if isinstance(value, torch.Tensor) and value.dim() == 3 else value
+        for name, value in operands(case, (torch.float32, torch.float32), (3, 5, 11)).items()
+    }
+    results = by_kernel(triton_kernels, case, values)
+    check(case, values, results)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("op", "operand"),
+    [
+        *(("forward_step", operand) for operand in ("x", "f")),
+        *(("heun_step", operand) for operand in ("x", "k1", "k2")),
+        *(("reverse_extrapolate_", operand) for operand in ("x", "y", "d", "k1", "k2", "g", "v1", "v2")),
+    ],
+)
+def test_what_is_not_finite_goes_through(op, operand, value):
+    case = Case(op)
+    values = operands(case, (torch.float32, torch.float16), (5,))
+    values[operand][3] = value
+    results, expected = by_kernel(triton_kernels, case, values), by_reference(case, values)
+    for name in set(results) - {"norms"}:
+        assert torch.equal(results[name].nan_to_num(nan=9.0), expected[name].nan_to_num(nan=9.0)), name
+    if "norms" in results:
+        assert torch.equal(results["norms"].isfinite(), expected["norms"].isfinite())
+
+
+@pytest.mark.parametrize("h", [0.5, 0.37])  # 0.5 makes many sums that lie halfway between two 16-bit values
+def test_every_16_bit_value_is_rounded_as_torch_does(monkeypatch, h):
+    monkeypatch.setitem(triton_kernels.VALUES_PER_TILE, torch.float16, 2**16)
+    patterns = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)  # NaNs, infinities and subnormals too
+    shuffled = patterns[torch.randperm(2**16, generator=torch.Generator().manual_seed(0))]
+    for f in (shuffled, patterns.roll(1)):
+        out = torch.empty_like(patterns)
+        triton_kernels.forward_step(patterns, f, h, out)
+        expected = patterns.float().add(f.float(), alpha=h).half()
+        assert torch.equal(out.isnan(), expected.isnan())
+        numbers = ~expected.isnan()
+        assert torch.equal(out[numbers].view(torch.int16), expected[numbers].view(torch.int16))
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair[0] == pair[1]], ids=pair_id)
+@pytest.mark.parametrize("op", ["reverse_update_", "reverse_extrapolate_"])
+def test_deterministic_norms(deterministic, op, pair):
+    case = Case(op)
+    values = operands(case, pair, (MANY,))
+    results = by_kernel(triton_kernels, case, values)
+    check(case, values, results)
+    assert torch.equal(results["norms"], by_kernel(triton_kernels, case, values)["norms"])
+
+
+@pytest.mark.parametrize("count", [1, 1023, 1024, 2500])  # 1024 are added at a time
+def test_partial_norms_are_all_added(count):
+    partial_norms = torch.arange(2 * count, dtype=torch.float64).view(2, count)
+    norms = torch.tensor([0.5, 0.25], dtype=torch.float64)
+    expected = norms + partial_norms.sum(1)
+    triton_source.add_partial_norms_kernel[(2,)](partial_norms, norms, count, triton_kernels.PARTIAL_NORMS_AT_A_TIME)
+    assert torch.equal(norms, expected)

@@ -1,0 +1,284 @@
+"""The Triton backend of the ops: in Triton's interpreter, compiled for GPUs that are not there, and on one that is."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from resode_cuda.ops import reference
+from resode_cuda.ops import triton as triton_kernels
+from tests.support.kernel_cases import CASES, DTYPE_PAIRS, Case, by_kernel, check, operands, pair_id
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+if HAS_TRITON:
+    from tests.support import triton_compiled
+    from tests.support.triton_compiled import TESTED, Configuration, compiled
+else:
+    TESTED = []
+
+ROOT = Path(__file__).parents[2]
+TILE = max(triton_kernels.VALUES_PER_TILE.values())
+FLOAT32, FLOAT64 = (torch.float32, torch.float32), (torch.float64, torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path_factory):
+    """Of kernels that Triton compiles, shared by this run's tests and never by an earlier run's."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
+
+
+@needs_triton
+def test_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", ROOT / "tests/ops/interpreted.py"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, "\n".join((done.stdout + done.stderr).splitlines()[-60:])
+    assert re.search(r"^\d+ passed in ", done.stdout, re.MULTILINE), done.stdout[-500:]
+
+
+def wide_accesses(kernel, kind):
+    """How many accesses of 16 bytes a thread makes in a tile that needs no mask."""
+    return len(re.findall(rf"\b{kind}\.global\.(?:v4\.b32|v2\.b64)\b", kernel.asm["ptx"]))
+
+
+@needs_triton
+@pytest.mark.parametrize("configuration", TESTED, ids=str)
+def test_compiles_within_its_budget(configuration):
+    used = triton_compiled.most_resources(configuration)
+    assert used["local"] == 0, "registers are spilled"
+    budget = json.loads(triton_compiled.BUDGET.read_text())[str(configuration)]
+    assert {name: used[name] for name in budget if used[name] > budget[name]} == {}, (
+        f"above the budget {budget}; if it must be, run python -m tests.support.triton_compiled"
+    )
+
+    kernel, *_ = compiled(configuration)
+    values = operands(configuration.case, configuration.pair, (1,))
+    stream, stage = configuration.pair
+    bytes_of_a_thread = triton_kernels.VALUES_PER_TILE[stream] * stream.itemsize // 128
+    states = [name for name, value in values.items() if isinstance(value, torch.Tensor) and name != "norms"]
+    # Values of a narrower stage take accesses of less: as many values as fill 16 bytes of the stream.
+    read = [name for name in states if stage == stream or name not in ("f", "k1", "k2")]
+    written = [name for name in configuration.case.written if name != "norms"]
+    assert wide_accesses(kernel, "ld") == len(read) * bytes_of_a_thread // 16
+    assert wide_accesses(kernel, "st") == len(written) * bytes_of_a_thread // 16
+
+
+@needs_triton
+def test_the_budget_is_of_what_is_tested():
+    assert list(json.loads(triton_compiled.BUDGET.read_text())) == list(map(str, TESTED))
+
+
+@needs_triton
+def test_an_odd_size_takes_wide_accesses_too():
+    for case in (Case("forward_step"), Case("reverse_extrapolate_")):
+        even, odd = (compiled(Configuration(case, FLOAT32), n)[0] for n in (4096, 4097))
+        assert odd.hash == even.hash
+        assert wide_accesses(odd, "ld") > 0
+
+
+@needs_triton
+def test_misaligned_tensors_take_no_wide_accesses():
+    (kernel,) = compiled(Configuration(Case("forward_step"), FLOAT32), offset=1)
+    assert wide_accesses(kernel, "ld") == wide_accesses(kernel, "st") == 0
+
+
+@needs_triton
+@pytest.mark.parametrize("case", [Case("forward_step"), Case("reverse_extrapolate_")], ids=str)
+def test_no_value_of_a_scalar_or_size_compiles_a_kernel_of_its_own(case):
+    used = [name for name in ("h", "weight", "a", "b", "g_scale", "v_scale") if name in operands(case, FLOAT32, (1,))]
+    kernels = [
+        compiled(Configuration(case, FLOAT32), n, **dict.fromkeys(used, scalar))[0]
+        for n, scalar in ((4096, 0.1), (4096, 0.0), (17, 1.0), (1, 1e300))
+    ]
+    assert len({kernel.hash for kernel in kernels}) == 1
+
+
+@needs_triton
+def test_what_was_compiled_is_launched_again_for_the_same_dtypes_and_alignment(monkeypatch):
+    compilations, launches = [], []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *arguments: launches.append((grid, arguments))
+
+    def run(self, *arguments, grid, warmup, **options):
+        compilations.append((grid, arguments))
+        return Compiled()
+
+    monkeypatch.setattr("triton.runtime.jit.JITFunction.run", run)
+    monkeypatch.setattr(triton_kernels, "_compiled", {})
+    x = torch.zeros(4101)
+    for values, h in ((x[:4096], 0.1), (x[:4096], 0.2), (x[4:], 0.3), (x[1:], 0.4), (x[1:], 0.5)):
+        triton_kernels.forward_step(values, values, h, values)
+    triton_kernels.forward_step(x[:8], x[:8].half(), 0.6, x[:8])
+    triton_kernels.heun_step(x[:8], x[:8], x[:8], 0.8, x[:8])
+    assert [arguments[4] for _, arguments in compilations] == [0.1, 0.4, 0.6, 0.4]
+    assert [(grid, arguments[4:]) for grid, arguments in launches] == [
+        ((4, 1, 1), (0.2, 4096, 1024)),
+        ((5, 1, 1), (0.3, 4097, 1024)),
+        ((5, 1, 1), (0.5, 4100, 1024)),
+    ]
+
+
+@needs_triton
+@pytest.mark.parametrize("pair", [FLOAT32, FLOAT64], ids=pair_id)
+def test_a_step_is_one_fused_multiply_add_by_a_float64_scalar(pair):
+    (kernel,) = compiled(Configuration(Case("forward_step"), pair))
+    ptx = kernel.asm["ptx"]
+    per_thread = triton_kernels.VALUES_PER_TILE[pair[0]] // 128
+    kind = "f32" if pair == FLOAT32 else "f64"
+    assert len(re.findall(rf"\bfma\.rn\.{kind}\b", ptx)) == 2 * per_thread  # with a mask and without
+    assert not re.findall(r"\b(?:add|sub|mul|mad)\.(?:\w+\.)*f(?:32|64)\b", ptx)
+    assert bool(re.findall(r"\bcvt\.rn\.f32\.f64\b", ptx)) == (pair == FLOAT32)
+    assert not re.findall(r"\bcvt\.f64\.f32\b", ptx)
+
+
+@needs_triton
+@pytest.mark.parametrize("case", [Case("forward_step"), Case("adjoint_update_"), Case("reverse_update_")], ids=str)
+def test_addresses_of_tiles_have_64_bits(case):
+    (kernel,) = compiled(Configuration(case, FLOAT32))
+    ttir = kernel.asm["ttir"]
+    assert re.search(r"arith\.extsi %\w+ : i32 to i64", ttir)
+    assert re.search(r"arith\.muli %\w+, %\w+ : i64", ttir)
+    assert not re.search(r"arith\.muli .* : i32", ttir)
+
+
+@needs_triton
+def test_a_deterministic_step_is_two_launches_without_atomics():
+    configuration = Configuration(Case("reverse_update_"), FLOAT32, deterministic=True)
+    for kernels, launches in (
+        (compiled(configuration), 2),
+        (compiled(Configuration(Case("reverse_update_"), FLOAT32)), 1),
+    ):
+        assert len(kernels) == launches
+        atomics = [len(re.findall(r"\b(?:atom|red)\.", kernel.asm["ptx"])) for kernel in kernels]
+        assert atomics == ([0, 0] if launches == 2 else [2])
+
+
+def load_alone():
+    """The backend's module, loaded anew."""
+    spec = importlib.util.find_spec(triton_kernels.__name__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_without_triton_the_module_loads_and_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert re.match(r"Triton can't be used here: .*triton", load_alone().cause())
+
+
+@needs_triton
+def test_without_a_gpu_it_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert load_alone().cause().startswith("Triton can't be used here: ")
+
+
+@pytest.mark.gpu
+@needs_triton
+def test_with_a_gpu_it_can_be_used():
+    assert triton_kernels.cause() is None
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_on_a_gpu(case):
+    for pair in DTYPE_PAIRS:
+        for n in (1, TILE + 5):
+            values = operands(case, pair, (n,))
+            check(case, values, by_kernel(triton_kernels, case, values, "cuda"))
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("op", ["forward_step", "heun_step", "reverse_extrapolate_", "adjoint_update_"])
+def test_misaligned_operands_on_a_gpu(op):
+    case = Case(op)
+    values = operands(case, (torch.float32, torch.bfloat16), (TILE + 3,))
+    order = [*values, "out"]
+    for offset in (lambda name: order.index(name) % 2, lambda name: 1):
+        check(case, values, by_kernel(triton_kernels, case, values, "cuda", offset))
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=pair_id)
+def test_several_tiles_a_program_on_a_gpu(pair):
+    case = Case("reverse_extrapolate_")
+    programs = triton_kernels.most_programs(torch.device("cuda", torch.cuda.current_device()))
+    values = operands(case, pair, ((2 * programs + 1) * TILE + 5,))
+    check(case, values, by_kernel(triton_kernels, case, values, "cuda"))
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=pair_id)
+def test_deterministic_norms_on_a_gpu(deterministic, pair):
+    case = Case("reverse_update_")
+    values = operands(case, pair, (3_000_001,))
+    first = by_kernel(triton_kernels, case, values, "cuda")
+    check(case, values, first)
+    for _ in range(5):
+        assert torch.equal(by_kernel(triton_kernels, case, values, "cuda")["norms"], first["norms"])
+
+
+@pytest.mark.gpu
+@needs_triton
+def test_every_16_bit_value_is_rounded_as_torch_does():
+    for dtype in (torch.float16, torch.bfloat16):
+        patterns = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)  # NaNs, infinities and subnormals too
+        for f in (patterns[torch.randperm(2**16)], patterns.roll(1)):
+            out = torch.empty_like(patterns, device="cuda")
+            triton_kernels.forward_step(patterns.cuda(), f.cuda(), 0.5, out)
+            expected = patterns.float().add(f.float(), alpha=0.5).to(dtype)
+            numbers = ~expected.isnan()
+            assert torch.equal(out.cpu().isnan(), ~numbers)
+            assert torch.equal(out.cpu()[numbers].view(torch.int16), expected[numbers].view(torch.int16))
+
+
+@pytest.mark.gpu
+@needs_triton
+def test_runs_on_the_current_stream():
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        x, out = torch.ones(1 << 20, device="cuda"), torch.empty(1 << 20, device="cuda")
+        triton_kernels.forward_step(x, x, 0.5, out)  # compiled before the race
+        torch.cuda._sleep(50_000_000)  # a kernel on another stream would read x before this fill
+        x.fill_(2.0)
+        triton_kernels.forward_step(x, x, 0.5, out)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(out, reference.forward_step(x, x, 0.5))
+
+
+@pytest.mark.gpu
+@needs_triton
+def test_offsets_beyond_32_bits():
+    n = 2**31 + 5
+    if torch.cuda.mem_get_info()[0] < 10 * n:
+        pytest.skip("needs 20 GiB of free GPU memory")
+    x, y, f = (torch.zeros(n, dtype=torch.float16, device="cuda") for _ in range(3))
+    x[-9:] = f[-9:] = 1.0
+    triton_kernels.forward_step(x, f, 1.0, y)
+    assert torch.equal(y[-9:], torch.full_like(y[-9:], 2.0))
+    assert y[:-9].count_nonzero() == 0
+    norms = torch.zeros(2, device="cuda")
+    triton_kernels.reverse_update_(x, y, f, None, -1.0, norms, None, None, None, 1.0, 1.0)
+    assert torch.equal(x[-9:], y[-9:])
+    assert x[:-9].count_nonzero() == 0
+    assert norms.tolist() == [0.0, 36.0]

@@ -1,0 +1,16 @@
+"""`python -m bench` as tests run it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_bench(*arguments):
+    # One thread: small tensors gain nothing from a second, and wait long for it where tests run side by side.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "bench", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )

@@ -1,0 +1,31 @@
+// What a host module offers to tests besides its kernels: the schedule, the device, and the plan of a launch.
+#pragma once
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "host.h"
+#include "common/launch.h"
+#include "pointwise/plan.h"
+
+inline std::pair<int64_t, int64_t> plan_of(int64_t n, int stream_bytes, const std::vector<uintptr_t>& addresses,
+                                           int64_t most_blocks) {
+  bool aligned = true;
+  for (uintptr_t address : addresses) aligned &= aligned_for_packs({reinterpret_cast<const void*>(address)});
+  const Plan found = plan(n, kAccessBytes / stream_bytes, aligned, most_blocks);
+  return {found.packs, found.blocks};
+}
+
+inline void define_host_functions(pybind11::module_& module) {
+  module.def(
+      "host_schedule",
+      [](bool greedy, bool copies_late) {
+        const std::lock_guard<std::mutex> lock(host::launching);
+        host::greedy = greedy;
+        host::copies_late = copies_late;
+      },
+      "The order in which threads move, and when asynchronous copies land; threads.h says what each shows.");
+  module.def(
+      "host_device", [](int device) { check("there is no such device", cudaSetDevice(device)); },
+      "Makes one of the devices of runtime.h, which differ in their multiprocessors, the current one.");
+  module.def("plan", &plan_of, "Packs and blocks for n values of that many bytes at these addresses.");
+}

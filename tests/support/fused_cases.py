@@ -1,0 +1,167 @@
+"""What a backend of the depth-fused ops with kernels is asked in tests, in the interpreter and on a GPU alike.
+
+Results are held against `torch_backend` in float64. The budget of each is twice what `torch_backend` itself errs in the
+parameters' dtype, and an epsilon of that dtype.
+"""
+
+import itertools
+from dataclasses import dataclass, replace
+
+import torch
+
+from resode_cuda.fused.network import Network
+from resode_cuda.fused.reference import passes as torch_backend
+from resode_cuda.fused.triton import passes as triton_backend
+from resode_cuda.reverse import PRESETS, Reverse
+
+LARGE = 2**24
+"""Products of a sum over a case's layers from which its references are computed where the kernels run."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, a batch and a solver. `is_split`: gradients by a pass of their own, in a fixed order."""
+
+    scheme: str = "euler"
+    activation: str = "silu"
+    norm: str | None = None
+    bias: bool = True
+    reverse: str | Reverse = "corrected"
+    anchors: int | None = None
+    steps: int = 3
+    dim: int = 16
+    hidden: int = 24
+    rows: int = 21
+    is_split: bool = False
+
+    def __str__(self):
+        changed = [value for name, value in vars(self).items() if value != getattr(Case, name)]
+        return (
+            "-".join(f"{v.predictor}+{v.corrections}" if isinstance(v, Reverse) else str(v) for v in changed)
+            or "default"
+        )
+
+    @property
+    def solver(self):
+        return self.reverse if isinstance(self.reverse, Reverse) else PRESETS[self.reverse]
+
+    def operands(self, dtype):
+        """The network, x_0 and g_N, in the dtype of the parameters and of the stream."""
+        layers = self.steps + (self.scheme == "heun")
+        shapes = (
+            (layers, self.hidden, self.dim),
+            (layers, self.hidden),
+            (layers, self.dim, self.hidden),
+            (layers, self.dim),
+        )
+        parameters = [torch.randn(shape, dtype=torch.float64) / shape[-1] ** 0.5 for shape in shapes]
+        if not self.bias:
+            parameters[1] = parameters[3] = None
+        lengths = tuple(0.2 + 0.03 * n for n in range(self.steps))
+        parameters = [None if p is None else p.to(dtype) for p in parameters]
+        network = Network(*parameters, lengths, self.scheme, self.activation, self.norm)
+        x, g = (torch.randn(self.rows, self.dim).to(network.stream_dtype) for _ in range(2))
+        return network, x, g
+
+
+CASES = [
+    *(Case(scheme, reverse=reverse) for scheme, reverse in itertools.product(("euler", "heun"), PRESETS)),
+    *(Case(scheme, reverse="extrapolated", is_split=True) for scheme in ("euler", "heun")),
+    *(Case(activation=activation, bias=False) for activation in ("identity", "relu", "gelu", "gelu_tanh", "tanh")),
+    *(Case(norm=norm, dim=24) for norm in ("rms", "layer")),
+    *(Case("heun", norm=norm, is_split=True, dim=24) for norm in ("rms", "layer")),
+    Case(reverse=Reverse("step", corrections=2, accelerate=False)),
+    Case("heun", reverse=Reverse("extrapolate", corrections=1)),
+    Case(reverse="extrapolated", anchors=2, steps=5),
+    Case("heun", anchors=2, is_split=True),
+    *(Case(reverse="extrapolated", steps=steps, is_split=True) for steps in (1, 2)),
+    *(Case(rows=rows, is_split=is_split) for rows in (0, 1, 16) for is_split in (False, True)),
+    Case(dim=5, hidden=3, norm="layer"),
+    Case(bias=False, is_split=True),
+]
+
+
+def prefer_fused(monkeypatch):
+    """Triton's adjoint then adds gradients up in its state pass, except where a case is to be split."""
+    monkeypatch.setattr(triton_backend, "form", lambda network, rows, device: triton_backend.forms(network, device)[-1])
+
+
+def moved(network, dtype, device):
+    cast = [None if p is None else p.to(device, dtype) for p in network.parameters]
+    names = ("weight_in", "bias_in", "weight_out", "bias_out")
+    return replace(network, **dict(zip(names, cast, strict=True)))
+
+
+def results_of(backend, case, network, x, g, states):
+    """All that the ops give: by name, tensors on the CPU. `states`: x_last, increments and anchored of the forward."""
+    kept = min(2, case.steps) if case.solver.extrapolates else 0
+    named = dict(
+        zip(("x_last", "increments", "anchored"), backend.forward(network, x, kept, case.anchors), strict=True)
+    )
+    found = backend.adjoint(network, case.solver, case.anchors, g, *states, True, True)
+    exact = backend.exact_adjoint(network, g, x, True)
+    without = backend.adjoint(network, case.solver, case.anchors, g, *states, False, False)
+    assert without[1] is None
+    assert without[3] is None
+    for kind, (g_first, gradients, *others) in (
+        ("adjoint", found),
+        ("exact", exact),
+        (
+            "frozen",
+            (
+                *without[:1],
+                [],
+            ),
+        ),
+    ):
+        named[f"{kind} g"] = g_first
+        for name, gradient in zip(("weight_in", "bias_in", "weight_out", "bias_out"), gradients, strict=False):
+            if gradient is not None:
+                named[f"{kind} {name}"] = gradient
+        named.update(zip(("norms", "x_first"), others, strict=False))
+    return {name: tensor.to("cpu", copy=True) for name, tensor in named.items()}
+
+
+def check(backend, case, dtype, device="cpu"):
+    network, x, g = case.operands(dtype)
+    # A CPU takes minutes for the large ones. The small ones stay there, or compute-sanitizer would slow them down.
+    where = device if case.rows * case.dim * case.hidden * case.steps > LARGE else "cpu"
+    network, x, g = moved(network, dtype, where), x.to(where), g.to(where)
+    kept = min(2, case.steps) if case.solver.extrapolates else 0
+    wide = moved(network, torch.float64, where)
+    # All start the way back from the same states, as they would be kept.
+    states = torch_backend.forward(network, x, kept, case.anchors)
+    exact = results_of(torch_backend, case, wide, x.double(), g.double(), [state.double() for state in states])
+    own = results_of(torch_backend, case, network, x, g, states)
+    inputs = [tensor.to(device) for tensor in (x, g, *states)]
+    copies = [tensor.clone() for tensor in inputs]
+    there = moved(network, dtype, device)
+    before = torch.are_deterministic_algorithms_enabled()
+    # Besides choosing the split form, it fills memory that is not initialised with NaN.
+    torch.use_deterministic_algorithms(case.is_split)
+    try:
+        results = results_of(backend, case, there, *inputs[:2], inputs[2:])
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(inputs, copies, strict=True)), "an operand was written"
+    assert results.keys() == exact.keys()
+    eps = torch.finfo(dtype).eps
+    for name, expected in exact.items():
+        assert results[name].shape == expected.shape, name
+        assert results[name].dtype == own[name].dtype, name
+        if name == "norms":
+            _check_norms(case, results[name].double(), expected, eps)
+            continue
+        scale = expected.norm()
+        error, own_error = ((tensor.double() - expected).norm() for tensor in (results[name], own[name]))
+        assert error <= 2 * (own_error + eps * scale), (
+            f"{name}: error {error:.2e}, the specification's own {own_error:.2e}, norm {scale:.2e}"
+        )
+
+
+def _check_norms(case, norms, expected, eps):
+    """A defect is a difference of states: it is off by roundings of states."""
+    defect, size = norms.sqrt().unbind(1)
+    exact_defect, exact_size = expected.sqrt().unbind(1)
+    assert ((defect - exact_defect).abs() <= 8 * case.steps * eps * exact_size).all()
+    assert ((size - exact_size).abs() <= 8 * case.steps * eps * exact_size).all()

@@ -1,0 +1,147 @@
+"""What the depth-fused Triton kernels compile to, for GPUs that need not be there, and how much of a GPU they take.
+
+    python -m tests.support.fused_compiled            writes budgets/fused.json, for what test_fused_triton.py compiles
+    python -m tests.support.fused_compiled --only X   the configurations whose name contains X, and writes nothing
+
+As in `triton_compiled.py`, the backend's own functions are called with tensors on the CPU, and what they would launch
+is compiled instead.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest import mock
+
+import torch
+
+from resode_cuda.fused.network import Network
+from resode_cuda.fused.triton import passes as triton_backend
+from resode_cuda.reverse import PRESETS, Reverse
+from tests.support.triton_compiled import compiling, resources
+
+BUDGET = Path(__file__).parents[1] / "budgets" / "fused.json"
+GPUS = (80, 90, 100)
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+"""Bytes of shared memory that a program may have."""
+STEPS = 5
+SIZES = {16: 64, 32: 64, 64: 128, 128: 512, 256: 512, 2048: 512}
+"""Dims with a hidden size each: it is walked through in chunks, whatever it is."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A training step's launches."""
+
+    gpu: int
+    dim: int
+    reverse: str  # a preset, or "checkpoint"
+    scheme: str = "euler"
+    activation: str = "silu"
+    norm: str | None = None
+    dtype: torch.dtype = torch.bfloat16
+    deterministic: bool = False
+    form: str = "split"
+
+    def __str__(self):
+        dtype = str(self.dtype).removeprefix("torch.")
+        parts = [f"sm_{self.gpu}", str(self.dim), self.reverse, self.scheme, self.activation, self.norm, dtype]
+        parts += [self.form if self.form != "split" else None, "deterministic" if self.deterministic else None]
+        return "-".join([part for part in parts if part])
+
+
+def compiled(configuration):
+    """Name and kernel of each launch."""
+    c = configuration
+    steps, rows, hidden = STEPS, 256, SIZES[c.dim]
+    layers = steps + (c.scheme == "heun")
+    shapes = (layers, hidden, c.dim), (layers, hidden), (layers, c.dim, hidden), (layers, c.dim)
+    parameters = [torch.zeros(shape, dtype=c.dtype) for shape in shapes]
+    network = Network(*parameters, (1 / steps,) * steps, c.scheme, c.activation, c.norm)
+    x = torch.zeros(rows, c.dim)
+    names = []
+
+    def getitem(kernel, grid):
+        names.append(kernel.__name__)
+        return lambda *args, **kwargs: kernel.run(*args, grid=grid, warmup=False, **kwargs)
+
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(c.deterministic)
+    try:
+        with (
+            compiling(c.gpu) as kernels,
+            mock.patch.object(triton_backend, "capability_of", return_value=divmod(c.gpu, 10)),
+            mock.patch.object(triton_backend, "form", return_value=c.form),
+            mock.patch("triton.runtime.jit.JITFunction.__getitem__", getitem),
+        ):
+            if c.reverse == "checkpoint":
+                triton_backend.exact_adjoint(network, x, x, True)
+            else:
+                solver: Reverse = PRESETS[c.reverse]
+                kept = 2 if solver.extrapolates else 0
+                states = triton_backend.forward(network, x, kept, None)
+                triton_backend.adjoint(network, solver, None, x, *states, True, False)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    return list(zip(names, kernels, strict=True))
+
+
+def used_by(configuration):
+    """Of each kernel, what it takes of a GPU."""
+    return {name.removesuffix("_kernel"): resources(kernel) for name, kernel in compiled(configuration)}
+
+
+def _tested():
+    for gpu, dim in itertools.product(GPUS, list(SIZES)[:-1]):
+        yield Configuration(gpu, dim, "extrapolated")
+        yield Configuration(gpu, dim, "checkpoint")
+    for gpu, dim in itertools.product(GPUS[1:], (16, 64)):
+        yield Configuration(gpu, dim, "extrapolated", form="fused")
+    for dim in (64, 128):
+        yield Configuration(120, dim, "extrapolated")
+    for gpu in (86, 120):  # with the least shared memory
+        for reverse in ("extrapolated", "checkpoint"):
+            yield Configuration(gpu, 128, reverse, scheme="heun", norm="layer", dtype=torch.float32)
+            yield Configuration(gpu, 256, reverse, scheme="heun", norm="layer")
+    for gpu in GPUS[1:]:
+        yield Configuration(gpu, 256, "extrapolated", scheme="heun", norm="layer")
+        yield Configuration(gpu, 256, "checkpoint", scheme="heun", norm="layer")
+    for gpu in GPUS:  # beyond what is kept on chip
+        yield Configuration(gpu, 2048, "extrapolated", norm="layer")
+    for dim in (64, 128):
+        for reverse in ("corrected", "paper"):
+            yield Configuration(90, dim, reverse)
+        yield Configuration(90, dim, "extrapolated", activation="gelu_tanh")
+        yield Configuration(90, dim, "extrapolated", deterministic=True, activation="gelu", norm="layer")
+        yield Configuration(90, dim, "corrected", scheme="heun", norm="rms")
+        yield Configuration(90, dim, "extrapolated", dtype=torch.float32)
+        yield Configuration(90, dim, "extrapolated", dtype=torch.float16, activation="gelu")
+
+
+TESTED = list(_tested())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", metavar="X")
+    only = parser.parse_args().only
+    found = {}
+    with TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        for configuration in TESTED:
+            if only in str(configuration):
+                found[str(configuration)] = used_by(configuration)
+                for name, used in found[str(configuration)].items():
+                    print(f"{configuration!s:45} {name:16} {used}", flush=True)
+    if not only:
+        lines = (f"  {json.dumps(name)}: {json.dumps(used)}" for name, used in found.items())
+        BUDGET.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
