@@ -12,10 +12,10 @@ from torch.autograd import forward_ad
 
 from . import fused
 from .adjoint.drift import DriftMonitor
+from .dtypes import dtype_name
 from .fused.network import Network
 from .fused.reference.plain import plain
 from .module import GRADIENTS, checked_anchors, checked_steps
-from .ops.operands import dtype_name
 from .reverse import Reverse, solver_from
 from .schemes import SCHEMES
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from . import functional
 from .adjoint.capture import is_capturing
+from .dtypes import DTYPES, dtype_names
 from .fused.activations import ACTIVATIONS
-from .fused.network import COMPUTE_DTYPES, Network
+from .fused.network import Network
 from .fused.norms import NORMS
 from .fused.selection import NAMES
 from .module import AdjointModule, checked_steps
-from .ops.operands import dtype_name
 from .perceptron import Perceptron
 from .reverse import Reverse
 from .schemes import SCHEMES
@@ -99,9 +99,8 @@ class ResidualMLP(AdjointModule):
         ):
             if value not in known:
                 raise ValueError(f"ResidualMLP: {name} must be one of {known}, got {value!r}")
-        if dtype not in (None, *COMPUTE_DTYPES):
-            names = ", ".join(map(dtype_name, COMPUTE_DTYPES))
-            raise TypeError(f"ResidualMLP: dtype must be one of {names} or None, got {dtype!r}")
+        if dtype not in (None, *DTYPES):
+            raise TypeError(f"ResidualMLP: dtype must be one of {dtype_names(DTYPES)} or None, got {dtype!r}")
         super().__init__(
             checked_steps("ResidualMLP", step, depth),
             gradient=gradient,

@@ -15,11 +15,10 @@ from .adjoint.blocks import Arguments, Block, Call
 from .adjoint.capture import is_capturing
 from .adjoint.replay import buffers_untouched
 from .calibration import Loss, Plan, Recalibration
+from .dtypes import DTYPES
 from .module import AdjointModule, checked_steps
 from .reverse import Reverse, extrapolate, extrapolation_weights, predict
 from .schemes import SCHEMES, increment
-
-STREAM_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class ResidualStack(AdjointModule):
@@ -121,8 +120,8 @@ class ResidualStack(AdjointModule):
             self.add_module(str(index), block)
         self._scheme = SCHEMES[scheme]
         self._block_count = len(blocks)
-        if stream_dtype not in (None, *STREAM_DTYPES):
-            raise TypeError(f"ResidualStack: stream_dtype must be one of {STREAM_DTYPES} or None, got {stream_dtype!r}")
+        if stream_dtype not in (None, *DTYPES):
+            raise TypeError(f"ResidualStack: stream_dtype must be one of {DTYPES} or None, got {stream_dtype!r}")
         self.stream_dtype = stream_dtype
         self.keep_input = keep_input
         self._recalibration: Recalibration | None = None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
-from ..ops.operands import fits
+from ..dtypes import fits
 from ..schemes import BlockFunction
 from .replay import Replayed, Slot, submodules
 

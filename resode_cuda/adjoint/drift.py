@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
-from ..ops.operands import norm_dtype
+from ..dtypes import square_dtype
 from .capture import is_capturing
 
 ON_DRIFT = ("ignore", "warn", "raise", "checkpoint")
@@ -96,7 +96,7 @@ class DriftMonitor:
         node.register_hook(lambda *_: self.end())
 
     def _prepared(self, stream: Tensor) -> Tensor:
-        dtype = norm_dtype(stream.dtype)
+        dtype = square_dtype(stream.dtype)
         if self._squares is None or self._squares.device != stream.device or self._squares.dtype != dtype:
             self._squares = torch.zeros(self._steps + 1, 2, dtype=dtype, device=stream.device)
             self._rows = self._squares.unbind()

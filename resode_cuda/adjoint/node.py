@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.operands import apart
+from ..layouts import apart
 from ..reverse import Reverse, predict
 from ..schemes import BlockFunction, Scheme
 from .blocks import Arguments, Block, BlockCall, HeldParameter, held_parameters, modified_in_place

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.operands import dtype_name
+from ..dtypes import DTYPES, dtype_name, dtype_names
 from ..schemes import SCHEMES, Scheme
 from .activations import ACTIVATIONS
 from .norms import NORMS
-
-COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Network:
         """Check the network, and a state x that it is applied to.
 
         Raises:
-            TypeError: for a dtype that is not one of COMPUTE_DTYPES, parameters of several, or an x that is not of the
+            TypeError: for a dtype that is not one of DTYPES, parameters of several, or an x that is not of the
                 stream's.
             ValueError: for unknown names, shapes or devices that do not fit, and steps that are not finite.
         """
@@ -116,9 +114,10 @@ class Network:
             )
 
     def _check_parameters(self, where: str) -> None:
-        if self.dtype not in COMPUTE_DTYPES:
-            known = ", ".join(map(dtype_name, COMPUTE_DTYPES))
-            raise TypeError(f"{where}: weight_in must be one of {known}, got {dtype_name(self.dtype)}; convert it")
+        if self.dtype not in DTYPES:
+            raise TypeError(
+                f"{where}: weight_in must be one of {dtype_names(DTYPES)}, got {dtype_name(self.dtype)}; convert it"
+            )
         if self.weight_in.dim() != 3 or not self.weight_in.numel():
             raise ValueError(
                 f"{where}: weight_in must have shape [layers, hidden, dim], none of them 0, got "

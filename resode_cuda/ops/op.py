@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..layouts import apart, is_dense, laid_out_like, same_layout
 from . import reference
-from .operands import apart, check_like, check_norms, check_stream, is_dense, laid_out_like, of_one_dtype, same_layout
+from .operands import check_like, check_norms, check_stream, of_one_dtype
 from .selection import chosen
 
 # The last operands of the ops that also update the adjoint.

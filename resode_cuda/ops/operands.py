@@ -5,13 +5,12 @@ Fakes and implementations make the same checks, so compiled code raises alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
+from ..dtypes import DTYPES, dtype_name, dtype_names, fits, square_dtype
 
 Named = Iterable[tuple[str, Tensor | None]]
 
@@ -25,7 +24,7 @@ def check_stream(op: str, x: Tensor, stages: Named) -> None:
     """
     dtype, shape, device = x.dtype, x.shape, x.device
     if dtype not in DTYPES:
-        raise TypeError(f"{op}: x must be one of {_names(DTYPES)}, got {dtype_name(dtype)}; convert x")
+        raise TypeError(f"{op}: x must be one of {dtype_names(DTYPES)}, got {dtype_name(dtype)}; convert x")
     for name, stage in stages:
         if stage is None:
             continue
@@ -65,7 +64,7 @@ def check_norms(op: str, x: Tensor, norms: Tensor) -> None:
         TypeError: if its dtype is not float64 for a float64 x, else float32.
         ValueError: if it is not two contiguous values on x's device.
     """
-    dtype = norm_dtype(x.dtype)
+    dtype = square_dtype(x.dtype)
     if norms.dtype != dtype:
         raise TypeError(
             f"{op}: norms must be {dtype_name(dtype)} with x {dtype_name(x.dtype)}, got {dtype_name(norms.dtype)}"
@@ -77,60 +76,12 @@ def check_norms(op: str, x: Tensor, norms: Tensor) -> None:
         )
 
 
-def fits(narrow: torch.dtype, wide: torch.dtype) -> bool:
-    """Whether a kernel adds values of the first dtype to a stream of the second."""
-    return narrow == wide or (narrow in DTYPES and narrow.itemsize < wide.itemsize)
-
-
-def norm_dtype(stream: torch.dtype) -> torch.dtype:
-    """In which squared norms of a stream are added up."""
-    return torch.promote_types(stream, torch.float32)
-
-
 def of_one_dtype(k1: Tensor, k2: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Both stages in the wider one's dtype."""
     if k2 is None or k1.dtype == k2.dtype:
         return k1, k2
     dtype = torch.promote_types(k1.dtype, k2.dtype)
     return k1.to(dtype), k2.to(dtype)
-
-
-def laid_out_like(layout: Tensor, tensor: Tensor | None) -> Tensor | None:
-    """The tensor, copied where its strides are not those of `layout`, a dense tensor."""
-    if tensor is None or same_layout(tensor, layout):
-        return tensor
-    return torch.empty_like(layout, dtype=tensor.dtype).copy_(tensor)
-
-
-def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether tensors of one shape lie in memory in the same order. A dimension of size 1 has no say."""
-    if a.stride() == b.stride():
-        return True
-    return all(i == j or size == 1 for i, j, size in zip(a.stride(), b.stride(), a.shape, strict=True))
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether its values fill a stretch of memory, each place once."""
-    return tensor.is_contiguous() or same_layout(tensor, torch.empty_like(tensor, device="meta"))
-
-
-def apart(read: Sequence[Tensor | None], written: Sequence[Tensor]) -> list[Tensor | None]:
-    """The tensors, copied where the stretch of memory that one lies in reaches into one that is written."""
-    storages = [tensor.untyped_storage().data_ptr() for tensor in written]
-    return [
-        tensor.clone()
-        if tensor is not None
-        and tensor.untyped_storage().data_ptr() in storages
-        and any(tensor.data_ptr() < _end(other) and other.data_ptr() < _end(tensor) for other in written)
-        else tensor
-        for tensor in read
-    ]
-
-
-def _end(tensor: Tensor) -> int:
-    """The address behind its last value."""
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    return tensor.data_ptr() + tensor.itemsize * (1 + sum((size - 1) * stride for size, stride in steps))
 
 
 def _misplaced(op: str, x: Tensor, name: str, tensor: Tensor) -> ValueError:
@@ -142,11 +93,3 @@ def _misplaced(op: str, x: Tensor, name: str, tensor: Tensor) -> ValueError:
     return ValueError(
         f"{op}: {name} must be on x's device, got {tensor.device} with x on {x.device}; move {name} there"
     )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(dtype_name(dtype) for dtype in dtypes)

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import resode_cuda
 from resode_cuda import ResidualStack, library, ops
+from resode_cuda.layouts import is_dense, same_layout
 from resode_cuda.ops import op, reference
 from resode_cuda.ops import selection as backend_module
-from resode_cuda.ops.operands import is_dense, same_layout
 from resode_cuda.schemes import SCHEMES
 from tests.support.networks import block_count, half_square, pretend_to_capture
 

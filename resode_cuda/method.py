@@ -1,0 +1,120 @@
+"""The method of a stack: its scheme, its steps, its reverse solver, and which exact states are kept.
+
+This is the one place that knows what each step stores, predicts from and hands on. Formulas are in `schemes`, the
+reverse solver in `reverse`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from .reverse import Reverse, extrapolation_weights
+from .schemes import Scheme
+
+Anchors = int | Collection[int] | None
+"""Steps whose starting states are kept exactly: every so many, these, or none."""
+WEIGHTS_OF_THE_LAST_TWO_STEPS = (0.0, -1.0)
+"""They are predicted by their own increments, which the forward pass has saved, in the place of d_{n+2}."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a network of blocks is stepped through, forwards and backwards.
+
+    Args:
+        scheme: the formulas of a step.
+        steps: h of each step, dimensionless.
+        solver: how the backward pass rebuilds states; None where nothing is rebuilt.
+        anchors: numbers of the steps whose starting state is kept exactly, ascending.
+    """
+
+    scheme: type[Scheme]
+    steps: tuple[float, ...]
+    solver: Reverse | None = None
+    anchors: tuple[int, ...] = ()
+    _anchor_places: dict[int, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_anchor_places", {n: place for place, n in enumerate(self.anchors)})
+
+    def __len__(self) -> int:
+        """Number of steps."""
+        return len(self.steps)
+
+    def is_anchored(self, n: int) -> bool:
+        """Whether the exact state that step n starts from is kept."""
+        return n in self._anchor_places
+
+    def anchor_place(self, n: int) -> int | None:
+        """Place of step n's starting state among the kept ones, None where it is not kept."""
+        return self._anchor_places.get(n)
+
+    @property
+    def anchor_count(self) -> int:
+        return len(self.anchors)
+
+    @property
+    def extrapolates(self) -> bool:
+        return self.solver is not None and self.solver.extrapolates
+
+    @property
+    def reuses(self) -> bool:
+        return self.solver is not None and self.solver.reuse
+
+    @property
+    def kept_increments(self) -> int:
+        """Number of increments, those of the last steps, that the forward pass keeps for the backward pass."""
+        return min(2, len(self.steps)) if self.extrapolates else 0
+
+    @property
+    def block_count(self) -> int:
+        return len(self.steps) + self.scheme.blocks_per_step - 1
+
+    def blocks_of(self, n: int) -> slice:
+        """The places of step n's blocks."""
+        return slice(n, n + self.scheme.blocks_per_step)
+
+    @cached_property
+    def weights(self) -> tuple[tuple[float, float], ...]:
+        """(a, b) of each step n, extrapolated as y = x_{n+1} - (a d_{n+1} - b d_{n+2}).
+
+        The last two steps are predicted exactly, with their own increment for d_{n+2}, a = 0 and b = -1.
+        """
+        last = len(self.steps) - 1
+        return tuple(
+            extrapolation_weights(self.scheme, self.steps, n) if n < last - 1 else WEIGHTS_OF_THE_LAST_TWO_STEPS
+            for n in range(len(self.steps))
+        )
+
+
+def checked_anchors(where: str, anchors: Anchors, steps: int) -> int | tuple[int, ...] | None:
+    """Anchors as a user gives them, sorted, each once.
+
+    Raises:
+        TypeError: for what is neither an integer, nor a collection of integers, nor None.
+        ValueError: for an interval below 1, or a number that is not one of the steps'.
+    """
+    if anchors is None:
+        return None
+    if isinstance(anchors, int) and not isinstance(anchors, bool):
+        if anchors < 1:
+            raise ValueError(f"{where}: anchors must be >= 1, got {anchors}; use None for no anchors")
+        return anchors
+    if isinstance(anchors, (str, bytes)) or not isinstance(anchors, Iterable):
+        raise TypeError(f"{where}: anchors must be an integer, a collection of step numbers or None, got {anchors!r}")
+    numbers = tuple(anchors)
+    for n in numbers:
+        if not isinstance(n, int) or isinstance(n, bool):
+            raise TypeError(f"{where}: anchors must be step numbers, got {n!r}; use integers from 0 to {steps - 1}")
+        if not 0 <= n < steps:
+            raise ValueError(f"{where}: anchors must be numbers of the {steps} steps, got {n}; count them from 0")
+    return tuple(sorted(set(numbers)))
+
+
+def anchored_steps(anchors: int | Sequence[int] | None, steps: int) -> tuple[int, ...]:
+    """Numbers of the steps whose starting state is kept, from anchors that were checked."""
+    if anchors is None:
+        return ()
+    return tuple(range(0, steps, anchors)) if isinstance(anchors, int) else tuple(anchors)
