@@ -5,9 +5,10 @@ from importlib.metadata import version
 from . import functional, ops
 from .adjoint.drift import Drift, DriftError, DriftLogger
 from .available import backends
-from .calibration import Candidate, Plan, calibrate
+from .calibration import calibrate
 from .initialize import deepen, smooth_init_
 from .mlp import ResidualMLP
+from .plan import Candidate, Plan
 from .reverse import Reverse
 from .stack import ResidualStack
 

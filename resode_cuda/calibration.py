@@ -6,163 +6,27 @@ computed and compared with the exact one, which checkpointing gives at one state
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .adjoint.drift import DriftMonitor, root_mean_square
 from .adjoint.replay import buffers_untouched, submodules
+from .module import AdjointModule
+from .plan import Candidate, Plan, checked_tolerance
 from .reverse import Reverse
-
-if TYPE_CHECKING:
-    from .stack import ResidualStack
 
 Loss = Callable[[Tensor], Tensor]
 MOST_CORRECTIONS = 4
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A way to get gradients, what it cost on the batch, and how far off it was."""
-
-    gradient: str
-    """"adjoint" or "checkpoint"."""
-    reverse: Reverse | None
-    """None for "checkpoint"."""
-    anchors: int | None
-    evaluations: int
-    """Block evaluations of a training step, forward pass included."""
-    seconds: float
-    """Of one forward and backward pass of the stack."""
-    held_bytes: int
-    """Of what autograd held between the two, parameters and the input aside."""
-    error: float
-    """Relative error of all parameter gradients together; infinite where one was not finite."""
-    defect: float | None
-    """Root mean square of the defects; None without any, or where one was not finite."""
-
-    def __post_init__(self) -> None:
-        if self.gradient != ("checkpoint" if self.reverse is None else "adjoint"):
-            raise ValueError(
-                'Candidate: gradient must be "adjoint" with a Reverse, or "checkpoint" with None, got '
-                f"{self.gradient!r} with {self.reverse!r}"
-            )
-        if self.anchors is not None and not (type(self.anchors) is int and self.anchors >= 1):
-            raise ValueError(f"Candidate: anchors must be an integer >= 1 or None, got {self.anchors!r}")
-        if not self.error >= 0:
-            raise ValueError(f"Candidate: error must be >= 0, got {self.error!r}")
-        if self.defect is not None and not 0 <= self.defect < math.inf:
-            raise ValueError(f"Candidate: defect must be finite and >= 0, or None, got {self.defect!r}")
-
-    def __str__(self) -> str:
-        if self.reverse is None:
-            return self.gradient
-        name = self.reverse.predictor
-        if self.reverse.corrections:
-            name += f" + {self.reverse.corrections}"
-        if self.reverse.accelerate:
-            name += " accelerated"
-        return name if self.anchors is None else f"{name}, anchors {self.anchors}"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The cheapest candidate within the tolerance, and all that were measured on the way to it.
-
-    `print(plan)` shows them as a table; `stack.apply_plan(plan)` sets the stack; `save` and `load` keep it as JSON.
-    """
-
-    tolerance: float
-    candidates: tuple[Candidate, ...]
-    """In the order in which they were tried. The last one is the plan."""
-
-    @property
-    def chosen(self) -> Candidate:
-        return self.candidates[-1]
-
-    @property
-    def is_last_resort(self) -> bool:
-        """Whether no reverse solver met the tolerance, so that the plan is exact checkpointing."""
-        return self.chosen.reverse is None
-
-    def within(self, tolerance: float) -> Plan:
-        """The plan for a larger tolerance, from the same measurements.
-
-        Raises:
-            ValueError: if the tolerance is smaller than this plan's.
-        """
-        if not tolerance >= self.tolerance:
-            raise ValueError(
-                f"Plan.within: tolerance must be >= {self.tolerance:g}, which was measured, got {tolerance:g}; "
-                "calibrate again"
-            )
-        count = next(i for i, candidate in enumerate(self.candidates, 1) if candidate.error <= tolerance)
-        return Plan(tolerance, self.candidates[:count])
-
-    def __str__(self) -> str:
-        head = ("", "evaluations", "ms", "held MiB", "gradient error")
-        lines = [
-            (
-                str(candidate),
-                str(candidate.evaluations),
-                f"{1e3 * candidate.seconds:.1f}",
-                f"{candidate.held_bytes / 2**20:.3g}",
-                f"{candidate.error:.1e}",
-            )
-            for candidate in self.candidates
-        ]
-        widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-        rows = [
-            "  ".join(f"{cell:<{width}}" if n == 0 else f"{cell:>{width}}" for n, (cell, width) in row)
-            for row in (enumerate(zip(line, widths, strict=True)) for line in (head, *lines))
-        ]
-        end = f"tolerance {self.tolerance:g}: {self.chosen}"
-        if self.is_last_resort:
-            end += ", the last resort; no reverse solver met the tolerance"
-        return "\n".join([*rows, end])
-
-    def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
-        # JSON has no infinity.
-        candidates = [
-            {**asdict(candidate), "error": candidate.error if math.isfinite(candidate.error) else None}
-            for candidate in self.candidates
-        ]
-        Path(path).write_text(json.dumps({"tolerance": self.tolerance, "candidates": candidates}, indent=1) + "\n")
-
-    @staticmethod
-    def load(path: str | Path) -> Plan:
-        """The plan that `save` wrote.
-
-        Raises:
-            ValueError: if the file holds no plan.
-        """
-        try:
-            record = json.loads(Path(path).read_text())
-            candidates = [
-                Candidate(
-                    **{
-                        **fields,
-                        "reverse": fields["reverse"] and Reverse(**fields["reverse"]),
-                        "error": math.inf if fields["error"] is None else fields["error"],
-                    }
-                )
-                for fields in record["candidates"]
-            ]
-            return Plan(_checked_tolerance("Plan.load", record["tolerance"]), (candidates[0], *candidates[1:]))
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"Plan.load: {path} must hold a plan written by Plan.save, but does not: {error}"
-            ) from error
+PROBE = Reverse("step")
+"""Its defects, with the first state kept, tell which other states are worth keeping."""
 
 
 class CalibrationError(ValueError):
@@ -170,7 +34,7 @@ class CalibrationError(ValueError):
 
 
 def calibrate(
-    stack: ResidualStack,
+    stack: AdjointModule,
     x: Tensor,
     /,
     *args: Any,
@@ -180,9 +44,10 @@ def calibrate(
 ) -> Plan:
     """The cheapest reverse solver whose gradient error on this batch is within the tolerance.
 
-    Candidates are tried from the cheapest to the dearest until one meets it: without anchors, then with an anchor every
-    sqrt(N) steps, every sqrt(N)/2, ...; among those by block evaluations: the predictors "extrapolate" and "step" with
-    0 to 4 corrections, plain and accelerated. If none does, the plan is `gradient="checkpoint"`, which is exact.
+    Candidates are tried from the cheapest to the dearest until one meets it: without anchors; with the first state
+    kept; with the first and those that a backward pass showed to be rebuilt badly; with an anchor every sqrt(N) steps,
+    every sqrt(N)/2, ...; among those by block evaluations: the predictors "extrapolate" and "step" with 0 to 4
+    corrections, plain and accelerated. If none does, the plan is `gradient="checkpoint"`, which is exact.
 
     The error is |g - g_exact| / |g_exact|, 2-norms over all parameter gradients of the stack together, or of the
     input's gradient where no parameter needs one. It holds for this batch and these weights; trained further, calibrate
@@ -203,8 +68,8 @@ def calibrate(
             differentiable scalar.
     """
     trial = _Trial(_checked_stack(stack), x, args, kwargs, loss or _half_square)
-    tolerance = _checked_tolerance("calibrate", tolerance)
-    exact = trial.run("checkpoint")
+    tolerance = checked_tolerance("calibrate", tolerance)
+    exact = trial.run(EXACT)
     scale = _norm(exact.gradients)
     if not (math.isfinite(scale) and scale > 0):
         raise CalibrationError(
@@ -212,54 +77,83 @@ def calibrate(
             "calibrate on another batch"
         )
     tried: list[Candidate] = []
-    for reverse, anchors in candidates(len(stack.steps)):
-        outcome = trial.run("adjoint", reverse, anchors)
-        difference = _norm([a - b for a, b in zip(outcome.gradients, exact.gradients, strict=True)])
-        error = difference / scale if math.isfinite(difference) else math.inf
-        tried.append(outcome.as_candidate(error))
-        if error <= tolerance:
-            return Plan(tolerance, tuple(tried))
-    return Plan(tolerance, (*tried, exact.as_candidate(0.0)))
+    defects: list[float] = []  # those of the probe, once it has run
+    for anchors in _anchors_to_try(len(stack.steps), defects, tolerance):
+        for reverse in SOLVERS:
+            outcome = trial.run(Choice("adjoint", reverse, anchors))
+            if (reverse, anchors) == (PROBE, FIRST_STATE):
+                defects.extend(outcome.defects)
+            difference = _norm([a - b for a, b in zip(outcome.gradients, exact.gradients, strict=True)])
+            error = difference / scale if math.isfinite(difference) else math.inf
+            tried.append(replace(outcome.candidate, error=error))
+            if error <= tolerance:
+                return Plan(tolerance, tuple(tried))
+    return Plan(tolerance, (*tried, exact.candidate))
 
 
-def candidates(steps: int) -> Iterator[tuple[Reverse, int | None]]:
-    """Solvers and anchors for a stack of so many steps, from the cheapest to the dearest."""
-    solvers = [
-        Reverse(predictor, corrections, accelerate=accelerate)
-        for corrections in range(MOST_CORRECTIONS + 1)
-        for predictor in ("extrapolate", "step")
-        for accelerate in ((False, True) if corrections >= 2 else (False,))
-    ]
-    solvers.sort(key=lambda solver: solver.evaluations)
-    spacing: int | None = None
-    while spacing is None or spacing > 1:
-        for solver in solvers:
-            yield solver, spacing
-        spacing = math.isqrt(steps) if spacing is None else spacing // 2
+SOLVERS = tuple(
+    sorted(
+        (
+            Reverse(predictor, corrections, accelerate=accelerate)
+            for corrections in range(MOST_CORRECTIONS + 1)
+            for predictor in ("extrapolate", "step")
+            for accelerate in ((False, True) if corrections >= 2 else (False,))
+        ),
+        key=lambda solver: solver.evaluations,
+    )
+)
+"""From the cheapest to the dearest."""
 
 
-@dataclass
-class _Outcome:
+def _anchors_to_try(steps: int, defects: Sequence[float], tolerance: float) -> Iterator[int | tuple[int, ...] | None]:
+    """Anchors for a stack of so many steps: none, the first state, those after which a step went wrong, every so many.
+
+    Args:
+        defects: of each step, in a backward pass with the first state kept; read when the first two have been tried.
+    """
+    yield None
+    yield FIRST_STATE
+    yield from anchors_by_defect(defects, tolerance)
+    spacing = math.isqrt(steps)
+    while spacing > 1:
+        yield spacing
+        spacing //= 2
+
+
+def anchors_by_defect(defects: Sequence[float], tolerance: float) -> Iterator[tuple[int, ...]]:
+    """Sets of steps with large defects, the worst 1, 2, 4, ... of them, each with the first step.
+
+    A defect is large above the tolerance. Where most are, no few states will help, and there are no sets.
+    """
+    large = [n for n, defect in enumerate(defects) if n > 0 and not defect <= tolerance]
+    if len(large) > len(defects) // 2:
+        return
+    # A defect that is not a number is the worst.
+    large.sort(key=lambda n: math.inf if math.isnan(defects[n]) else defects[n], reverse=True)
+    count = 1
+    while large and count < 2 * len(large):
+        yield tuple(sorted({0, *large[:count]}))
+        count *= 2
+
+
+class Choice(NamedTuple):
+    """How a stack gets its gradients."""
+
     gradient: str
-    reverse: Reverse | None
-    anchors: int | None
-    gradients: Sequence[Tensor]
-    evaluations: int
-    seconds: float
-    held_bytes: int
-    defect: float | None
+    reverse: Reverse | None = None
+    anchors: int | tuple[int, ...] | None = None
 
-    def as_candidate(self, error: float) -> Candidate:
-        return Candidate(
-            self.gradient,
-            self.reverse,
-            self.anchors,
-            self.evaluations,
-            self.seconds,
-            self.held_bytes,
-            error,
-            self.defect,
-        )
+
+EXACT = Choice("checkpoint")
+FIRST_STATE = (0,)
+
+
+class _Outcome(NamedTuple):
+    gradients: list[Tensor]
+    defects: list[float]
+    """Of each step; none where none were measured."""
+    candidate: Candidate
+    """The choice and what it cost; its error is left at 0."""
 
 
 class _Trial:
@@ -269,13 +163,13 @@ class _Trial:
     have effects of its own, is called once.
     """
 
-    def __init__(self, stack: ResidualStack, x: Tensor, args: Any, kwargs: Any, loss: Loss) -> None:
+    def __init__(self, stack: AdjointModule, x: Tensor, args: Any, kwargs: Any, loss: Loss) -> None:
         self.stack, self.args, self.kwargs = stack, args, kwargs
         self.x = x.detach()
         self.parameters: list[Tensor] = [parameter for parameter in stack.parameters() if parameter.requires_grad]
-        self.modules = submodules(stack)
-        self.held_bytes: dict[tuple[str, bool, int | None], int] = {}
-        with self._as_before(), _set(stack, "checkpoint"), torch.no_grad():
+        self.modules = submodules((stack,))
+        self.held_bytes: dict[tuple[str, int, int | tuple[int, ...] | None], int] = {}
+        with self._as_before(), _set(stack, EXACT), torch.no_grad():
             out = stack(self.x, *args, **kwargs)
         with self._as_before(), _without_effects(), torch.enable_grad():
             out = out.detach().requires_grad_()
@@ -286,17 +180,17 @@ class _Trial:
                 )
             (self.g,) = torch.autograd.grad(value, out)
 
-    def run(self, gradient: str, reverse: Reverse | None = None, anchors: int | None = None) -> _Outcome:
+    def run(self, choice: Choice) -> _Outcome:
         calls = 0
 
         def count(module: torch.nn.Module, _: Any) -> None:
             nonlocal calls
             calls += module in blocks
 
-        blocks = set(self.stack)
-        with self._as_before(), _set(self.stack, gradient, reverse, anchors), torch.enable_grad():
+        blocks = set(self.stack.children())
+        with self._as_before(), _set(self.stack, choice), torch.enable_grad():
             x = self.x.clone().requires_grad_()
-            held = self._held_by(x, (gradient, reverse is not None and reverse.extrapolates, anchors))
+            held = self._held_by(x, choice)
             counting = torch.nn.modules.module.register_module_forward_pre_hook(count)
             try:
                 begin = _now(x.device)
@@ -307,23 +201,21 @@ class _Trial:
                 counting.remove()
             drift = self.stack.drift
             defect = math.nan if drift is None else root_mean_square(drift.defects).item()
+            defects = [] if drift is None else drift.defects.tolist()
         return _Outcome(
-            gradient,
-            reverse,
-            anchors,
             [g.detach() for g in found if g is not None],
-            calls,
-            seconds,
-            held,
-            defect if math.isfinite(defect) else None,
+            defects,
+            Candidate(*choice, calls, seconds, held, error=0.0, defect=defect if math.isfinite(defect) else None),
         )
 
-    def _held_by(self, x: Tensor, what: tuple[str, bool, int | None]) -> int:
+    def _held_by(self, x: Tensor, choice: Choice) -> int:
         """Bytes that autograd holds after a forward pass; measured once for all solvers that hold the same.
 
         Apart from the pass that is timed: under these hooks parameters come back as other tensors, which blocks that
         torch.compile compiled would be compiled for again.
         """
+        extrapolates = choice.reverse is not None and choice.reverse.extrapolates
+        what = choice.gradient, extrapolates, choice.anchors
         if what not in self.held_bytes:
             held: dict[int, int] = {}
             mine = {tensor.untyped_storage().data_ptr() for tensor in (x, *self.parameters)}
@@ -352,17 +244,15 @@ class _Trial:
 
 
 @contextmanager
-def _set(
-    stack: ResidualStack, gradient: str | None = None, reverse: Reverse | None = None, anchors: int | None = None
-) -> Iterator[None]:
-    """The stack's settings for one trial (None: as they are), no training step, with a drift monitor of its own."""
+def _set(stack: AdjointModule, choice: Choice | None = None) -> Iterator[None]:
+    """The stack's settings for one trial (None: as they are), with a drift monitor of its own, and no recalibration."""
     before = stack.gradient, stack.reverse, stack.anchors, stack._monitor, stack._recalibration
     try:
-        stack._monitor, stack._recalibration = DriftMonitor("ResidualStack", len(stack.steps)), None
-        if gradient is not None:
-            stack.gradient, stack.anchors = gradient, anchors
-        if reverse is not None:
-            stack.reverse = reverse
+        stack._monitor, stack._recalibration = DriftMonitor(type(stack).__name__, len(stack.steps)), None
+        if choice is not None:
+            stack.gradient, stack.anchors = choice.gradient, choice.anchors
+            if choice.reverse is not None:
+                stack.reverse = choice.reverse
         yield
     finally:
         stack.gradient, stack.reverse, stack.anchors, stack._monitor, stack._recalibration = before
@@ -371,8 +261,6 @@ def _set(
 @contextmanager
 def _without_effects() -> Iterator[None]:
     """Whatever modules run inside, their buffers, and the settings of other stacks, are as before."""
-    from .stack import ResidualStack
-
     seen: set[torch.nn.Module] = set()
     with ExitStack() as restored:
 
@@ -380,68 +268,20 @@ def _without_effects() -> Iterator[None]:
             if module not in seen:
                 seen.add(module)
                 restored.enter_context(buffers_untouched([module]))
-                if isinstance(module, ResidualStack):
+                if isinstance(module, AdjointModule):
                     restored.enter_context(_set(module))
 
         restored.callback(torch.nn.modules.module.register_module_forward_pre_hook(protect).remove)
         yield
 
 
-class Recalibration:
-    """When to calibrate again during training, and what it may take of the time.
-
-    Args:
-        steps: training steps from one calibration to the next.
-        tolerance, loss: as for `calibrate`.
-        share: of the time since the first calibration that all later ones together may take.
-    """
-
-    def __init__(self, steps: int, tolerance: float, share: float, loss: Loss | None) -> None:
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise ValueError(f"ResidualStack: recalibrate_every needs steps >= 1, got {steps!r}")
-        if not 0 < share <= 1:
-            raise ValueError(f"ResidualStack: recalibrate_every needs a share in (0, 1], got {share}; 0.01 is 1%")
-        self.steps, self.share, self.loss = steps, share, loss
-        self.tolerance = _checked_tolerance("ResidualStack: recalibrate_every", tolerance)
-        self._count = 0
-        self._begin: float | None = None
-        self._spent = self._last = 0.0
-
-    def plan(self, stack: ResidualStack, x: Tensor, args: Any, kwargs: Any) -> Plan | None:
-        """Counts a training step; the new plan, if it is time for one. A batch that allows none is only warned of."""
-        self._count += 1
-        now = time.perf_counter()
-        if self._begin is not None and (
-            (self._count - 1) % self.steps or self._spent + self._last > self.share * (now - self._begin)
-        ):
-            return None
-        plan = None
-        try:
-            plan = calibrate(stack, x, *args, tolerance=self.tolerance, loss=self.loss, **kwargs)
-        except CalibrationError as error:
-            warnings.warn(f"ResidualStack: recalibration is left out this time; {error}", RuntimeWarning, stacklevel=2)
-        self._last = time.perf_counter() - now
-        if self._begin is None:
-            self._begin = time.perf_counter()
-        else:
-            self._spent += self._last
-        return plan
-
-
-def _checked_stack(stack: ResidualStack) -> ResidualStack:
-    from .stack import ResidualStack
-
-    if not isinstance(stack, ResidualStack):
+def _checked_stack(stack: AdjointModule) -> AdjointModule:
+    # A stack has blocks; a residual MLP has parameters of its own.
+    if not isinstance(stack, AdjointModule) or next(stack.children(), None) is None:
         raise TypeError(
             f"calibrate: stack must be a ResidualStack, got {type(stack).__name__}; pass the stack itself, unwrapped"
         )
     return stack
-
-
-def _checked_tolerance(where: str, tolerance: float) -> float:
-    if not 0 < float(tolerance) < math.inf:
-        raise ValueError(f"{where}: tolerance must be positive and finite, got {tolerance}; 1e-2 is a good start")
-    return float(tolerance)
 
 
 def _half_square(x: Tensor) -> Tensor:

@@ -30,3 +30,8 @@ def reason_against(kernels: str, device: torch.device) -> str | None:
         needs, got = (f"{major}.{minor}" for major, minor in (OLDEST_CAPABILITY, capability))
         return f'{kernels} need compute capability {needs}, got {got}; on this GPU backend="torch" computes all of it'
     return None
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured in this thread."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

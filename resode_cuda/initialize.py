@@ -85,7 +85,8 @@ def deepen(stack: ResidualStack, steps: int) -> ResidualStack:
         steps: steps of the new stack, >= N. N gives an exact copy.
 
     Returns:
-        A `ResidualStack` of the same scheme and settings; `drift` starts empty. Each block is a deep copy of the
+        A `ResidualStack` of the same scheme and settings (a step that was anchored by its number is, wherever it is
+        now); `drift` starts empty. Each block is a deep copy of the
         nearest old block (the earlier of two) with its parameters interpolated: buffers, attributes, hooks, dtype,
         device, train/eval and `requires_grad` flags are that block's. Modules and parameters that old blocks share
         become independent copies; modules that a subclass holds besides its blocks are left out. For weights smooth in
@@ -116,18 +117,16 @@ def deepen(stack: ResidualStack, steps: int) -> ResidualStack:
         blocks.append(block)
     deeper = ResidualStack(
         blocks,
-        stack._scheme.name,
-        step=_refined(stack.steps, steps),
-        gradient=stack.gradient,
-        reverse=stack.reverse,
-        anchors=stack.anchors,
-        stream_dtype=stack.stream_dtype,
-        max_drift=stack.max_drift,
-        on_drift=stack.on_drift,
-        keep_input=stack.keep_input,
+        **{**stack.settings(), "step": _refined(stack.steps, steps), "anchors": _deeper_anchors(stack, steps)},
     )
     deeper.training = stack.training  # train() would also overwrite the blocks' own flags
     return deeper
+
+
+def _deeper_anchors(stack: ResidualStack, steps: int) -> int | tuple[int, ...] | None:
+    """The new steps that begin where the stack's anchored steps do, or first after them."""
+    anchors, count = stack.anchors, len(stack.steps)
+    return tuple(-(-n * steps // count) for n in anchors) if isinstance(anchors, tuple) else anchors
 
 
 def _layers(mlp: ResidualMLP) -> list[dict[str, Tensor]]:

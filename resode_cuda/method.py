@@ -7,7 +7,7 @@ reverse solver in `reverse`.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 from .reverse import Reverse, extrapolation_weights
@@ -26,18 +26,14 @@ class Method:
     Args:
         scheme: the formulas of a step.
         steps: h of each step, dimensionless.
-        solver: how the backward pass rebuilds states; None where nothing is rebuilt.
+        solver: how the backward pass rebuilds states. The default asks the forward pass to save nothing for it.
         anchors: numbers of the steps whose starting state is kept exactly, ascending.
     """
 
     scheme: type[Scheme]
     steps: tuple[float, ...]
-    solver: Reverse | None = None
+    solver: Reverse = Reverse()  # noqa: RUF009 (frozen)
     anchors: tuple[int, ...] = ()
-    _anchor_places: dict[int, int] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_anchor_places", {n: place for place, n in enumerate(self.anchors)})
 
     def __len__(self) -> int:
         """Number of steps."""
@@ -45,11 +41,11 @@ class Method:
 
     def is_anchored(self, n: int) -> bool:
         """Whether the exact state that step n starts from is kept."""
-        return n in self._anchor_places
+        return n in self._places
 
     def anchor_place(self, n: int) -> int | None:
         """Place of step n's starting state among the kept ones, None where it is not kept."""
-        return self._anchor_places.get(n)
+        return self._places.get(n)
 
     @property
     def anchor_count(self) -> int:
@@ -57,11 +53,11 @@ class Method:
 
     @property
     def extrapolates(self) -> bool:
-        return self.solver is not None and self.solver.extrapolates
+        return self.solver.extrapolates
 
     @property
     def reuses(self) -> bool:
-        return self.solver is not None and self.solver.reuse
+        return self.solver.reuse
 
     @property
     def kept_increments(self) -> int:
@@ -75,6 +71,10 @@ class Method:
     def blocks_of(self, n: int) -> slice:
         """The places of step n's blocks."""
         return slice(n, n + self.scheme.blocks_per_step)
+
+    @cached_property
+    def _places(self) -> dict[int, int]:
+        return {n: place for place, n in enumerate(self.anchors)}
 
     @cached_property
     def weights(self) -> tuple[tuple[float, float], ...]:

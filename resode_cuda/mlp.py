@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import functional
-from .adjoint.capture import is_capturing
+from .devices import is_capturing
 from .dtypes import DTYPES, dtype_names
 from .fused.activations import ACTIVATIONS
 from .fused.network import Network
 from .fused.norms import NORMS
+from .fused.op import apply
 from .fused.selection import NAMES
+from .method import Anchors
 from .module import AdjointModule, checked_steps
 from .perceptron import Perceptron
 from .reverse import Reverse
@@ -45,7 +46,8 @@ class ResidualMLP(AdjointModule):
             depth: `smooth_init_`), or a `Reverse`. Accelerated corrections, the default from 2 on, mix iterates row by
             row, and only "torch", and "triton" for rows wider than it keeps on chip, have them;
             `accelerate=False` runs everywhere.
-        anchors: keep the exact state of every step divisible by this; None keeps none.
+        anchors: keep the exact starting state of every so many steps, or of the steps with these numbers; None keeps
+            none.
         max_drift, on_drift: the defect that is accepted, and what a larger one leads to, as for `ResidualStack`.
         backend: "auto" takes the fastest that can run, as far as that was measured; "torch" runs everywhere, "cuda"
             (C++, for few rows) and "triton" on CUDA devices of compute capability 8.0 and later. One that is named runs
@@ -57,7 +59,7 @@ class ResidualMLP(AdjointModule):
     [layers, dim, hidden], bias_out [layers, dim]; initialised as `nn.Linear`'s.
 
     Raises:
-        ValueError: for sizes below 1, unknown names, a step that is not positive and finite, anchors below 1.
+        ValueError: for sizes below 1, unknown names, a step that is not positive and finite, anchors that fit no step.
         TypeError: for sizes that are no integers, or a dtype that is none of those four.
     """
 
@@ -79,7 +81,7 @@ class ResidualMLP(AdjointModule):
         step: float | Sequence[float] | None = None,
         gradient: str = "adjoint",
         reverse: str | Reverse = "corrected",
-        anchors: int | None = None,
+        anchors: Anchors = None,
         max_drift: float = 0.05,
         on_drift: str = "warn",
         backend: str = "auto",
@@ -102,6 +104,7 @@ class ResidualMLP(AdjointModule):
         if dtype not in (None, *DTYPES):
             raise TypeError(f"ResidualMLP: dtype must be one of {dtype_names(DTYPES)} or None, got {dtype!r}")
         super().__init__(
+            scheme,
             checked_steps("ResidualMLP", step, depth),
             gradient=gradient,
             reverse=reverse,
@@ -109,9 +112,9 @@ class ResidualMLP(AdjointModule):
             max_drift=max_drift,
             on_drift=on_drift,
         )
-        self.dim, self.hidden, self.depth, self.scheme = dim, hidden, depth, scheme
+        self.dim, self.hidden, self.depth = dim, hidden, depth
         self.activation, self.norm, self.backend = activation, norm, backend
-        layers = depth + SCHEMES[scheme].blocks_per_step - 1
+        layers = self._method.block_count
         shapes = {
             "weight_in": (layers, hidden, dim),
             "bias_in": (layers, hidden),
@@ -158,29 +161,17 @@ class ResidualMLP(AdjointModule):
         # A checkpoint around the module repeats a forward pass within a backward pass.
         is_repeated = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         if not (torch.compiler.is_compiling() or is_repeated or is_capturing()):
-            self._monitor.look()
-            if self._monitor.wants_exact:
+            self._monitor.poll()
+            if self._monitor.fallback_requested:
                 self.gradient = "checkpoint"
-        network = self._network()
-        return functional.apply(
-            "ResidualMLP", network, x, self.gradient, self.reverse, self.anchors, self.backend, self._monitor
-        )
+        return apply("ResidualMLP", self._network(), self._method, x, self.gradient, self.backend, self._monitor)
 
     def to_blocks(self) -> ResidualStack:
         """The same network as a `ResidualStack` of ordinary modules, with copies of the parameters and all settings.
 
         Each block is `nn.Sequential` of the norm if there is one, `nn.Linear`, the activation, `nn.Linear`.
         """
-        stack = ResidualStack(
-            [self._block(n) for n in range(self.weight_in.shape[0])],
-            self.scheme,
-            step=self.steps,
-            gradient=self.gradient,
-            reverse=self.reverse,
-            anchors=self.anchors,
-            max_drift=self.max_drift,
-            on_drift=self.on_drift,
-        )
+        stack = ResidualStack([self._block(n) for n in range(self._method.block_count)], **self.settings())
         return stack.train(self.training)
 
     @classmethod
@@ -215,16 +206,10 @@ class ResidualMLP(AdjointModule):
             weight.shape[1],
             weight.shape[0],
             len(stack.steps),
-            stack._scheme.name,
+            **AdjointModule.settings(stack),
             activation=first.activation,
             norm=first.norm,
             bias=first.inner.bias is not None,
-            step=stack.steps,
-            gradient=stack.gradient,
-            reverse=stack.reverse,
-            anchors=stack.anchors,
-            max_drift=stack.max_drift,
-            on_drift=stack.on_drift,
             backend=backend,
             device=weight.device,
             dtype=weight.dtype,
@@ -238,14 +223,14 @@ class ResidualMLP(AdjointModule):
 
     def extra_repr(self) -> str:
         shown = f"{self.dim}, {self.hidden}, {self.depth}, activation={self.activation!r}, norm={self.norm!r}"
-        return f"{shown}, bias={self.bias_in is not None}, {self._described(self.scheme)}, backend={self.backend!r}"
+        return f"{shown}, bias={self.bias_in is not None}, {self._described()}, backend={self.backend!r}"
 
     @property
     def _stacked(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         return self.weight_in, self.bias_in, self.weight_out, self.bias_out
 
     def _network(self) -> Network:
-        return Network(*self._stacked, self.steps, self.scheme, self.activation, self.norm)
+        return Network(*self._stacked, self.activation, self.norm)
 
     def _block(self, n: int) -> nn.Sequential:
         has_bias, like = self.bias_in is not None, self.weight_in

@@ -1,15 +1,19 @@
-"""What the modules of this library have in common: how they train, settable between training steps, and their drift."""
+"""What the modules of this library share: their method, how they train, and their drift."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from .adjoint.drift import ON_DRIFT, Drift, DriftMonitor
+from .method import Anchors, Method, anchored_steps, checked_anchors
 from .reverse import Reverse, solver_from
+from .schemes import SCHEMES
 
 GRADIENTS = ("adjoint", "checkpoint", "backprop")
 
@@ -18,23 +22,26 @@ class AdjointModule(nn.Module):
     """A residual network of steps with a choice of backward passes.
 
     Args:
+        scheme: a name of `SCHEMES`.
         steps: h of each step.
         gradient, reverse, anchors, max_drift, on_drift: as the properties say.
     """
 
     def __init__(
         self,
+        scheme: str,
         steps: Sequence[float],
         *,
         gradient: str,
         reverse: str | Reverse,
-        anchors: int | None,
+        anchors: Anchors,
         max_drift: float,
         on_drift: str,
     ) -> None:
         super().__init__()
-        self._steps = tuple(steps)
-        self._monitor = DriftMonitor(self._where, len(self._steps))
+        self._method = Method(SCHEMES[scheme], tuple(steps))
+        self._monitor = DriftMonitor(self._where, len(self._method))
+        self._recalibration: Any = None  # of the classes that calibrate themselves
         self.max_drift = max_drift
         self.on_drift = on_drift
         self.gradient = gradient
@@ -65,27 +72,29 @@ class AdjointModule(nn.Module):
         if gradient not in GRADIENTS:
             raise ValueError(f"{self._where}: gradient must be one of {GRADIENTS}, got {gradient!r}")
         self._gradient = gradient
-        self._monitor.wants_exact = False
+        self._monitor.fallback_requested = False
         self._monitor.gradient_error_per_defect = None
 
     @property
     def reverse(self) -> Reverse:
         """The reverse solver; may be set, also by a preset's name, between training steps."""
-        return self._solver
+        return self._method.solver
 
     @reverse.setter
     def reverse(self, reverse: str | Reverse) -> None:
-        self._solver = solver_from(self._where, reverse)
+        self._method = replace(self._method, solver=solver_from(self._where, reverse))
         self._monitor.gradient_error_per_defect = None
 
     @property
-    def anchors(self) -> int | None:
-        """Steps from one kept state to the next; may be set between training steps."""
+    def anchors(self) -> int | tuple[int, ...] | None:
+        """Steps from one kept state to the next, or the numbers of the steps whose starting state is kept; may be set
+        between training steps."""
         return self._anchors
 
     @anchors.setter
-    def anchors(self, anchors: int | None) -> None:
-        self._anchors = checked_anchors(self._where, anchors)
+    def anchors(self, anchors: Anchors) -> None:
+        self._anchors = checked_anchors(self._where, anchors, len(self._method))
+        self._method = replace(self._method, anchors=anchored_steps(self._anchors, len(self._method)))
         self._monitor.gradient_error_per_defect = None
 
     @property
@@ -115,9 +124,29 @@ class AdjointModule(nn.Module):
         self._monitor.on_drift = on_drift
 
     @property
+    def scheme(self) -> str:
+        """`"euler"` or `"heun"`."""
+        return self._method.scheme.name
+
+    @property
     def steps(self) -> tuple[float, ...]:
         """h of each step."""
-        return self._steps
+        return self._method.steps
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments that say how the network is stepped through and trained.
+
+        A module of this class, or one of the other class with the same blocks, made with them behaves alike.
+        """
+        return {
+            "scheme": self.scheme,
+            "step": self.steps,
+            "gradient": self.gradient,
+            "reverse": self.reverse,
+            "anchors": self.anchors,
+            "max_drift": self.max_drift,
+            "on_drift": self.on_drift,
+        }
 
     def _replicate_for_data_parallel(self) -> AdjointModule:
         # Replicas run in threads at once; each measures its own drift, and nobody reads it.
@@ -125,11 +154,11 @@ class AdjointModule(nn.Module):
         replica._monitor = copy.copy(self._monitor)
         return replica
 
-    def _described(self, scheme: str) -> str:
-        shown = f"scheme={scheme!r}, steps={len(self._steps)}, gradient={self._gradient!r}"
-        if self._gradient == "adjoint":
-            shown += f", reverse={self._solver}"
-        return shown if self._anchors is None else f"{shown}, anchors={self._anchors}"
+    def _described(self) -> str:
+        shown = f"scheme={self.scheme!r}, steps={len(self.steps)}, gradient={self.gradient!r}"
+        if self.gradient == "adjoint":
+            shown += f", reverse={self.reverse}"
+        return shown if self.anchors is None else f"{shown}, anchors={self.anchors}"
 
 
 def checked_steps(where: str, step: float | Sequence[float] | None, count: int) -> tuple[float, ...]:
@@ -153,12 +182,3 @@ def checked_steps(where: str, step: float | Sequence[float] | None, count: int) 
         if not (math.isfinite(h) and h > 0):
             raise ValueError(f"{where}: step must be positive and finite, got {h}; leave it out for 1/{count}")
     return steps
-
-
-def checked_anchors(where: str, anchors: int | None) -> int | None:
-    if anchors is not None:
-        if not isinstance(anchors, int) or isinstance(anchors, bool):
-            raise TypeError(f"{where}: anchors must be an integer or None, got {anchors!r}")
-        if anchors < 1:
-            raise ValueError(f"{where}: anchors must be >= 1, got {anchors}; use None for no anchors")
-    return anchors

@@ -11,7 +11,7 @@ NeurIPS 2022, arXiv:2205.14612.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,11 +20,25 @@ from torch.autograd import forward_ad
 from . import ops
 
 BlockFunction = Callable[[Tensor], Tensor]
-Stages = tuple[Tensor, Tensor | None]
-Pullback = Callable[[Tensor], Tensor | None]
-"""From the cotangent of a block's output to that of its input, None for zero; parameters' are collected on the way."""
-Linearize = Callable[[BlockFunction, Tensor], tuple[Tensor, Pullback]]
-"""A block's output at a point, and its pullback there."""
+Vjp = Callable[[Tensor], Tensor | None]
+"""From the cotangent of a block's output to that of its input, None for zero; collects parameters' gradients."""
+Linearize = Callable[[BlockFunction, Tensor], tuple[Tensor, Vjp]]
+"""A block's output at a point, and its vector-Jacobian product there."""
+
+
+class Stages(NamedTuple):
+    """The outputs of a step's blocks."""
+
+    k1: Tensor
+    k2: Tensor | None = None
+
+
+class StepVjp(NamedTuple):
+    """A step evaluated at a point: its stages, and the product of their sum's Jacobian with a cotangent, v1 + v2."""
+
+    stages: Stages
+    v1: Tensor | None
+    v2: Tensor | None = None
 
 
 class Scheme(Protocol):
@@ -37,7 +51,7 @@ class Scheme(Protocol):
 
     @staticmethod
     def weight(h: float) -> float:
-        """With which the sum of the stages is added to the state."""
+        """Factor of the stages' sum in the increment: h or h/2."""
 
     @staticmethod
     def stages(blocks: Sequence[BlockFunction], x: Tensor, h: float) -> Stages:
@@ -52,12 +66,10 @@ class Scheme(Protocol):
         """An approximation of the state that the step led to x_next from."""
 
     @staticmethod
-    def vjp(
-        blocks: Sequence[BlockFunction], x: Tensor, h: float, gamma: Tensor, linearize: Linearize
-    ) -> tuple[Stages, tuple[Tensor | None, Tensor | None]]:
-        """The stages at x, and the two terms whose sum is the vector-Jacobian product of their sum with gamma.
+    def vjp(blocks: Sequence[BlockFunction], x: Tensor, h: float, gamma: Tensor, linearize: Linearize) -> StepVjp:
+        """The stages at x, and the vector-Jacobian product of their sum with gamma.
 
-        With gamma = weight(h) g that sum is the product of the increment with g.
+        With gamma = weight(h) g it is the product of the increment with g.
         """
 
 
@@ -80,11 +92,11 @@ class Euler:
     @staticmethod
     def stages(blocks: Sequence[BlockFunction], x: Tensor, h: float) -> Stages:
         (f,) = blocks
-        return f(x), None
+        return Stages(f(x))
 
     @staticmethod
     def add(x: Tensor, stages: Stages, h: float) -> Tensor:
-        return add(x, stages[0], h)
+        return add(x, stages.k1, h)
 
     @staticmethod
     def reverse_step(blocks: Sequence[BlockFunction], x_next: Tensor, h: float) -> Tensor:
@@ -92,12 +104,10 @@ class Euler:
         return add(x_next, f(x_next), -h)
 
     @staticmethod
-    def vjp(
-        blocks: Sequence[BlockFunction], x: Tensor, h: float, gamma: Tensor, linearize: Linearize
-    ) -> tuple[Stages, tuple[Tensor | None, Tensor | None]]:
+    def vjp(blocks: Sequence[BlockFunction], x: Tensor, h: float, gamma: Tensor, linearize: Linearize) -> StepVjp:
         (f,) = blocks
-        k1, pull = linearize(f, x)
-        return (k1, None), (pull(gamma), None)
+        k1, vjp = linearize(f, x)
+        return StepVjp(Stages(k1), vjp(gamma))
 
 
 class Heun:
@@ -121,7 +131,7 @@ class Heun:
     def stages(blocks: Sequence[BlockFunction], x: Tensor, h: float) -> Stages:
         f, f_next = blocks
         k1 = f(x)
-        return k1, f_next(add(x, k1, h))
+        return Stages(k1, f_next(add(x, k1, h)))
 
     @staticmethod
     def add(x: Tensor, stages: Stages, h: float) -> Tensor:
@@ -135,17 +145,15 @@ class Heun:
     def reverse_step(blocks: Sequence[BlockFunction], x_next: Tensor, h: float) -> Tensor:
         f, f_next = blocks
         k1 = f_next(x_next)
-        return Heun.add(x_next, (k1, f(add(x_next, k1, -h))), -h)
+        return Heun.add(x_next, Stages(k1, f(add(x_next, k1, -h))), -h)
 
     @staticmethod
-    def vjp(
-        blocks: Sequence[BlockFunction], x: Tensor, h: float, gamma: Tensor, linearize: Linearize
-    ) -> tuple[Stages, tuple[Tensor | None, Tensor | None]]:
+    def vjp(blocks: Sequence[BlockFunction], x: Tensor, h: float, gamma: Tensor, linearize: Linearize) -> StepVjp:
         f, f_next = blocks
-        k1, pull = linearize(f, x)
-        k2, pull_next = linearize(f_next, add(x, k1, h))
-        through_k2 = pull_next(gamma)
-        return (k1, k2), (through_k2, pull(gamma if through_k2 is None else add(gamma, through_k2, h)))
+        k1, vjp = linearize(f, x)
+        k2, vjp_next = linearize(f_next, add(x, k1, h))
+        through_k2 = vjp_next(gamma)
+        return StepVjp(Stages(k1, k2), through_k2, vjp(gamma if through_k2 is None else add(gamma, through_k2, h)))
 
 
 SCHEMES: dict[str, type[Scheme]] = {scheme.name: scheme for scheme in (Euler, Heun)}

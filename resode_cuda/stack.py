@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adjoint import checkpoint, traced
-from .adjoint import node as adjoint
+from .adjoint import checkpoint, node, traced
 from .adjoint.blocks import Arguments, Block, Call
-from .adjoint.capture import is_capturing
 from .adjoint.replay import buffers_untouched
-from .calibration import Loss, Plan, Recalibration
+from .calibration import Loss
+from .devices import is_capturing
 from .dtypes import DTYPES
+from .method import Anchors
 from .module import AdjointModule, checked_steps
-from .reverse import Reverse, extrapolate, extrapolation_weights, predict
+from .plan import Plan
+from .recalibration import Recalibration
+from .reverse import Reverse, extrapolate, predict
 from .schemes import SCHEMES, increment
 
 
@@ -39,8 +41,10 @@ class ResidualStack(AdjointModule):
             stores everything and is the only one with higher derivatives, torch.func and forward mode.
         reverse: how the adjoint rebuilds: `"paper"`, `"corrected"`, `"extrapolated"`, or a `Reverse`, which
             states costs and orders.
-        anchors: keep the exact state of every step whose number is divisible by this, counted from 0. The error of
-            the reconstruction starts afresh there; memory is O(N / anchors), and `anchors=1` is exact. None keeps none.
+        anchors: K keeps the exact starting state of every K-th step, counted from 0; a collection of step numbers that
+            of these steps. The error of the reconstruction starts afresh there, at one state of memory each, and
+            `anchors=1` is exact. None keeps none. Where a single layer is wild, mostly the first, `anchors={0}` may be
+            all that is needed.
         max_drift: the largest defect |y - x_n| / |x_n| of a step that is accepted, dimensionless. It compares defects,
             the relative error of the points where vector-Jacobian products are taken, not an error of the gradient;
             `calibrate` measures that one.
@@ -76,7 +80,7 @@ class ResidualStack(AdjointModule):
 
     Raises:
         ValueError: for no block, one block under Heun, unknown names, a step that is not positive and finite or as many
-            as there are steps, anchors below 1.
+            as there are steps, anchors below 1 or no step's number.
         TypeError: for blocks that are no modules, a step or anchors that is no number, or a `stream_dtype` that is no
             floating dtype.
     """
@@ -89,7 +93,7 @@ class ResidualStack(AdjointModule):
         step: float | Sequence[float] | None = None,
         gradient: str = "adjoint",
         reverse: str | Reverse = "corrected",
-        anchors: int | None = None,
+        anchors: Anchors = None,
         stream_dtype: torch.dtype | None = None,
         max_drift: float = 0.05,
         on_drift: str = "warn",
@@ -109,6 +113,7 @@ class ResidualStack(AdjointModule):
                 f"got {len(blocks)}; {way_out}"
             )
         super().__init__(
+            scheme,
             checked_steps("ResidualStack", step, len(blocks) + 1 - needed),
             gradient=gradient,
             reverse=reverse,
@@ -118,13 +123,11 @@ class ResidualStack(AdjointModule):
         )
         for index, block in enumerate(blocks):
             self.add_module(str(index), block)
-        self._scheme = SCHEMES[scheme]
         self._block_count = len(blocks)
         if stream_dtype not in (None, *DTYPES):
             raise TypeError(f"ResidualStack: stream_dtype must be one of {DTYPES} or None, got {stream_dtype!r}")
         self.stream_dtype = stream_dtype
         self.keep_input = keep_input
-        self._recalibration: Recalibration | None = None
 
     def forward(self, x: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
         """x_N from x_0.
@@ -152,7 +155,7 @@ class ResidualStack(AdjointModule):
         # A checkpoint around the stack repeats a forward pass within a backward pass.
         is_repeated = torch._C._current_graph_task_id() != -1
         if not is_repeated and not is_capturing():
-            self._settle(x, args, kwargs)
+            self._apply_pending(x, args, kwargs)
         blocks, state = self._blocks_for(x), x.to(self._stream_dtype_for(x))
         tensors = Arguments.tensors(args, kwargs)
         differentiable = torch.is_grad_enabled() and any(
@@ -161,24 +164,14 @@ class ResidualStack(AdjointModule):
         if differentiable and self.gradient != "adjoint":
             self._monitor.forget()
         if self.gradient == "backprop" or not differentiable:
-            state = self._propagate_stored(blocks, state, (args, kwargs))
+            state = self._propagate_stored(blocks, state, Call(args, kwargs))
         elif self.gradient == "checkpoint":
-            state = checkpoint.propagate(self._scheme, blocks, self._steps, state, (args, kwargs), tensors)
+            state = checkpoint.propagate(self._method, blocks, state, Call(args, kwargs), tensors)
         else:
             if torch._C._are_functorch_transforms_active():
-                raise adjoint.unsupported("a torch.func transform")
-            state = adjoint.propagate(
-                self._scheme,
-                self._solver,
-                blocks,
-                self._steps,
-                self._anchors,
-                state,
-                Arguments(args, kwargs),
-                tensors,
-                self._monitor,
-                self.keep_input,
-            )
+                raise node.unsupported("a torch.func transform")
+            arguments = Arguments(args, kwargs)
+            state = node.propagate(self._method, blocks, state, arguments, tensors, self._monitor, self.keep_input)
         return state.to(x.dtype)
 
     def _is_traceable(self) -> bool:
@@ -193,30 +186,29 @@ class ResidualStack(AdjointModule):
         self._monitor.forget()
         if torch.is_grad_enabled() and self.gradient == "adjoint":
             arguments, tensors = Arguments(args, kwargs), Arguments.tensors(args, kwargs)
-            state = traced.propagate(
-                self._scheme, self._solver, blocks, self._steps, self._anchors, state, arguments, tensors
-            )
+            state = traced.propagate(self._method, blocks, state, arguments, tensors)
         elif torch.is_grad_enabled() and self.gradient == "checkpoint":
-            state = traced.propagate_checkpointed(self._scheme, blocks, self._steps, state, (args, kwargs))
+            state = traced.propagate_checkpointed(self._method, blocks, state, Call(args, kwargs))
         else:
-            state = self._propagate_stored(blocks, state, (args, kwargs))
+            state = self._propagate_stored(blocks, state, Call(args, kwargs))
         return state.to(x.dtype)
 
     def _propagate_stored(self, blocks: Sequence[Block], state: Tensor, call: Call) -> Tensor:
         """x_N from x_0 as autograd records it, if it does."""
-        for n, h in enumerate(self._steps):
-            functions = [block.function(call) for block in self._of_step(blocks, n)]
-            state = self._scheme.add(state, self._scheme.stages(functions, state, h), h)
+        scheme = self._method.scheme
+        for n, h in enumerate(self.steps):
+            functions = [block.function(call) for block in blocks[self._method.blocks_of(n)]]
+            state = scheme.add(state, scheme.stages(functions, state, h), h)
         return state
 
-    def _settle(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _apply_pending(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Change the settings where the last backward pass, or a calibration that is due, asks for it."""
-        self._monitor.look()
+        self._monitor.poll()
         if self._recalibration is not None and self.training and torch.is_grad_enabled():
             plan = self._recalibration.plan(self, x, args, kwargs)
             if plan is not None:
                 self.apply_plan(plan)
-        if self._monitor.wants_exact:
+        if self._monitor.fallback_requested:
             self.gradient = "checkpoint"
 
     def apply_plan(self, plan: Plan) -> ResidualStack:
@@ -271,23 +263,23 @@ class ResidualStack(AdjointModule):
             TypeError, ValueError: as the forward pass.
         """
         blocks, state = self._blocks_for(x_last), x_last.to(self._stream_dtype_for(x_last))
-        call = args, kwargs
+        call, method, scheme = Call(args, kwargs), self._method, self._method.scheme
         later: list[Tensor] = []  # the increments of the steps undone so far, newest first
-        for n in reversed(range(len(self._steps))):
-            used, h = self._of_step(blocks, n), self._steps[n]
+        for n, h in reversed(list(enumerate(self.steps))):
+            used = blocks[method.blocks_of(n)]
             functions = [block.function(call) for block in used]
             predicted = None
-            if self._solver.extrapolates and len(later) == 2:
-                predicted = extrapolate(extrapolation_weights(self._scheme, self._steps, n), state, *later)
+            if method.extrapolates and len(later) == 2:
+                predicted = extrapolate(method.weights[n], state, *later)
             with buffers_untouched({module for block in used for module in block.modules}):
-                y = predict(self._solver, self._scheme, functions, state, h, predicted)
-                if not self._solver.reuse:
+                y = predict(method.solver, scheme, functions, state, h, predicted)
+                if not method.reuses:
                     state = y
                     continue
-                stages = self._scheme.stages(functions, y, h)
-            state = self._scheme.add(state, stages, -h)
-            if self._solver.extrapolates:
-                later = [increment(self._scheme, stages, h, state), *later[:1]]
+                stages = scheme.stages(functions, y, h)
+            state = scheme.add(state, stages, -h)
+            if method.extrapolates:
+                later = [increment(scheme, stages, h, state), *later[:1]]
         return state.to(x_last.dtype)
 
     def __len__(self) -> int:
@@ -305,10 +297,10 @@ class ResidualStack(AdjointModule):
         return {**self.__dict__, "_recalibration": None}
 
     def extra_repr(self) -> str:
-        return self._described(self._scheme.name)
+        return self._described()
 
-    def _of_step(self, blocks: Sequence[Block], n: int) -> Sequence[Block]:
-        return blocks[n : n + self._scheme.blocks_per_step]
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "stream_dtype": self.stream_dtype, "keep_input": self.keep_input}
 
     def _blocks_for(self, x: Tensor) -> list[Block]:
         if not isinstance(x, Tensor):

@@ -15,7 +15,12 @@ from ..dtypes import fits
 from ..schemes import BlockFunction
 from .replay import Replayed, Slot, submodules
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+class Call(NamedTuple):
+    """The arguments that every block gets beside the state."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 class Arguments:
@@ -30,7 +35,7 @@ class Arguments:
         self.count = len(self._places)
         for place in self._places:
             self._leaves[place] = None
-        self._constant = None if self._places else (args, kwargs)
+        self._constant = None if self._places else Call(args, kwargs)
 
     @staticmethod
     def tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -42,7 +47,7 @@ class Arguments:
         leaves = list(self._leaves)
         for place, tensor in zip(self._places, tensors, strict=True):
             leaves[place] = tensor
-        return pytree.tree_unflatten(leaves, self._spec)
+        return Call(*pytree.tree_unflatten(leaves, self._spec))
 
 
 class Block:

@@ -12,10 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-
-def is_capturing() -> bool:
-    """Whether a CUDA graph is being captured in this thread."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+from ..devices import is_capturing
 
 
 def draws_are_replayable() -> AbstractContextManager[Any]:

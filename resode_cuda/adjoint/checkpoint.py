@@ -8,26 +8,21 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..schemes import Scheme
+from ..method import Method
 from .blocks import Block, BlockCall, Call, held_parameters, modified_in_place
 from .replay import swapped
 
 
 def propagate(
-    scheme: type[Scheme],
-    blocks: Sequence[Block],
-    steps: Sequence[float],
-    x: Tensor,
-    call: Call,
-    argument_tensors: Sequence[Tensor],
+    method: Method, blocks: Sequence[Block], x: Tensor, call: Call, argument_tensors: Sequence[Tensor]
 ) -> Tensor:
     """x_N from x_0, with torch's non-reentrant checkpointing of every step.
 
     The blocks replay themselves, buffers included, which torch's own preserve_rng_state does not.
     """
-    for n, h in enumerate(steps):
-        recomputed = _Step(scheme, blocks[n : n + scheme.blocks_per_step], h, x.device, call, argument_tensors)
-        x = checkpoint(recomputed, x, use_reentrant=False, preserve_rng_state=False)
+    for n in range(len(method)):
+        step = _Step(method, n, blocks, x.device, call, argument_tensors)
+        x = checkpoint(step, x, use_reentrant=False, preserve_rng_state=False)
     return x
 
 
@@ -36,16 +31,17 @@ class _Step:
 
     def __init__(
         self,
-        scheme: type[Scheme],
+        method: Method,
+        n: int,
         blocks: Sequence[Block],
-        h: float,
         device: torch.device,
         call: Call,
         argument_tensors: Sequence[Tensor],
     ) -> None:
-        self.scheme, self.h = scheme, h
-        self.functions = [BlockCall(block, device).function(call) for block in blocks]
-        self.parameters = held_parameters(blocks)
+        self.scheme, self.h = method.scheme, method.steps[n]
+        used = blocks[method.blocks_of(n)]
+        self.functions = [BlockCall(block, device).function(call) for block in used]
+        self.parameters = held_parameters(used)
         watched = [*argument_tensors, *(parameter.tensor for parameter in self.parameters)]
         self.versions = [(tensor, tensor._version) for tensor in watched]
 

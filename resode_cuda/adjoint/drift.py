@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
+from ..devices import is_capturing
 from ..dtypes import square_dtype
-from .capture import is_capturing
 
 ON_DRIFT = ("ignore", "warn", "raise", "checkpoint")
 
@@ -42,7 +42,7 @@ class Drift(NamedTuple):
 
 
 class DriftMonitor:
-    """Norms of each step's defect and rebuilt state, written on the device in the backward pass.
+    """Squared norms of each step's defect and rebuilt state, written on the device in the backward pass.
 
     They are looked at without waiting for the device: at once on a CPU; elsewhere they are copied asynchronously and
     read in a later forward pass, once the copy has arrived, or when `drift` is read.
@@ -52,7 +52,7 @@ class DriftMonitor:
         self._where = where
         self.max_drift, self.on_drift = max_drift, on_drift
         self.gradient_error_per_defect: float | None = None
-        self.wants_exact = False
+        self.fallback_requested = False
         """Whether on_drift="checkpoint" has found reason to."""
         self._steps = steps
         # [steps + 1, 2]: |y - x_n|^2, |x_n|^2, and at the end the same of the input.
@@ -62,7 +62,7 @@ class DriftMonitor:
         self._reached_input = False
         self._unchecked = False
         self._warned_of: set[str] = set()
-        # Host copies of the norms, each with the event of its arrival.
+        # Host copies of the squares, each with the event of its arrival.
         self._arriving: list[tuple[Tensor, Any]] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -74,12 +74,12 @@ class DriftMonitor:
         self._prepared(stream).zero_()
         self._measured, self._reached_input = measures, False
 
-    def norms(self, stream: Tensor) -> Tensor:
+    def squares(self, stream: Tensor) -> Tensor:
         """Shape [steps + 1, 2], for a backward pass that fills all steps' rows at once."""
         return self._prepared(stream)
 
-    def watch(self, node: Any, norms: Tensor, measures: bool) -> None:
-        """Begin and end with the backward pass of an autograd node that fills the first rows of `norms`."""
+    def watch(self, node: Any, squares: Tensor, measures: bool) -> None:
+        """Begin and end with the backward pass of an autograd node that fills the first rows of `squares`."""
 
         def begin(cotangents: tuple[Tensor | None, ...]) -> None:
             if cotangents[0] is None:
@@ -88,7 +88,7 @@ class DriftMonitor:
                 self.forget()
                 return
             # A forward pass in between, in another dtype or on another device, has made others.
-            self._squares, self._rows = norms, norms.unbind()
+            self._squares, self._rows = squares, squares.unbind()
             self.begin(cotangents[0], measures)
             self._unchecked = True
 
@@ -139,7 +139,7 @@ class DriftMonitor:
             arrived.record()
             self._arriving.append((host, arrived))
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Judge what has arrived by now; all there is, where the answer decides what happens next."""
         self.end()
         must_know = self.on_drift in ("raise", "checkpoint")
@@ -153,7 +153,7 @@ class DriftMonitor:
         self._measured = self._reached_input = False
 
     def read(self) -> Drift | None:
-        self.look()
+        self.poll()
         if self._squares is None or not (self._measured or self._reached_input):
             return None
         ratios = self._ratios(self._squares)
@@ -204,7 +204,7 @@ class DriftMonitor:
             raise DriftError(message)
         is_news = what not in self._warned_of
         if self.on_drift == "checkpoint":
-            is_news, self.wants_exact = not self.wants_exact, True
+            is_news, self.fallback_requested = not self.fallback_requested, True
             message += '; gradient="checkpoint" from the next step on'
         if is_news:
             self._warned_of.add(what)

@@ -1,7 +1,7 @@
 """The discrete adjoint: a backward pass that rebuilds the states instead of storing them.
 
 Every step is one autograd node, and nothing is hidden between nodes: what the backward pass knows of the trajectory
-(the rebuilt state and, to extrapolate, two increments) travels from node to node as the cotangents of shadow outputs,
+(the rebuilt state and, to extrapolate, two increments) passes from node to node as the cotangents of shadow outputs,
 tensors of the state's shape without storage of their own. Only the last step saves anything, x_N and the last two
 increments, and steps with an anchor, which save the state they start from. So the order of execution is autograd's
 own, a second backward pass starts afresh from x_N, and each parameter's gradient leaves as soon as its step is done.
@@ -19,20 +19,25 @@ import torch
 from torch import Tensor
 
 from ..layouts import apart
-from ..reverse import Reverse, predict
-from ..schemes import BlockFunction, Scheme
+from ..method import Method
+from ..schemes import BlockFunction
 from .blocks import Arguments, Block, BlockCall, HeldParameter, held_parameters, modified_in_place
 from .drift import DriftMonitor
-from .step import Step, continued, continued_in_place, known, known_at_the_end, shadow_count, steps_of
-from .vjp import Products, leaves
+from .step import (
+    Step,
+    Trajectory,
+    backward_update,
+    backward_update_,
+    shadow_count,
+    trajectory_at_the_end,
+    trajectory_from,
+)
+from .vjp import BlockVjps, leaves
 
 
 def propagate(
-    scheme: type[Scheme],
-    solver: Reverse,
+    method: Method,
     blocks: Sequence[Block],
-    steps: Sequence[float],
-    anchors: int | None,
     x: Tensor,
     arguments: Arguments,
     argument_tensors: Sequence[Tensor],
@@ -42,19 +47,19 @@ def propagate(
     """x_N from x_0, recorded so that the backward pass rebuilds the states.
 
     Args:
-        steps: h of each step.
-        anchors: keep the exact state at every step n divisible by it; None keeps x_N alone.
+        arguments, argument_tensors: what every block gets beside the state, and the tensors in it.
+        monitor: gets the defects of the backward pass.
         keep_input: keep x_0, and measure how far the rebuilt one is from it.
     """
     blank = x.new_zeros(())
-    shadows: Sequence[Tensor | None] = (None,) * shadow_count(solver)
-    for step in steps_of(scheme, solver, steps, anchors):
-        used = blocks[step.n : step.n + scheme.blocks_per_step]
+    shadows: Sequence[Tensor | None] = (None,) * shadow_count(method)
+    for n in range(len(method)):
+        used = blocks[method.blocks_of(n)]
         parameters = held_parameters(used)
         calls = [BlockCall(block, x.device) for block in used]
-        evaluation = Evaluation(calls, parameters, arguments, monitor, keep_input and step.n == 0, blank)
+        evaluation = Evaluation(calls, parameters, arguments, monitor, keep_input and n == 0, blank)
         tensors = *argument_tensors, *(parameter.tensor for parameter in parameters)
-        x, *shadows = AdjointStep.apply(step, evaluation, x, *shadows, *tensors)
+        x, *shadows = AdjointStep.apply(Step(method, n), evaluation, x, *shadows, *tensors)
     return x
 
 
@@ -100,12 +105,11 @@ class AdjointStep(torch.autograd.Function):
         shadows, tensors = shadows_and_tensors[: step.shadow_count], shadows_and_tensors[step.shadow_count :]
         stages = step.scheme.stages(evaluation.functions(tensors), x, step.h)
         x_next = step.scheme.add(x, stages, step.h)
-        end, following = step.ends(x, x_next, stages, shadows, evaluation.blank)
         start = [x] if step.is_anchored or evaluation.is_input_kept else []
-        ctx.save_for_backward(*tensors, *end, *start)
+        ctx.save_for_backward(*tensors, *step.saved_for_last(x_next, stages, shadows), *start)
         ctx.set_materialize_grads(False)
         ctx.step, ctx.evaluation = step, evaluation
-        return x_next, *following
+        return x_next, *step.shadows(x, stages, evaluation.blank)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *cotangents: Tensor | None) -> Any:
@@ -117,42 +121,41 @@ class AdjointStep(torch.autograd.Function):
             raise unsupported("a double backward (create_graph=True)")
         if g is None:
             return (None,) * len(ctx.needs_input_grad)
-        tensors, end, start = _saved_tensors(ctx, len(needs_tensors))
-        x_next, predicted, d_next = known_at_the_end(step, end) if step.is_last else known(cotangents, g)
+        tensors, of_last, start = _saved_tensors(ctx, len(needs_tensors))
+        trajectory = trajectory_at_the_end(step, of_last) if step.is_last else trajectory_from(cotangents, g)
         monitor = None if _is_batched(g) else evaluation.monitor
         gamma = g
         if step.is_last:
             gamma = step.scheme.weight(step.h) * g
             if monitor is not None:
-                monitor.begin(g, measures=step.solver.reuse)
+                monitor.begin(g, measures=step.method.reuses)
         anchor = start if step.is_anchored else None
 
         with leaves(evaluation.parameters, tensors, needs_tensors) as used:
             functions = evaluation.functions(used)
-            y = predict(step.solver, step.scheme, functions, x_next, step.h, predicted) if anchor is None else anchor
-            products = Products(step.n, used, needs_x)
-            stages, (v1, v2) = step.scheme.vjp(functions, y, step.h, gamma, products.linearize)
+            y = anchor if anchor is not None else step.predict(functions, trajectory)
+            vjps = BlockVjps(step.n, used, needs_x)
+            evaluated = step.scheme.vjp(functions, y, step.h, gamma, vjps.linearize)
 
-        weights = step.weights if needs_state else None
-        adjoint = (gamma if needs_x else None, v1, v2, *step.adjoint_scales)
+        weights = step.weights_before if needs_state else None
+        needed_gamma = gamma if needs_x else None
         if monitor is None:
-            x, travels, g_x = continued(step, x_next, y, d_next, stages, weights, adjoint)
+            update = backward_update(step, trajectory, y, evaluated, needed_gamma, weights)
         else:
-            # What travels is nobody else's and may be overwritten; what is saved may not, and what is found for a
-            # tensor that a block adds to its output may be the cotangent itself.
-            x_next = x_next.clone() if step.is_rebuilt and step.is_result_saved else x_next
-            d_next = d_next.clone() if step.is_last and weights is not None and d_next is not None else d_next
-            overwritten = [tensor for tensor in (x_next, y, d_next, gamma) if tensor is not None]
-            products.found = apart(products.found, overwritten)
-            x, travels, g_x = continued_in_place(step, x_next, y, d_next, stages, weights, adjoint, monitor)
+            # Cotangents are nobody else's and may be overwritten; what is saved may not, and the gradient of a tensor
+            # that a block adds to its output may be the cotangent itself.
+            trajectory = _writable(step, trajectory, extrapolates=weights is not None)
+            overwritten = [tensor for tensor in (*trajectory, y, gamma) if tensor is not None]
+            vjps.found = apart(vjps.found, overwritten)
+            update = backward_update_(step, trajectory, y, evaluated, needed_gamma, weights, monitor)
         if evaluation.is_input_kept and start is not None and monitor is not None:
-            monitor.record_input(x if anchor is None else step.scheme.add(x_next, stages, -step.h), start)
-        if not needs_state:
-            travels = ()
-            if monitor is not None:
-                monitor.end()
-        nowhere = (None,) * (step.shadow_count - len(travels))
-        return None, None, g_x, *travels, *nowhere, *products.found
+            rebuilt = update.x if anchor is None else step.scheme.add(trajectory.x_next, evaluated.stages, -step.h)
+            monitor.record_input(rebuilt, start)
+        shadow_cotangents = update.cotangents if needs_state else ()
+        if not needs_state and monitor is not None:
+            monitor.end()
+        missing = (None,) * (step.shadow_count - len(shadow_cotangents))
+        return None, None, update.gamma, *shadow_cotangents, *missing, *vjps.found
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -160,16 +163,26 @@ class AdjointStep(torch.autograd.Function):
 
 
 def _saved_tensors(ctx: Any, count: int) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor | None]:
-    """The step's tensors, what the last step keeps (x_N and increments, newest first), and the state it starts from."""
+    """The step's tensors, what the last step saved (x_N and increments, newest first), and the state it starts from."""
     try:
         saved = ctx.saved_tensors
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise
         raise modified_in_place() from error
-    tensors, kept = saved[:count], saved[count:]
-    keeps_start = ctx.step.is_anchored or ctx.evaluation.is_input_kept
-    return (tensors, kept[:-1], kept[-1]) if keeps_start else (tensors, kept, None)
+    tensors, states = saved[:count], saved[count:]
+    saves_start = ctx.step.is_anchored or ctx.evaluation.is_input_kept
+    return (tensors, states[:-1], states[-1]) if saves_start else (tensors, states, None)
+
+
+def _writable(step: Step, trajectory: Trajectory, extrapolates: bool) -> Trajectory:
+    """The trajectory with copies of what is saved and would be overwritten."""
+    x_next, predicted, d_next = trajectory
+    if step.is_rebuilt and step.is_result_saved:
+        x_next = x_next.clone()
+    if step.is_last and extrapolates and d_next is not None:
+        d_next = d_next.clone()
+    return Trajectory(x_next, predicted, d_next)
 
 
 def _is_batched(g: Tensor) -> bool:

@@ -19,7 +19,8 @@ from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 
-from .capture import draws_are_replayable, is_capturing
+from ..devices import is_capturing
+from .capture import draws_are_replayable
 
 
 def submodules(blocks: Iterable[nn.Module]) -> list[nn.Module]:

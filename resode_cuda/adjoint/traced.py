@@ -18,10 +18,10 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.utils.checkpoint import checkpoint
 
-from ..reverse import Reverse, predict
-from ..schemes import BlockFunction, Pullback, Scheme
+from ..method import Method
+from ..schemes import BlockFunction, Vjp
 from .blocks import Arguments, Block, Call
-from .step import Step, continued, known, known_at_the_end, shadow_count, steps_of
+from .step import Step, backward_update, shadow_count, trajectory_at_the_end, trajectory_from
 
 
 def is_traceable(modules: Iterable[nn.Module]) -> bool:
@@ -42,36 +42,27 @@ def _is_changing(module: nn.Module) -> bool:
 
 
 def propagate(
-    scheme: type[Scheme],
-    solver: Reverse,
-    blocks: Sequence[Block],
-    steps: Sequence[float],
-    anchors: int | None,
-    x: Tensor,
-    arguments: Arguments,
-    argument_tensors: Sequence[Tensor],
+    method: Method, blocks: Sequence[Block], x: Tensor, arguments: Arguments, argument_tensors: Sequence[Tensor]
 ) -> Tensor:
-    """x_N from x_0 with the backward pass of `adjoint.propagate`."""
+    """x_N from x_0 with the backward pass of `node.propagate`."""
     blank = x.new_zeros(())
-    shadows: Sequence[Tensor | None] = (None,) * shadow_count(solver)
-    for step in steps_of(scheme, solver, steps, anchors):
-        used = blocks[step.n : step.n + scheme.blocks_per_step]
+    shadows: Sequence[Tensor | None] = (None,) * shadow_count(method)
+    for n in range(len(method)):
+        used = blocks[method.blocks_of(n)]
         names = [[name for name, _ in block.module.named_parameters()] for block in used]
         parameters = [parameter for block in used for _, parameter in block.module.named_parameters()]
         evaluation = Evaluation(used, names, arguments)
-        x, *shadows = TracedStep.apply(step, evaluation, blank, x, *shadows, *argument_tensors, *parameters)
+        x, *shadows = TracedStep.apply(Step(method, n), evaluation, blank, x, *shadows, *argument_tensors, *parameters)
     return x
 
 
-def propagate_checkpointed(
-    scheme: type[Scheme], blocks: Sequence[Block], steps: Sequence[float], x: Tensor, call: Call
-) -> Tensor:
+def propagate_checkpointed(method: Method, blocks: Sequence[Block], x: Tensor, call: Call) -> Tensor:
     """x_N from x_0 with the backward pass of `checkpoint.propagate`."""
-    for n, h in enumerate(steps):
-        functions = [block.function(call) for block in blocks[n : n + scheme.blocks_per_step]]
+    for n, h in enumerate(method.steps):
+        functions = [block.function(call) for block in blocks[method.blocks_of(n)]]
 
         def step(x: Tensor, functions: list[BlockFunction] = functions, h: float = h) -> Tensor:
-            return scheme.add(x, scheme.stages(functions, x, h), h)
+            return method.scheme.add(x, method.scheme.stages(functions, x, h), h)
 
         x = checkpoint(step, x, use_reentrant=False)
     return x
@@ -111,14 +102,14 @@ class Function:
         return self.block(x, self.arguments.filled(tensors[:count]), parameters)
 
 
-class Products:
-    """`products.Products`, by torch.func.vjp."""
+class BlockVjps:
+    """`vjp.BlockVjps`, by torch.func.vjp."""
 
     def __init__(self, wants: Sequence[bool]) -> None:
         self.wants = wants
         self.found: list[Tensor | None] = [None] * len(wants)
 
-    def linearize(self, f: Any, x: Tensor) -> tuple[Tensor, Pullback]:
+    def linearize(self, f: Any, x: Tensor) -> tuple[Tensor, Vjp]:
         varied = [i for i, place in enumerate(f.places) if self.wants[place]]
 
         def of_what_varies(x: Tensor, *some: Tensor) -> Tensor:
@@ -127,52 +118,50 @@ class Products:
                 tensors[i] = tensor
             return f.of(x, tensors)
 
-        out, pull_all = torch.func.vjp(of_what_varies, x, *[f.tensors[i] for i in varied])[:2]
+        out, vjp_of_all = torch.func.vjp(of_what_varies, x, *[f.tensors[i] for i in varied])[:2]
 
-        def pull(cotangent: Tensor) -> Tensor:
-            products: tuple[Tensor, ...] = pull_all(cotangent.to(out.dtype))
+        def vjp(cotangent: Tensor) -> Tensor:
+            products: tuple[Tensor, ...] = vjp_of_all(cotangent.to(out.dtype))
             for i, product in zip(varied, products[1:], strict=True):
                 place = f.places[i]
                 before = self.found[place]
                 self.found[place] = product if before is None else before + product
             return products[0]
 
-        return out, pull
+        return out, vjp
 
 
 class TracedStep(torch.autograd.Function):
-    """`adjoint.AdjointStep`, with one blank element more among the inputs."""
+    """`node.AdjointStep`, with one blank element more among the inputs."""
 
     @staticmethod
     def forward(ctx: Any, step: Step, evaluation: Evaluation, blank: Tensor, x: Tensor, *rest: Any) -> Any:
         shadows, tensors = rest[: step.shadow_count], rest[step.shadow_count :]
         stages = step.scheme.stages(evaluation.functions(tensors), x, step.h)
         x_next = step.scheme.add(x, stages, step.h)
-        end, following = step.ends(x, x_next, stages, shadows, blank)
         start = [x] if step.is_anchored else []
-        ctx.save_for_backward(*tensors, *end, *start)
+        ctx.save_for_backward(*tensors, *step.saved_for_last(x_next, stages, shadows), *start)
         ctx.set_materialize_grads(False)
         ctx.step, ctx.evaluation = step, evaluation
-        return x_next, *following
+        return x_next, *step.shadows(x, stages, blank)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *cotangents: Tensor | None) -> Any:
-        step, evaluation = ctx.step, ctx.evaluation
+        step: Step = ctx.step
         if g is None:
             return (None,) * len(ctx.needs_input_grad)
         needs_x, needs_state = ctx.needs_input_grad[3:5]
         wants = ctx.needs_input_grad[4 + step.shadow_count :]
-        saved = ctx.saved_tensors
-        tensors, kept = saved[: len(wants)], saved[len(wants) :]
-        end = kept[:-1] if step.is_anchored else kept
-        x_next, predicted, d_next = known_at_the_end(step, end) if step.is_last else known(cotangents, g)
+        tensors, states = ctx.saved_tensors[: len(wants)], ctx.saved_tensors[len(wants) :]
+        of_last = states[:-1] if step.is_anchored else states
+        trajectory = trajectory_at_the_end(step, of_last) if step.is_last else trajectory_from(cotangents, g)
         gamma = step.scheme.weight(step.h) * g if step.is_last else g
-        functions = evaluation.functions(tensors)
-        y = kept[-1] if step.is_anchored else predict(step.solver, step.scheme, functions, x_next, step.h, predicted)
-        products = Products(wants)
-        stages, (v1, v2) = step.scheme.vjp(functions, y, step.h, gamma, products.linearize)
-        adjoint = (gamma if needs_x else None, v1, v2, *step.adjoint_scales)
-        _, travels, g_x = continued(step, x_next, y, d_next, stages, step.weights if needs_state else None, adjoint)
-        travels = travels if needs_state else ()
-        nowhere = (None,) * (step.shadow_count - len(travels))
-        return None, None, None, g_x, *travels, *nowhere, *products.found
+        functions = ctx.evaluation.functions(tensors)
+        y = states[-1] if step.is_anchored else step.predict(functions, trajectory)
+        vjps = BlockVjps(wants)
+        evaluated = step.scheme.vjp(functions, y, step.h, gamma, vjps.linearize)
+        weights = step.weights_before if needs_state else None
+        update = backward_update(step, trajectory, y, evaluated, gamma if needs_x else None, weights)
+        shadow_cotangents = update.cotangents if needs_state else ()
+        missing = (None,) * (step.shadow_count - len(shadow_cotangents))
+        return None, None, None, update.gamma, *shadow_cotangents, *missing, *vjps.found

@@ -1,4 +1,4 @@
-"""The vector-Jacobian products of a step's blocks: what they are taken for, and by which blocks."""
+"""The vector-Jacobian products of a step's blocks, and the leaves that they are taken for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..schemes import BlockFunction, Pullback
+from ..schemes import BlockFunction, Vjp
 from .blocks import HeldParameter
 from .replay import swapped
 
@@ -42,7 +42,7 @@ def leaves(
             yield found
 
 
-class Products:
+class BlockVjps:
     """The vector-Jacobian products of step n's blocks for the leaves, summed over the blocks; None where zero."""
 
     def __init__(self, n: int, leaves: Sequence[Tensor], needs_x: bool) -> None:
@@ -50,20 +50,20 @@ class Products:
         self._n, self._leaves = n, leaves
         self._is_point_wanted = needs_x
 
-    def linearize(self, f: BlockFunction, x: Tensor) -> tuple[Tensor, Pullback]:
-        """f(x), and the function from the cotangent of f(x) to that of x, which adds to what is found."""
+    def linearize(self, f: BlockFunction, x: Tensor) -> tuple[Tensor, Vjp]:
+        """f(x), and its vector-Jacobian product, which adds the leaves' gradients to those found."""
         point = x.detach().requires_grad_(self._is_point_wanted)
         with torch.enable_grad():
             out = f(point)
         # The next block's input depends on this one's output.
         self._is_point_wanted = self._is_point_wanted or out.requires_grad
 
-        def pull(cotangent: Tensor) -> Tensor | None:
-            return self._pull(point, out, cotangent.to(out.dtype))
+        def vjp(cotangent: Tensor) -> Tensor | None:
+            return self._vjp(point, out, cotangent.to(out.dtype))
 
-        return out.detach(), pull
+        return out.detach(), vjp
 
-    def _pull(self, point: Tensor, out: Tensor, cotangent: Tensor) -> Tensor | None:
+    def _vjp(self, point: Tensor, out: Tensor, cotangent: Tensor) -> Tensor | None:
         wanted = [tensor for tensor in (point, *self._leaves) if tensor.requires_grad]
         if not out.requires_grad:
             return None

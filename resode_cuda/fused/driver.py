@@ -1,7 +1,7 @@
-"""The passes of a whole stack over kernels that take a slab of rows through a range of its steps.
+"""The passes of a whole stack, over kernels that take a slab of rows through a range of its steps.
 
 A forward pass is one launch, whatever the depth. A backward pass is two for each slab of rows, the state pass and the
-weight-gradient pass, between which each layer's points and cotangents wait in scratch memory; or a single one, where
+weight-gradient pass, between which each layer's inputs and cotangents wait in scratch memory; or a single one, where
 the state pass adds up gradients itself. `slabs.py` says how many rows a slab has, and when its way through the depth is
 one of several ranges.
 """
@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..reverse import Reverse
+from ..method import Method
 from .network import Network
-from .reference.tile import Gradients
-from .schedule import padded, schedule
+from .schedule import schedule
+from .signature import AdjointResult, ParameterGradients, SavedStates, Wanted
 from .slabs import slabs
 
 SMALLEST_DIM = 16
@@ -31,44 +32,40 @@ def padded_dim(dim: int) -> int:
 
 
 class Scratch(NamedTuple):
-    """Of every use of a layer in a range of steps: u, where it was taken, and the cotangent c of its output.
+    """What each call of a layer in a range of steps leaves for its gradients.
 
-    Shapes [uses, rows, dim], in the parameters' dtype.
+    Shapes [layer calls, rows, dim], in the parameters' dtype. A step calls one layer, with Heun two.
     """
 
-    us: Tensor
-    cs: Tensor
+    layer_inputs: Tensor
+    """u, after the norm."""
+    cotangents: Tensor
+    """c, of the layer's output, without the factor h or h/2."""
 
 
-class Ends(NamedTuple):
-    """What a state pass starts from, at x_last, and what it leaves, at x_first: [rows, dim] each, float32.
+class Boundary(NamedTuple):
+    """A slab's states where a range of steps begins or ends: [rows, dim] each, float32."""
 
-    d_last, d_first: two increments, [2, rows, dim], those of the steps behind, where the solver extrapolates: d_{n+2}
-    before d_{n+1}. Where a pass starts from x_N they are what the forward pass has kept, newest first, in the dtype of
-    the parameters, and one if there is one step. x_first, d_first: None where nobody goes on from there.
-    """
-
-    x_last: Tensor
-    g_last: Tensor
-    d_last: Tensor | None
-    x_first: Tensor | None
-    g_first: Tensor
-    d_first: Tensor | None
-    anchored: Tensor | None
+    x: Tensor | None
+    """None where it is not wanted: the first range of a pass may leave no x_0."""
+    g: Tensor
+    increments: Tensor | None
+    """[2, rows, dim], where the solver extrapolates: d_{n+2} and d_{n+1} between the steps n and n + 1. At x_N the ones
+    that the forward pass has saved: newest first, in the parameters' dtype, and one if there is one step."""
 
 
-class Kernels(ABC):
-    """The kernels with what all of them take of a network: its weights, padded, its schedule and its formulas.
+class NetworkKernels(ABC):
+    """The kernels, with what all of them take of a network and a method: weights, padded, and the schedule.
 
     Args:
-        chunk: what the hidden size is padded to a multiple of.
+        chunk: the hidden size is padded to a multiple of it.
         unit: rows that every pass over scratch memory takes in whole blocks.
     """
 
-    def __init__(self, network: Network, chunk: int, unit: int, extrapolates: bool) -> None:
+    def __init__(self, network: Network, method: Method, chunk: int, unit: int) -> None:
         self.network, self.unit = network, unit
         self.device = network.weight_in.device
-        self.uses = network.formulas.blocks_per_step
+        self.layer_calls = method.scheme.blocks_per_step
         self.dim = padded_dim(network.dim)
         self.hidden = -(-network.hidden // chunk) * chunk
         layers, hidden, dim = network.layers, self.hidden, self.dim
@@ -77,159 +74,151 @@ class Kernels(ABC):
         self.b1 = None if network.bias_in is None else padded(network.bias_in, (layers, hidden))
         self.w2 = padded(network.weight_out, (layers, dim, hidden))
         self.b2 = None if network.bias_out is None else padded(network.bias_out, (layers, dim))
-        self.schedule = schedule(tuple(network.steps), network.scheme, extrapolates, self.device)
+        self.follow(method)
+
+    def follow(self, method: Method) -> None:
+        """Take the steps, weights and anchors of this method from now on. Its scheme and solver are those of before."""
+        self.method, self.schedule = method, schedule(method, self.device)
 
     sums_by_dim: ClassVar[bool]
     """Whether kernels add up the gradients of both matrices as [dim, hidden], or as [hidden, dim]."""
 
-    def is_split(self, rows: int) -> bool:
+    def takes_two_passes(self, rows: int) -> bool:
         """Whether the gradients of parameters take a pass of their own."""
         return True
 
     @abstractmethod
     def forward(
-        self,
-        x: Tensor,
-        x_last: Tensor | None,
-        increments: Tensor | None,
-        anchored: Tensor | None,
-        steps: int,
-        every: int,
+        self, x: Tensor, x_last: Tensor | None, increments: Tensor | None, anchored: Tensor | None, steps: int
     ) -> None:
-        """From x_0 through the first steps. anchored: the states of every so many."""
+        """From x_0 through the first steps. Fills what is given."""
 
     @abstractmethod
     def adjoint(
         self,
-        ends: Ends,
-        norms: Tensor,
+        start: Boundary,
+        end: Boundary,
+        anchored: Tensor | None,
+        squares: Tensor,
         scratch: Scratch | None,
-        first: int,
-        last: int,
-        anchors: int | None,
-        solver: Reverse,
+        steps: range,
         adds_gradients: bool,
     ) -> None:
-        """From x_last and g_last back through the steps last - 1 to first; fills scratch, or adds gradients up."""
+        """Back through the steps, from `start`, after the last of them, to `end`. Fills scratch, or adds gradients."""
 
     @abstractmethod
     def exact(
-        self, x: Tensor, g_last: Tensor, g_first: Tensor, rs: Tensor | None, scratch: Scratch, first: int, last: int
+        self, x: Tensor, g_last: Tensor, g_first: Tensor, inverse_rms: Tensor | None, scratch: Scratch, steps: range
     ) -> None:
-        """From x, the state before step first, forward through the steps and back. rs: [uses, rows], of norms."""
+        """From x, the first step's starting state, forward through the steps and back.
+
+        inverse_rms: [layer calls, rows], memory for r of the norms.
+        """
 
     @abstractmethod
-    def add_gradients(self, scratch: Scratch, rows: int, first: int, last: int) -> None:
-        """Of the layers that a range of steps uses, from what its state pass has left of the rows."""
+    def add_gradients(self, scratch: Scratch, rows: int, steps: range) -> None:
+        """Add up the gradients of the layers that these steps call, from what their state pass has left of the rows."""
 
     @abstractmethod
-    def norms(self, rows: int) -> Tensor:
-        """For what a state pass finds of a slab's norms, shape [parts, steps, 2]: its sum over parts is the slab's."""
+    def squares(self, rows: int) -> Tensor:
+        """Memory for a state pass' squared norms of a slab, shape [parts, steps, 2], to be summed over parts."""
 
     @functools.cached_property
-    def sums(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """What gradients are added to, of W1, b1, W2 and b2, padded, in float32."""
+    def sums(self) -> ParameterGradients:
+        """What gradients are added to, padded, in float32."""
         layers, zeros = self.network.layers, self.schedule.new_zeros
         matrix = (layers, self.dim, self.hidden) if self.sums_by_dim else (layers, self.hidden, self.dim)
-        db1 = None if self.b1 is None else zeros(layers, self.hidden)
-        db2 = None if self.b2 is None else zeros(layers, self.dim)
-        return zeros(matrix), db1, zeros(matrix), db2
+        bias_in = None if self.b1 is None else zeros(layers, self.hidden)
+        bias_out = None if self.b2 is None else zeros(layers, self.dim)
+        return ParameterGradients(zeros(matrix), bias_in, zeros(matrix), bias_out)
 
-    def gradients(self) -> Gradients:
+    def gradients(self) -> ParameterGradients:
         """The sums, cut to the parameters' shapes."""
-        dw1, db1, dw2, db2 = self.sums
+        weight_in, bias_in, weight_out, bias_out = self.sums
         if self.sums_by_dim:
-            dw1, dw2 = dw1.mT, dw2.mT
+            weight_in, weight_out = weight_in.mT, weight_out.mT
         hidden, dim = self.network.hidden, self.network.dim
-        return Gradients(
-            dw1[:, :hidden, :dim].contiguous(),
-            None if db1 is None else db1[:, :hidden].contiguous(),
-            dw2[:, :hidden, :dim].mT.contiguous(),
-            None if db2 is None else db2[:, :dim].contiguous(),
+        return ParameterGradients(
+            weight_in[:, :hidden, :dim].contiguous(),
+            None if bias_in is None else bias_in[:, :hidden].contiguous(),
+            weight_out[:, :hidden, :dim].mT.contiguous(),
+            None if bias_out is None else bias_out[:, :dim].contiguous(),
         )
 
-    def step_bytes(self, is_split: bool) -> int:
-        """Of scratch memory for a row and step: u and c of its uses, and r."""
-        return is_split * self.uses * (2 * self.dim * self.w1.itemsize + 4)
+    def step_bytes(self, two_passes: bool) -> int:
+        """Bytes of scratch memory for a row and step: input and cotangent of its layer calls, and r."""
+        return two_passes * self.layer_calls * (2 * self.dim * self.w1.itemsize + 4)
 
     def whole(self, rows: int) -> int:
         return -(-rows // self.unit) * self.unit
 
     def scratch(self, rows: int, steps: int) -> Scratch:
-        shape = steps * self.uses, self.whole(rows), self.dim
+        shape = steps * self.layer_calls, self.whole(rows), self.dim
         return Scratch(self.w1.new_empty(shape), self.w1.new_empty(shape))
 
 
-class Stacks:
-    """The ops, by kernels that are made for a network and whether the solver extrapolates."""
+class SlabDriver:
+    """The ops, by kernels that are made for a network and a method."""
 
-    def __init__(self, kernels: Callable[[Network, bool], Kernels]) -> None:
+    def __init__(self, kernels: Callable[[Network, Method], NetworkKernels]) -> None:
         self.kernels = kernels
 
-    def forward(self, network: Network, x: Tensor, kept: int, anchors: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """As `torch_backend.forward`."""
-        count = len(network.steps)
+    def forward(self, network: Network, method: Method, x: Tensor) -> SavedStates:
+        """As `reference.passes.forward`."""
         x_last = torch.empty_like(x)
-        increments = x.new_empty((kept, *x.shape), dtype=network.dtype)
-        anchored = x.new_empty((0 if anchors is None else -(-count // anchors), *x.shape))
+        increments = x.new_empty((method.kept_increments, *x.shape), dtype=network.dtype)
+        anchored = x.new_empty((method.anchor_count, *x.shape))
         if len(x):
-            optional = increments if kept else None, None if anchors is None else anchored
-            self.kernels(network, False).forward(x, x_last, *optional, count, anchors or 1)
-        return x_last, increments, anchored
+            optional = (states if len(states) else None for states in (increments, anchored))
+            self.kernels(network, method).forward(x, x_last, *optional, len(method))
+        return SavedStates(x_last, increments, anchored)
 
     def adjoint(
-        self,
-        network: Network,
-        solver: Reverse,
-        anchors: int | None,
-        g: Tensor,
-        x_last: Tensor,
-        increments: Tensor,
-        anchored: Tensor,
-        wants_parameters: bool,
-        wants_input: bool,
-    ) -> tuple[Tensor, Gradients | None, Tensor, Tensor | None]:
-        """As `torch_backend.adjoint`."""
-        kernels = self.kernels(network, solver.extrapolates)
-        rows, count = len(g), len(network.steps)
-        is_split = wants_parameters and kernels.is_split(rows)
+        self, network: Network, method: Method, g: Tensor, states: SavedStates, wanted: Wanted
+    ) -> AdjointResult:
+        """As `reference.passes.adjoint`."""
+        kernels = self.kernels(network, method)
+        rows, count = len(g), len(method)
+        two_passes = wanted.parameters and kernels.takes_two_passes(rows)
         g_first = torch.empty_like(g)
-        x_first = torch.empty_like(g) if wants_input else None
-        norms = g.new_zeros(count, 2)
-        slab_rows, length = slabs(rows, count, kernels.step_bytes(is_split), 0, kernels.unit)
-        scratch = kernels.scratch(min(slab_rows, rows), length) if is_split else None
+        x_first = torch.empty_like(g) if wanted.input else None
+        squares = g.new_zeros(count, 2)
+        slab_rows, length = slabs(rows, count, kernels.step_bytes(two_passes), 0, kernels.unit)
+        scratch = kernels.scratch(min(slab_rows, rows), length) if two_passes else None
         for begin in range(0, rows, slab_rows):
             slab = slice(begin, min(begin + slab_rows, rows))
-            x, g_here, g_there = x_last[slab], g[slab], g_first[slab]
-            d = increments[:, slab] if solver.extrapolates else None
-            parts = kernels.norms(len(x))
+            x = states.x_last[slab]
+            anchored = states.anchored[:, slab] if method.anchor_count else None
+            start = Boundary(x, g[slab], states.increments[:, slab] if method.extrapolates else None)
+            parts = kernels.squares(len(x))
             for last in range(count, 0, -length):
-                first = max(0, last - length)
-                # What the range of steps before this one starts from.
-                x_there = torch.empty_like(x) if first else None if x_first is None else x_first[slab]
-                d_there = x.new_empty((2, *x.shape)) if first and d is not None else None
-                ends = Ends(x, g_here, d, x_there, g_there, d_there, None if anchors is None else anchored[:, slab])
-                kernels.adjoint(ends, parts, scratch, first, last, anchors, solver, wants_parameters and not is_split)
+                steps = range(max(0, last - length), last)
+                end = Boundary(None if x_first is None else x_first[slab], g_first[slab], None)
+                if steps.start:
+                    d = None if start.increments is None else x.new_empty((2, *x.shape))
+                    end = Boundary(torch.empty_like(x), g_first[slab], d)
+                adds_gradients = wanted.parameters and not two_passes
+                kernels.adjoint(start, end, anchored, parts, scratch, steps, adds_gradients)
                 if scratch is not None:
-                    kernels.add_gradients(scratch, len(x), first, last)
-                if x_there is not None:
-                    x = x_there
-                g_here, d = g_there, d_there
-            norms += parts.sum(0)
-        return g_first, kernels.gradients() if wants_parameters else None, norms, x_first
+                    kernels.add_gradients(scratch, len(x), steps)
+                start = end
+            squares += parts.sum(0)
+        return AdjointResult(g_first, kernels.gradients() if wanted.parameters else None, squares, x_first)
 
     def exact_adjoint(
-        self, network: Network, g: Tensor, x_first: Tensor, wants_parameters: bool
-    ) -> tuple[Tensor, Gradients | None]:
-        """As `torch_backend.exact_adjoint`."""
-        kernels = self.kernels(network, False)
-        rows, count = len(g), len(network.steps)
+        self, network: Network, method: Method, g: Tensor, x_first: Tensor, wants_parameters: bool
+    ) -> tuple[Tensor, ParameterGradients | None]:
+        """As `reference.passes.exact_adjoint`."""
+        kernels = self.kernels(network, method)
+        rows, count = len(g), len(method)
         g_first = torch.empty_like(g)
         slab_rows, length = slabs(rows, count, kernels.step_bytes(True), g.itemsize * network.dim, kernels.unit)
         most_rows = min(slab_rows, rows)
         scratch = kernels.scratch(most_rows, length)
-        rs = None if network.norm is None else g.new_empty(scratch.us.shape[:2])
-        starts = g.new_empty((-(-count // length), most_rows, network.dim)) if length < count else None
+        inverse_rms = None if network.norm is None else g.new_empty(scratch.layer_inputs.shape[:2])
+        begins = tuple(range(0, count, length))
+        starts = g.new_empty((len(begins), most_rows, network.dim)) if len(begins) > 1 else None
+        kernels.follow(replace(method, anchors=begins))
         for begin in range(0, rows, slab_rows):
             slab = slice(begin, min(begin + slab_rows, rows))
             x = x_first[slab]
@@ -237,15 +226,26 @@ class Stacks:
             if starts is not None:
                 states = starts[:, : len(x)]
                 # One step beyond the last start, which is stored before it.
-                kernels.forward(x, None, None, states, length * (len(starts) - 1) + 1, length)
+                kernels.forward(x, None, None, states, begins[-1] + 1)
             g_here, g_there = g[slab], g_first[slab]
-            for k in reversed(range(len(states))):
-                first, last = k * length, min((k + 1) * length, count)
-                kernels.exact(states[k], g_here, g_there, rs, scratch, first, last)
+            for state, first in reversed(list(zip(states, begins, strict=True))):
+                steps = range(first, min(first + length, count))
+                kernels.exact(state, g_here, g_there, inverse_rms, scratch, steps)
                 if wants_parameters:
-                    kernels.add_gradients(scratch, len(x), first, last)
+                    kernels.add_gradients(scratch, len(x), steps)
                 g_here = g_there
         return g_first, kernels.gradients() if wants_parameters else None
+
+
+def padded(parameter: Tensor, shape: Sequence[int]) -> Tensor:
+    """The parameter, contiguous and aligned; a copy filled up with zeros where it is smaller than the shape."""
+    parameter = parameter.detach()
+    if parameter.shape == tuple(shape):
+        parameter = parameter.contiguous()
+        return parameter if parameter.data_ptr() % 16 == 0 else parameter.clone()
+    out = parameter.new_zeros(tuple(shape))
+    out[tuple(slice(size) for size in parameter.shape)] = parameter
+    return out
 
 
 def rows_apart(states: Tensor | None) -> int:

@@ -1,28 +1,28 @@
-"""What the depth-fused ops compute: a residual network of two-layer perceptrons, its parameters stacked over layers."""
+"""The layers of a depth-fused stack: two-layer perceptrons, their parameters stacked."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..dtypes import DTYPES, dtype_name, dtype_names
-from ..schemes import SCHEMES, Scheme
+from ..method import Method
 from .activations import ACTIVATIONS
 from .norms import NORMS
+
+FUSED_SCHEMES = ("euler", "heun")
+"""Schemes whose steps are written out in the depth-fused formulas. Another one runs as a `ResidualStack`."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """x_{n+1} = x_n + Phi_n(x_n) with f_n(x) = W2_n s(W1_n norm(x) + b1_n) + b2_n.
+    """f_n(x) = W2_n s(W1_n norm(x) + b1_n) + b2_n, which a `Method` steps through.
 
     Args:
         weight_in, bias_in: W1 [layers, hidden, dim], b1 [layers, hidden] or None.
         weight_out, bias_out: W2 [layers, dim, hidden], b2 [layers, dim] or None. All of one dtype, that of products.
-        steps: h of each step, dimensionless.
-        scheme: "euler", a layer a step; or "heun", a layer more than there are steps.
         activation: s, of `ACTIVATIONS`.
         norm: of `NORMS`.
     """
@@ -31,8 +31,6 @@ class Network:
     bias_in: Tensor | None
     weight_out: Tensor
     bias_out: Tensor | None
-    steps: Sequence[float]
-    scheme: str
     activation: str
     norm: str | None
 
@@ -50,49 +48,51 @@ class Network:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the operands of matrix products."""
+        """Dtype of the parameters, and of matrix products' operands."""
         return self.weight_in.dtype
 
     @property
     def stream_dtype(self) -> torch.dtype:
-        """Of the states between layers, and in which products are added up."""
+        """Dtype of the states between layers, in which products are added up."""
         return torch.promote_types(self.dtype, torch.float32)
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:
         return self.weight_in, self.bias_in, self.weight_out, self.bias_out
 
-    @property
-    def formulas(self) -> type[Scheme]:
-        return SCHEMES[self.scheme]
-
-    def check(self, where: str, x: Tensor) -> None:
-        """Check the network, and a state x that it is applied to.
+    def check(self, where: str, method: Method, x: Tensor) -> None:
+        """Check the network, the method that steps through it, and a state x that they are applied to.
 
         Raises:
             TypeError: for a dtype that is not one of DTYPES, parameters of several, or an x that is not of the
                 stream's.
-            ValueError: for unknown names, shapes or devices that do not fit, and steps that are not finite.
+            ValueError: for unknown names, a scheme that the depth-fused formulas lack, shapes or devices that do not
+                fit, steps that are not finite, and anchors that are no steps.
         """
         for name, value, known in (
-            ("scheme", self.scheme, tuple(SCHEMES)),
+            ("scheme", method.scheme.name, FUSED_SCHEMES),
             ("activation", self.activation, tuple(ACTIVATIONS)),
             ("norm", self.norm, NORMS),
         ):
             if value not in known:
                 raise ValueError(f"{where}: {name} must be one of {known}, got {value!r}")
         self._check_parameters(where)
-        steps = self.layers + 1 - self.formulas.blocks_per_step
+        needed = method.scheme.blocks_per_step
+        steps = self.layers + 1 - needed
         if steps < 1:
             raise ValueError(
-                f"{where}: scheme={self.scheme!r} needs at least {self.formulas.blocks_per_step} layers, got "
-                f"{self.layers}; stack the parameters of more layers"
+                f"{where}: scheme={method.scheme.name!r} needs at least {needed} layers, got {self.layers}; stack the "
+                "parameters of more layers"
             )
-        if len(self.steps) != steps:
-            raise ValueError(f"{where}: step must give h for each of {steps} steps, got {len(self.steps)}")
+        if len(method) != steps:
+            raise ValueError(f"{where}: step must give h for each of {steps} steps, got {len(method)}")
+        if any(not 0 <= n < steps for n in method.anchors) or list(method.anchors) != sorted(set(method.anchors)):
+            raise ValueError(
+                f"{where}: anchors must be ascending numbers of the {steps} steps, got {list(method.anchors)}"
+            )
         limits = torch.finfo(self.stream_dtype)
         least, most = limits.tiny, limits.max  # once: each look at them takes longer than a comparison
-        for h in self.steps:
+        for h in method.steps:
             if not least <= h <= most:
                 raise ValueError(
                     f"{where}: step must be positive and finite in {dtype_name(self.stream_dtype)}, got {h}; leave it "

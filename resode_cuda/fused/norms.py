@@ -1,4 +1,4 @@
-"""The norms in front of a layer, without weights of their own: those would be absorbed by W1 and b1.
+"""The norms of a layer's input, without weights of their own: those would be absorbed by W1 and b1.
 
 rms:    u = x r,          r = 1 / sqrt(mean(x^2) + EPSILON)
 layer:  u = (x - m) r,    r = 1 / sqrt(mean((x - m)^2) + EPSILON),   m = mean(x)
@@ -27,7 +27,7 @@ def normalize(norm: str | None, x: Tensor, out: Tensor) -> Tensor | None:
     return r
 
 
-def pull_back(norm: str, u: Tensor, r: Tensor, cotangent: Tensor) -> Tensor:
+def norm_vjp(norm: str, u: Tensor, r: Tensor, cotangent: Tensor) -> Tensor:
     """The cotangent of x from that of u, in r's dtype. The cotangent may be overwritten."""
     cotangent = cotangent.to(r.dtype)
     along = (cotangent * u).mean(-1, keepdim=True)

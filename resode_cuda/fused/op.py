@@ -1,51 +1,116 @@
 """The depth-fused ops: a whole stack of residual perceptrons, forward or backward, as one op each.
 
-| op | computes |
-|---|---|
-| mlp_stack | x_N; the last two increments, newest first, where the solver extrapolates; the anchored states |
-| mlp_stack_adjoint | rebuilding the states from x_N and g_N: g_0, all gradients, the norms of defects, and x_0 |
-| mlp_stack_exact_adjoint | from x_0 and g_N, each tile of rows running forward again: g_0 and all gradients |
-
-The first is differentiable, by one of the other two, which are not. All are functional; a backward pass of mlp_stack
-fills its `norms`, if it has some, and that is all that is ever overwritten. States have shape [*, dim] and the stream's
-dtype, float32 for 16-bit parameters, and results are contiguous. A result that is not asked for is empty.
-
-`torch_backend` is the specification; `backend` chooses, and one that is asked for by name runs or raises.
+`apply` is what modules call; `mlp_stack` the differentiable op. Schemas are in `ops/schemas.py`, what compilers and
+torch.func see of the ops in `registration.py`. `reference/` is the specification of all backends.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
+from torch._C._functorch import TransformType, get_interpreter_stack, is_legacy_batchedtensor
+from torch.autograd import forward_ad
 
-from ..reverse import Reverse
+from ..adjoint.drift import DriftMonitor
+from ..dtypes import dtype_name
+from ..method import Method
+from . import cuda
 from .network import Network
-from .selection import causes_on, chosen
-
-__all__ = ["backends", "mlp_stack"]
-
-_NETWORK = (
-    "Tensor weight_in, Tensor? bias_in, Tensor weight_out, Tensor? bias_out, "
-    "float[] steps, str scheme, str activation, str? norm, "
+from .reference import passes as reference
+from .reference.plain import plain
+from .selection import reasons_on, select
+from .signature import (
+    AdjointOperands,
+    ExactAdjointOperands,
+    SavedStates,
+    StackBackend,
+    StackOperands,
+    Wanted,
+    method_of,
+    network_of,
 )
-_SOLVER = "str predictor, int corrections, bool reuse, bool accelerate, int? anchors, "
-_GRADIENTS = "Tensor weight_in, Tensor bias_in, Tensor weight_out, Tensor bias_out"
-SCHEMAS = (
-    f"mlp_stack(Tensor x, {_NETWORK}str gradient, {_SOLVER}str backend, Tensor? norms) -> "
-    "(Tensor x_last, Tensor increments, Tensor anchored)",
-    f"mlp_stack_adjoint(Tensor g, Tensor x_last, Tensor increments, Tensor anchored, {_NETWORK}{_SOLVER}"
-    f"bool wants_parameters, bool wants_input, str backend) -> (Tensor g, {_GRADIENTS}, Tensor norms, Tensor x)",
-    f"mlp_stack_exact_adjoint(Tensor g, Tensor x, {_NETWORK}bool wants_parameters, str backend) -> "
-    f"(Tensor g, {_GRADIENTS})",
-)
-"""gradient: "adjoint" or "checkpoint". norms: shape [steps, 2], |y - x_n|^2 and |x_n|^2 of each step."""
+from .triton import passes as triton
 
-library = torch.library.Library("resode", "FRAGMENT")
+BACKENDS: dict[str, StackBackend] = {"cuda": cuda, "triton": triton, "torch": reference}
+PARAMETERS = ("weight_in", "bias_in", "weight_out", "bias_out")
+
+
+def apply(
+    where: str,
+    network: Network,
+    method: Method,
+    x: Tensor,
+    gradient: str,
+    backend: str,
+    monitor: DriftMonitor | None = None,
+) -> Tensor:
+    """x_N from x_0, with the backward pass that was chosen; a monitor gets its defects.
+
+    Raises:
+        TypeError, ValueError: for operands that do not fit, or a backend that can't compute this.
+        RuntimeError: for derivatives by torch.func or in forward mode, unless gradient is "backprop".
+    """
+    network = _autocast(network, x.device.type)
+    state = x.to(_stream_dtype(where, network, x))
+    network.check(where, method, state)
+    differentiable = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, *network.parameters)
+    )
+    rebuilds = differentiable and gradient == "adjoint"
+    is_traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    is_watched = rebuilds and monitor is not None and not is_traced
+    if monitor is not None and differentiable and not is_watched:
+        monitor.forget()
+    if gradient == "backprop":
+        if backend not in ("auto", "torch"):
+            raise ValueError(
+                f'{where}: gradient="backprop" is computed by plain torch, got backend={backend!r}; use backend="torch"'
+            )
+        return plain(network, method, state.contiguous()).to(x.dtype)
+    if _is_differentiated_otherwise():
+        if differentiable:
+            raise RuntimeError(
+                f"{where}: gradient={gradient!r} gives first derivatives in reverse mode only, got a torch.func "
+                'transform or forward mode; use gradient="backprop"'
+            )
+        return plain(network, method, state.contiguous()).to(x.dtype)
+    squares = monitor.squares(state) if is_watched and monitor is not None else None
+    of_steps = None if squares is None else squares[:-1]
+    # Where nothing is differentiated, nothing is kept for it.
+    x_last = mlp_stack(state, network, method, "adjoint" if rebuilds else "checkpoint", backend, of_steps)
+    if squares is not None and monitor is not None:
+        monitor.watch(x_last.grad_fn, squares, method.reuses)
+    return x_last.to(x.dtype)
+
+
+def mlp_stack(
+    x: Tensor, network: Network, method: Method, gradient: str, backend: str, squares: Tensor | None = None
+) -> Tensor:
+    """x_N from x_0 by `torch.ops.resode.mlp_stack`, differentiable once in x and the parameters.
+
+    Args:
+        x: x_0, shape [*, dim], in the stream's dtype.
+        gradient: "adjoint" rebuilds states in the backward pass, by the method's solver; "checkpoint" is exact.
+        squares: shape [steps, 2], in the stream's dtype, for the backward pass to fill.
+
+    Raises:
+        TypeError, ValueError: as `Network.check` and `selection.select`.
+    """
+    of_network = *network.parameters, network.activation, network.norm
+    x_last: Tensor = torch.ops.resode.mlp_stack(x, *of_network, *_flat(method), gradient, backend, squares)[0]
+    return x_last
+
+
+def _flat(method: Method) -> tuple[Any, ...]:
+    """The method as the ops take it."""
+    solver = method.solver
+    settings = solver.predictor, solver.corrections, solver.reuse, bool(solver.accelerate)
+    return method.scheme.name, method.steps, *settings, method.anchors
 
 
 def backends(device: torch.device | str | int | None = None) -> dict[str, dict[str, str | None]]:
@@ -54,114 +119,104 @@ def backends(device: torch.device | str | int | None = None) -> dict[str, dict[s
     Args:
         device: a CUDA device, by default the current one; or "cpu".
     """
-    causes = causes_on(torch.device("cuda" if device is None else device))
-    return {schema.partition("(")[0]: causes for schema in SCHEMAS}
+    found = reasons_on(BACKENDS, torch.device("cuda" if device is None else device))
+    return {f"mlp_stack{suffix}": found for suffix in ("", "_adjoint", "_exact_adjoint")}
 
 
-class Call(NamedTuple):
-    """The arguments of an op that say what is computed and how."""
-
-    network: Network
-    solver: Reverse
-    anchors: int | None
-
-    @classmethod
-    def of(cls, network: Sequence[Any], solver: Sequence[Any] = ("step", 0, True, False, None)) -> Call:
-        *reverse, anchors = solver
-        return cls(Network(*network), Reverse(*reverse), anchors)
-
-    @property
-    def kept(self) -> int:
-        """How many increments the forward pass hands to the backward pass."""
-        return min(2, len(self.network.steps)) if self.solver.extrapolates else 0
-
-    @property
-    def anchor_count(self) -> int:
-        return 0 if self.anchors is None else -(-len(self.network.steps) // self.anchors)
+def forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`mlp_stack`."""
+    o = StackOperands(*operands)
+    network, method = checked_stack(o)
+    backend = BACKENDS[select("mlp_stack", BACKENDS, o.backend, network, method, o.x)]
+    states = backend.forward(network, method, _rows(o.x))
+    return states.x_last.view(o.x.shape), *(s.view(s.shape[0], *o.x.shape) for s in states[1:])
 
 
-def mlp_stack(
-    x: Tensor,
-    network: Network,
-    *,
-    gradient: str,
-    solver: Reverse,
-    anchors: int | None,
-    backend: str,
-    norms: Tensor | None = None,
-) -> Tensor:
-    """x_N from x_0, differentiable once in x and the parameters.
-
-    Args:
-        x: x_0, shape [*, dim], in the stream's dtype.
-        gradient: "adjoint" rebuilds states in the backward pass, by this solver; "checkpoint" is exact.
-        norms: shape [steps, 2], in the stream's dtype, for the backward pass to fill.
+def checked_stack(operands: StackOperands) -> tuple[Network, Method]:
+    """The network and the method of `mlp_stack`.
 
     Raises:
-        TypeError, ValueError: as `Network.check` and `backend.chosen`.
+        TypeError, ValueError: for operands that do not fit.
     """
-    settings = solver.predictor, solver.corrections, solver.reuse, bool(solver.accelerate), anchors
-    fields = *network.parameters, network.steps, network.scheme, network.activation, network.norm
-    x_last: Tensor = torch.ops.resode.mlp_stack(x, *fields, gradient, *settings, backend, norms)[0]
-    return x_last
+    if operands.gradient not in ("adjoint", "checkpoint"):
+        raise ValueError(f'mlp_stack: gradient must be "adjoint" or "checkpoint", got {operands.gradient!r}')
+    network, method = network_of(operands), method_of("mlp_stack", operands)
+    network.check("mlp_stack", method, operands.x)
+    return network, method
 
 
-def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call, gradient, backend = _of_forward(x, rest)
-    rebuilds = gradient == "adjoint"
-    module = chosen("mlp_stack", backend, call.network, x, call.solver if rebuilds else None)
-    kept, anchors = (call.kept, call.anchors) if rebuilds else (0, None)
-    x_last, increments, anchored = module.forward(call.network, _rows(x), kept, anchors)
-    return x_last.view(x.shape), *(states.view(states.shape[0], *x.shape) for states in (increments, anchored))
+def adjoint(*operands: Any) -> tuple[Tensor, ...]:
+    """`mlp_stack_adjoint`."""
+    o = AdjointOperands(*operands)
+    network, method = network_of(o), method_of("mlp_stack_adjoint", o)
+    network.check("mlp_stack_adjoint", method, o.x_last)
+    backend = BACKENDS[select("mlp_stack_adjoint", BACKENDS, o.backend, network, method, o.g)]
+    states = SavedStates(_rows(o.x_last), _stacked_rows(o.increments), _stacked_rows(o.anchored))
+    found = backend.adjoint(network, method, _rows(o.g), states, Wanted(o.wants_parameters, o.wants_input))
+    x_first = o.g.new_empty(0) if found.x is None else found.x.view(o.g.shape)
+    return found.g.view(o.g.shape), *_filled(found.gradients, network, o.g), found.squares, x_first
 
 
-def _forward_fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call, gradient, _ = _of_forward(x, rest)
-    kept, anchor_count = (call.kept, call.anchor_count) if gradient == "adjoint" else (0, 0)
-    increments = x.new_empty((kept, *x.shape), dtype=call.network.dtype)
-    return x.new_empty(x.shape), increments, x.new_empty((anchor_count, *x.shape))
+def exact_adjoint(*operands: Any) -> tuple[Tensor, ...]:
+    """`mlp_stack_exact_adjoint`."""
+    o = ExactAdjointOperands(*operands)
+    network, method = network_of(o), method_of("mlp_stack_exact_adjoint", o)
+    network.check("mlp_stack_exact_adjoint", method, o.x)
+    backend = BACKENDS[select("mlp_stack_exact_adjoint", BACKENDS, o.backend, network, method, o.g)]
+    g_first, gradients = backend.exact_adjoint(network, method, _rows(o.g), _rows(o.x), o.wants_parameters)
+    return g_first.view(o.g.shape), *_filled(gradients, network, o.g)
 
 
-def _of_forward(x: Tensor, rest: Sequence[Any]) -> tuple[Call, str, str]:
-    call, gradient = Call.of(rest[:8], rest[9:14]), rest[8]
-    call.network.check("mlp_stack", x)
-    if gradient not in ("adjoint", "checkpoint"):
-        raise ValueError(f'mlp_stack: gradient must be "adjoint" or "checkpoint", got {gradient!r}')
-    if call.anchors is not None and call.anchors < 1:
-        raise ValueError(f"mlp_stack: anchors must be >= 1, got {call.anchors}; use None for no anchors")
-    return call, gradient, rest[14]
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    o = StackOperands(*inputs)
+    states = (o.x,) if o.gradient == "checkpoint" else output
+    ctx.save_for_backward(o.weight_in, o.bias_in, o.weight_out, o.bias_out, *states)
+    ctx.set_materialize_grads(False)
+    ctx.squares = o.squares
+    # Autograd alone is to hold the tensors.
+    ctx.operands = o._replace(x=None, weight_in=None, bias_in=None, weight_out=None, bias_out=None, squares=None)
 
 
-def _adjoint(g: Tensor, x_last: Tensor, increments: Tensor, anchored: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    call, (wants_parameters, wants_input, backend) = Call.of(rest[:8], rest[8:13]), rest[13:]
-    call.network.check("mlp_stack_adjoint", x_last)
-    module = chosen("mlp_stack_adjoint", backend, call.network, g, call.solver)
-    states = _rows(g), _rows(x_last), *(_stacked_rows(states) for states in (increments, anchored))
-    g_first, gradients, norms, x_first = module.adjoint(*call, *states, wants_parameters, wants_input)
-    x_first = g.new_empty(0) if x_first is None else x_first.view(g.shape)
-    return g_first.view(g.shape), *_filled(gradients, call.network, g), norms, x_first
+def backward(ctx: Any, g: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing = StackOperands(*(None,) * len(StackOperands._fields))  # type: ignore[arg-type]
+    if any(other is not None and other.numel() for other in others):
+        raise RuntimeError(
+            "mlp_stack: only x_last has a gradient, got one for increments or anchored; leave them alone"
+        )
+    if g is None:
+        return nothing
+    saved = ctx.saved_tensors  # once: a checkpoint unpacks them once alone
+    parameters, states = dict(zip(PARAMETERS, saved[:4], strict=True)), saved[4:]
+    o: StackOperands = ctx.operands._replace(**parameters)
+    needs = StackOperands(*ctx.needs_input_grad)
+    wants_parameters = any(getattr(needs, name) for name in PARAMETERS)
+    if o.gradient == "checkpoint":
+        exact = ExactAdjointOperands(
+            g=g, x=states[0], wants_parameters=wants_parameters, **_shared(o, ExactAdjointOperands)
+        )
+        g_first, *gradients = torch.ops.resode.mlp_stack_exact_adjoint(*exact)
+    else:
+        rebuilding = AdjointOperands(
+            g, *states, wants_parameters=wants_parameters, wants_input=False, **_shared(o, AdjointOperands)
+        )
+        g_first, *gradients, squares, _ = torch.ops.resode.mlp_stack_adjoint(*rebuilding)
+        if ctx.squares is not None and not is_legacy_batchedtensor(squares):
+            ctx.squares.copy_(squares.detach())
+    found = zip(PARAMETERS, gradients, strict=True)
+    wanted = {name: gradient for name, gradient in found if getattr(needs, name)}
+    return nothing._replace(x=g_first if needs.x else None, **wanted)
 
 
-def _adjoint_fake(g: Tensor, x_last: Tensor, increments: Tensor, anchored: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    network, (wants_parameters, wants_input) = Network(*rest[:8]), rest[13:15]
-    network.check("mlp_stack_adjoint", x_last)
-    gradients = _gradients_fake(network, g, wants_parameters)
-    norms = g.new_empty(len(network.steps), 2)
-    return g.new_empty(g.shape), *gradients, norms, g.new_empty(g.shape if wants_input else 0)
+def _shared(o: StackOperands, wanted: type[AdjointOperands | ExactAdjointOperands]) -> dict[str, Any]:
+    """The operands of the forward op that a backward op has under the same name, x aside."""
+    return {name: getattr(o, name) for name in o._fields if name in wanted._fields and name != "x"}
 
 
-def _exact_adjoint(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    network, (wants_parameters, backend) = Network(*rest[:8]), rest[8:]
-    network.check("mlp_stack_exact_adjoint", x)
-    module = chosen("mlp_stack_exact_adjoint", backend, network, g, None)
-    g_first, gradients = module.exact_adjoint(network, _rows(g), _rows(x), wants_parameters)
-    return g_first.view(g.shape), *_filled(gradients, network, g)
-
-
-def _exact_adjoint_fake(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    network = Network(*rest[:8])
-    network.check("mlp_stack_exact_adjoint", x)
-    return g.new_empty(g.shape), *_gradients_fake(network, g, rest[8])
+def refuse_second(ctx: Any, *cotangents: Any) -> Any:
+    raise RuntimeError(
+        "mlp_stack: gradients are of first order in reverse mode, got a double backward (create_graph=True); use "
+        'gradient="backprop"'
+    )
 
 
 def _rows(states: Tensor) -> Tensor:
@@ -176,88 +231,45 @@ def _stacked_rows(states: Tensor) -> Tensor:
 
 
 def _filled(gradients: Sequence[Tensor | None] | None, network: Network, g: Tensor) -> list[Tensor]:
-    """In the parameters' dtype."""
+    """In the parameters' dtype; empty where there is none."""
     if gradients is None:
-        gradients = (None,) * 4
-    empty = [g.new_empty(0, dtype=network.dtype) for _ in range(4)]
+        gradients = (None,) * len(PARAMETERS)
+    empty = [g.new_empty(0, dtype=network.dtype) for _ in PARAMETERS]
     return [e if gradient is None else gradient.to(network.dtype) for gradient, e in zip(gradients, empty, strict=True)]
 
 
-def _gradients_fake(network: Network, g: Tensor, wants_parameters: bool) -> list[Tensor]:
-    return [
-        g.new_empty(0 if parameter is None or not wants_parameters else parameter.shape, dtype=network.dtype)
-        for parameter in network.parameters
-    ]
+def _is_differentiated_otherwise() -> bool:
+    """Whether torch.func or forward mode differentiates what is computed here, of which the ops know nothing."""
+    if torch.compiler.is_compiling():
+        return False
+    transforms = (interpreter.key() for interpreter in get_interpreter_stack() or ())
+    return forward_ad._current_level >= 0 or any(key in (TransformType.Grad, TransformType.Jvp) for key in transforms)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, *rest = inputs
-    parameters, (ctx.norms,) = rest[:4], rest[15:]
-    ctx.network, ctx.gradient, ctx.solver, ctx.backend = rest[4:8], rest[8], rest[9:14], rest[14]
-    ctx.save_for_backward(*parameters, *([x] if ctx.gradient == "checkpoint" else output))
-    ctx.set_materialize_grads(False)
+def _autocast(network: Network, device_type: str) -> Network:
+    """The network with its parameters in autocast's dtype, where that is on."""
+    if not _autocasts(network, device_type):
+        return network
+    dtype = torch.get_autocast_dtype(device_type)
+    cast = (None if parameter is None else parameter.to(dtype) for parameter in network.parameters)
+    return replace(network, **dict(zip(PARAMETERS, cast, strict=True)))  # type: ignore[arg-type]
 
 
-def _backward(ctx: Any, g: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * len(ctx.needs_input_grad)
-    if any(other is not None and other.numel() for other in others):
-        raise RuntimeError(
-            "mlp_stack: only x_last has a gradient, got one for increments or anchored; leave them alone"
+def _autocasts(network: Network, device_type: str) -> bool:
+    """Autocast leaves float64 alone, and what is not floating is an error."""
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return False
+    return all(p is None or p.is_floating_point() for p in network.parameters) and network.dtype != torch.float64
+
+
+def _stream_dtype(where: str, network: Network, x: Tensor) -> torch.dtype:
+    """The network's stream dtype, for an x of that dtype, the parameters', or under autocast any of 16 bits."""
+    known = {network.dtype, network.stream_dtype}
+    if _autocasts(network, x.device.type):
+        known |= {torch.bfloat16, torch.float16}
+    if x.dtype not in known:
+        raise TypeError(
+            f"{where}: x must have the parameters' dtype, {dtype_name(network.dtype)}, got {dtype_name(x.dtype)}; "
+            "convert x or the parameters, or use torch.autocast"
         )
-    if g is None:
-        return nothing
-    saved = ctx.saved_tensors  # once: of a checkpoint they are unpacked once alone
-    parameters, states = saved[:4], saved[4:]
-    network = *parameters, *ctx.network
-    needs = ctx.needs_input_grad[1:5]
-    if ctx.gradient == "checkpoint":
-        g_first, *gradients = torch.ops.resode.mlp_stack_exact_adjoint(g, *states, *network, any(needs), ctx.backend)
-    else:
-        g_first, *gradients, norms, _ = torch.ops.resode.mlp_stack_adjoint(
-            g, *states, *network, *ctx.solver, any(needs), False, ctx.backend
-        )
-        if ctx.norms is not None and not is_legacy_batchedtensor(norms):
-            ctx.norms.copy_(norms.detach())
-    wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
-    return g_first if ctx.needs_input_grad[0] else None, *wanted, *nothing[5:]
-
-
-def _refuse_second(ctx: Any, *cotangents: Any) -> Any:
-    raise RuntimeError(
-        "mlp_stack: gradients are of first order in reverse mode, got a double backward (create_graph=True); use "
-        'gradient="backprop"'
-    )
-
-
-def _forward_vmap(info: Any, dims: tuple[int | None, ...], x: Tensor, *rest: Any) -> Any:
-    if any(dims[place] is not None for place in (*range(1, 5), -1)):  # of steps, dims has a list
-        raise NotImplementedError(
-            'mlp_stack: torch.vmap must batch x alone, got batched parameters; use gradient="backprop"'
-        )
-    return torch.ops.resode.mlp_stack(x.movedim(dims[0] or 0, 0), *rest), (0, 1, 1)
-
-
-def _refuse_vmap(*_: Any) -> Any:
-    raise NotImplementedError(
-        'mlp_stack: torch.vmap must not reach its backward pass, whose gradients are sums; use gradient="backprop"'
-    )
-
-
-_IMPLEMENTATIONS: tuple[tuple[Any, Any], ...] = (
-    (_forward, _forward_fake),
-    (_adjoint, _adjoint_fake),
-    (_exact_adjoint, _exact_adjoint_fake),
-)
-for _schema, (_implementation, _fake) in zip(SCHEMAS, _IMPLEMENTATIONS, strict=True):
-    library.define(_schema)
-    _name = _schema.partition("(")[0]
-    library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"resode::{_name}", _fake, lib=library)
-    _is_forward = _implementation is _forward
-    torch.library.register_vmap(f"resode::{_name}", _forward_vmap if _is_forward else _refuse_vmap, lib=library)
-    torch.library.register_autograd(
-        f"resode::{_name}",
-        _backward if _is_forward else _refuse_second,
-        setup_context=_save if _is_forward else None,
-        lib=library,
-    )
+    return network.stream_dtype

@@ -1,44 +1,40 @@
-"""What the kernels of the depth-fused ops are handed beside states: parameters padded to their tiles, and the steps."""
+"""What kernels of a depth-fused stack read of its method: the schedule of its steps."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..reverse import extrapolation_weights
-from ..schemes import SCHEMES
+from ..devices import is_capturing
+from ..method import Method
 
 
-def padded(parameter: Tensor, shape: Sequence[int]) -> Tensor:
-    """The parameter, contiguous and aligned; a copy with zeros behind it where it is smaller than the shape."""
-    parameter = parameter.detach()
-    if parameter.shape == tuple(shape):
-        parameter = parameter.contiguous()
-        return parameter if parameter.data_ptr() % 16 == 0 else parameter.clone()
-    out = parameter.new_zeros(tuple(shape))
-    out[tuple(slice(size) for size in parameter.shape)] = parameter
-    return out
+def schedule(method: Method, device: torch.device) -> Tensor:
+    """h, a, b and the place of the starting state among the kept ones (-1 where it is not kept) of each step.
 
-
-def schedule(steps: tuple[float, ...], scheme: str, extrapolates: bool, device: torch.device) -> Tensor:
-    """h, a and b of each step, float32.
+    Shape [steps, 4], float32, on the device.
 
     Copied for each pass, from pinned memory, which does not make the host wait. A tensor kept on the device would come
     from the pool of the CUDA graph that is recorded when it is first needed, or be freed while a graph still reads it.
     """
-    return _host_schedule(steps, scheme, extrapolates, device.type == "cuda").to(device, non_blocking=True)
+    host = _host_schedule(method, device.type == "cuda")
+    if is_capturing():
+        _captured[method] = host
+    return host.to(device, non_blocking=True)
 
 
-@functools.cache
-def _host_schedule(steps: tuple[float, ...], scheme: str, extrapolates: bool, is_pinned: bool) -> Tensor:
-    # For ever: graphs read it each time that they are replayed.
-    rows = []
-    for n, h in enumerate(steps):
-        weights = (0.0, -1.0)
-        if extrapolates and n < len(steps) - 2:
-            weights = extrapolation_weights(SCHEMES[scheme], steps, n)
-        rows.append((h, *weights))
+_captured: dict[Method, Tensor] = {}
+"""Schedules that CUDA graphs copy from at each replay. Nothing tells when a graph is gone, so they stay."""
+
+
+@functools.lru_cache(maxsize=256)
+def _host_schedule(method: Method, is_pinned: bool) -> Tensor:
+    weights = method.weights if method.extrapolates else ((0.0, 0.0),) * len(method)
+    places = (method.anchor_place(n) for n in range(len(method)))
+    rows = [
+        (h, a, b, -1.0 if place is None else float(place))
+        for h, (a, b), place in zip(method.steps, weights, places, strict=True)
+    ]
     return torch.tensor(rows, dtype=torch.float32, device="cpu", pin_memory=is_pinned)

@@ -3,60 +3,57 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from ..reverse import Reverse
-from . import cuda as cuda_backend
-from . import timings as measured
+from ..devices import processor_count
+from ..method import Method
+from ..schemes import Euler
+from . import timings
 from .network import Network
-from .reference import passes as torch_backend
-from .triton import passes as triton_backend
+from .signature import StackBackend
 
 NAMES = ("auto", "cuda", "triton", "torch")
 FEW_ROWS, MANY_ROWS = ("cuda", "triton", "torch"), ("triton", "cuda", "torch")
 ROWS_OF_A_PROCESSOR = 32
 """Up to so many the kernels in CUDA C++ take on a multiprocessor at a time; most of Triton's take more."""
-MODULES = {"cuda": cuda_backend, "triton": triton_backend, "torch": torch_backend}
 SMALLEST = 16
 """A dim and hidden size that every backend takes."""
 
-
-def causes(network: Network, x: Tensor, solver: Reverse | None) -> dict[str, str | None]:
-    """Each backend, from the first choice to the last, and why it can't compute this; None where it can.
-
-    Args:
-        solver: None where nothing is rebuilt.
-    """
-    order = _order(network, x.numel() // x.shape[-1], x.device)
-    return {name: _cause(name, network, x.device, solver) for name in order}
+Backends = Mapping[str, StackBackend]
 
 
-def causes_on(device: torch.device) -> dict[str, str | None]:
+def reasons(backends: Backends, network: Network, method: Method, x: Tensor) -> dict[str, str | None]:
+    """Each backend, from the first choice to the last, and why it can't compute this; None where it can."""
+    order = ranking(network, x.numel() // x.shape[-1], x.device)
+    return {name: backends[name].reason(network, method, x.device) for name in order}
+
+
+def reasons_on(backends: Backends, device: torch.device) -> dict[str, str | None]:
     """Each backend, and why it can't compute any network on a device; None where it can, in the order for many rows."""
     parameter = torch.empty(1, SMALLEST, SMALLEST, device="meta")
-    network = Network(parameter, None, parameter, None, (1.0,), "euler", "relu", None)
-    return {name: _cause(name, network, device, None) for name in MANY_ROWS}
+    network, method = Network(parameter, None, parameter, None, "relu", None), Method(Euler, (1.0,))
+    return {name: backends[name].reason(network, method, device) for name in MANY_ROWS}
 
 
-def chosen(where: str, backend: str, network: Network, x: Tensor, solver: Reverse | None) -> Any:
-    """The module that computes the op.
+def select(where: str, backends: Backends, backend: str, network: Network, method: Method, x: Tensor) -> str:
+    """The name of the backend that computes the op.
 
     Raises:
-        ValueError: for an unknown name, or a backend asked for by name that can't compute this, with the cause.
+        ValueError: for an unknown name, or a backend asked for by name that can't compute this, with the reason.
     """
     if backend not in NAMES:
         raise ValueError(f"{where}: backend must be one of {NAMES}, got {backend!r}")
     if backend == "auto":
-        backend = next(name for name, cause in causes(network, x, solver).items() if cause is None)
-    elif cause := _cause(backend, network, x.device, solver):
-        raise ValueError(f'{where}: backend={backend!r} can\'t compute this: {cause}; use "auto" or "torch"')
-    return MODULES[backend]
+        return next(name for name, reason in reasons(backends, network, method, x).items() if reason is None)
+    if reason := backends[backend].reason(network, method, x.device):
+        raise ValueError(f'{where}: backend={backend!r} can\'t compute this: {reason}; use "auto" or "torch"')
+    return backend
 
 
-def _order(network: Network, rows: int, device: torch.device) -> tuple[str, ...]:
+def ranking(network: Network, rows: int, device: torch.device) -> tuple[str, ...]:
     """The backends as "auto" tries them: the fastest first where that was measured, and those not measured last.
 
     Elsewhere the kernels in CUDA C++, which are made for few rows, come first as long as not every multiprocessor has
@@ -65,18 +62,9 @@ def _order(network: Network, rows: int, device: torch.device) -> tuple[str, ...]
     """
     if device.type != "cuda":
         return MANY_ROWS
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    order = FEW_ROWS if rows <= ROWS_OF_A_PROCESSOR * processors else MANY_ROWS
+    order = FEW_ROWS if rows <= ROWS_OF_A_PROCESSOR * processor_count(device) else MANY_ROWS
     least = dict.fromkeys(order, math.inf)
-    for name, time in measured.microseconds(network, rows, device).items():
+    for name, time in timings.microseconds(network, rows, device).items():
         backend = name.partition(" ")[0]
         least[backend] = min(least[backend], time)
     return tuple(sorted(order, key=least.__getitem__))
-
-
-def _cause(name: str, network: Network, device: torch.device, solver: Reverse | None) -> str | None:
-    if name == "torch":
-        return None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return "torch finds no CUDA device"
-    return (cuda_backend if name == "cuda" else triton_backend).cause(network, device, solver)

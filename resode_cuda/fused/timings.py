@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..devices import capability_of
 from .network import Network
 
 FILE = Path(__file__).with_name("timings.json")
@@ -46,7 +47,7 @@ def microseconds(network: Network, rows: int, device: torch.device) -> dict[str,
     """Of a step, as it must be expected; empty where nothing similar was measured."""
     if not sizes():
         return {}
-    capability = torch.cuda.get_device_capability(device)
+    capability = capability_of(device)
     return _expected(capability, network.weight_in.itemsize, network.dim, network.hidden, max(1, rows))
 
 

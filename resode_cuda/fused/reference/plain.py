@@ -5,22 +5,22 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...method import Method
 from ...schemes import BlockFunction
 from ..activations import ACTIVATIONS
 from ..network import Network
 from ..norms import EPSILON
 
 
-def plain(network: Network, x: Tensor) -> Tensor:
+def plain(network: Network, method: Method, x: Tensor) -> Tensor:
     """x_N from x_0, every state stored, differentiable to any order.
 
     Args:
         x: x_0, shape [*, dim], in the stream's dtype.
     """
-    scheme = network.formulas
     functions = [layer_function(network, n) for n in range(network.layers)]
-    for n, h in enumerate(network.steps):
-        x = scheme.add(x, scheme.stages(functions[n : n + scheme.blocks_per_step], x, h), h)
+    for n, h in enumerate(method.steps):
+        x = method.scheme.add(x, method.scheme.stages(functions[method.blocks_of(n)], x, h), h)
     return x
 
 

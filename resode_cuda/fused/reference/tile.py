@@ -9,33 +9,27 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...method import Method
+from ...schemes import Heun
 from ..activations import ACTIVATIONS
 from ..network import Network
-from ..norms import normalize, pull_back
+from ..norms import norm_vjp, normalize
+from ..signature import ParameterGradients
 
 
-class Gradients(NamedTuple):
-    """Of the parameters, in the dtype in which they are added up; None for absent biases."""
-
-    weight_in: Tensor
-    bias_in: Tensor | None
-    weight_out: Tensor
-    bias_out: Tensor | None
-
-    @classmethod
-    def zeros(cls, network: Network) -> Gradients:
-        weight_in, bias_in, weight_out, bias_out = (
-            None if parameter is None else parameter.new_zeros(parameter.shape, dtype=network.stream_dtype)
-            for parameter in network.parameters
-        )
-        assert weight_in is not None
-        assert weight_out is not None
-        return cls(weight_in, bias_in, weight_out, bias_out)
+def zero_gradients(network: Network) -> ParameterGradients:
+    """What gradients are added to, in the stream's dtype."""
+    weight_in, bias_in, weight_out, bias_out = (
+        None if parameter is None else parameter.new_zeros(parameter.shape, dtype=network.stream_dtype)
+        for parameter in network.parameters
+    )
+    assert weight_in is not None
+    assert weight_out is not None
+    return ParameterGradients(weight_in, bias_in, weight_out, bias_out)
 
 
 @dataclass
@@ -53,20 +47,20 @@ class Point:
         self.u = self.u_memory
 
 
-class Tile:
-    """The network's formulas for a tile of rows, in place.
+class RowTile:
+    """The formulas of a network's layers and steps on a tile of rows, in place.
 
     Args:
         rows: of the tile.
         points: layers whose evaluations are needed at a time.
-        keeps: their points u are kept while the state goes on; activations are computed again from z.
+        keeps_inputs: u of each point stays while the state goes on; activations are computed again from z.
     """
 
-    def __init__(self, network: Network, rows: int, points: int, keeps: bool = False) -> None:
-        self.network = network
+    def __init__(self, network: Network, method: Method, rows: int, points: int, keeps_inputs: bool = False) -> None:
+        self.network, self.method = network, method
         self.norm = network.norm
         self.activation = ACTIVATIONS[network.activation]
-        self.is_heun = network.formulas.blocks_per_step == 2
+        self.is_heun = method.scheme is Heun
         weight_in, weight_out = network.weight_in, network.weight_out
         self.weight_in, self.weight_out = weight_in.unbind(), weight_out.unbind()
         self.weight_in_t, self.weight_out_t = weight_in.mT.unbind(), weight_out.mT.unbind()
@@ -76,13 +70,13 @@ class Tile:
         hidden, a = (weight_in.new_empty(rows, network.hidden) for _ in range(2))
         self._cotangent = hidden
         self._middle = weight_in.new_empty((rows if self.is_heun else 0, network.dim), dtype=network.stream_dtype)
-        self._keeps = keeps
-        needs_u = self.norm is not None or self._is_mixed or keeps
+        self._keeps_inputs = keeps_inputs
+        needs_u = self.norm is not None or self._is_mixed or keeps_inputs
         self.points = [
             Point(
                 weight_in.new_empty((rows if needs_u else 0, network.dim)),
                 weight_in.new_empty((rows, network.hidden)),
-                a if keeps else weight_in.new_empty((rows, network.hidden)),
+                a if keeps_inputs else weight_in.new_empty((rows, network.hidden)),
             )
             for _ in range(points)
         ]
@@ -94,12 +88,12 @@ class Tile:
 
     def add_increment(self, acc: Tensor, x: Tensor, n: int, sign: float = 1.0) -> None:
         """acc += sign Phi_n(x). acc may be x."""
-        self._add_step(acc, x, n, n + 1, self.network.steps[n], sign)
+        self._add_step(acc, x, n, n + 1, self.method.steps[n], sign)
 
     def add_reverse_increment(self, acc: Tensor, x: Tensor, n: int) -> None:
         """acc += R_n(x) - x: the scheme run backwards."""
         first, second = (n + 1, n) if self.is_heun else (n, n)
-        self._add_step(acc, x, first, second, -self.network.steps[n], 1.0)
+        self._add_step(acc, x, first, second, -self.method.steps[n], 1.0)
 
     def _add_step(self, acc: Tensor, x: Tensor, first: int, second: int, h: float, sign: float) -> None:
         if not self.is_heun:
@@ -119,9 +113,9 @@ class Tile:
             acc.add_(middle, alpha=0.5 * sign).sub_(x, alpha=0.5 * sign)
 
     def evaluate(self, n: int, x: Tensor, points: Sequence[Point], acc: Tensor | None, sign: float) -> None:
-        """The layers of step n at x, for `pull`; and acc += sign Phi_n(x), unless acc is None. acc may be x if the
+        """The layers of step n at x, for `vjp`; and acc += sign Phi_n(x), unless acc is None. acc may be x if the
         tile keeps its points."""
-        h = self.network.steps[n]
+        h = self.method.steps[n]
         first = self._at(n, x, points[0])
         if not self.is_heun:
             if acc is not None:
@@ -134,22 +128,22 @@ class Tile:
             self._add_half(acc, x, middle, sign)
             self._add(acc, second, 0.5 * sign * h)
 
-    def pull(self, n: int, points: Sequence[Point], g: Tensor, gradients: Gradients | None) -> None:
+    def vjp(self, n: int, points: Sequence[Point], g: Tensor, gradients: ParameterGradients | None) -> None:
         """g += (dPhi_n/dx)^T g, and the gradients of the layers."""
-        h = self.network.steps[n]
+        h = self.method.steps[n]
         if not self.is_heun:
-            self._pull(points[0], g, h, g, gradients)
+            self._layer_vjp(points[0], g, h, g, gradients)
             return
         through = torch.zeros_like(g)  # (h/2) (df_{n+1}/dx)^T g
-        self._pull(points[1], g, 0.5 * h, through, gradients)
+        self._layer_vjp(points[1], g, 0.5 * h, through, gradients)
         cotangent = torch.add(g, through, alpha=2.0)
         g += through
-        self._pull(points[0], cotangent, 0.5 * h, g, gradients)
+        self._layer_vjp(points[0], cotangent, 0.5 * h, g, gradients)
 
     def _at(self, layer: int, x: Tensor, point: Point) -> Point:
         """u, z and a of a layer at x. u is x itself, unless it is to be kept."""
         point.layer = layer
-        if self.norm is None and not self._is_mixed and not self._keeps:
+        if self.norm is None and not self._is_mixed and not self._keeps_inputs:
             point.u = x
         else:
             point.u = point.u_memory
@@ -170,13 +164,15 @@ class Tile:
         if self.bias_out is not None:
             acc.add_(self.bias_out[point.layer], alpha=scale)
 
-    def _pull(self, point: Point, cotangent: Tensor, scale: float, out: Tensor, gradients: Gradients | None) -> None:
+    def _layer_vjp(
+        self, point: Point, cotangent: Tensor, scale: float, out: Tensor, gradients: ParameterGradients | None
+    ) -> None:
         """out += scale (df/dx)^T cotangent, and the gradients of the layer. out may be the cotangent."""
         layer = point.layer
         narrow = cotangent.to(self.network.dtype)
         # Scaled before it is rounded, except in float16, which loses what is small.
         first, last = (1.0, scale) if self.network.dtype == torch.float16 else (scale, 1.0)
-        if self._keeps:
+        if self._keeps_inputs:
             self.activation.forward(point.z, point.a)
         hidden = torch.addmm(self._cotangent, narrow, self.weight_out[layer], beta=0, alpha=first, out=self._cotangent)
         if gradients is not None:
@@ -184,13 +180,13 @@ class Tile:
             if gradients.bias_out is not None:
                 gradients.bias_out[layer].add_(cotangent.sum(0), alpha=scale)
         bias = None if gradients is None or gradients.bias_in is None else gradients.bias_in[layer]
-        self._pull_activation(hidden, point, bias, last)
+        self._activation_vjp(hidden, point, bias, last)
         if gradients is not None:
             self._add_product(gradients.weight_in[layer], hidden.t(), point.u, last)
         if self.norm is None:
             self._add_product(out, hidden, self.weight_in[layer], last)
         else:
-            self._pull_norm(out, point, hidden @ self.weight_in[layer], last)
+            self._norm_vjp(out, point, hidden @ self.weight_in[layer], last)
 
     def _add_product(self, acc: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
         if not self._is_mixed:
@@ -207,35 +203,35 @@ class Tile:
         assert self.norm is not None
         point.r = normalize(self.norm, x, point.u)
 
-    def _pull_norm(self, out: Tensor, point: Point, cotangent: Tensor, scale: float) -> None:
+    def _norm_vjp(self, out: Tensor, point: Point, cotangent: Tensor, scale: float) -> None:
         """out += scale times the cotangent of x, from that of u."""
         assert self.norm is not None
         assert point.r is not None
-        out.add_(pull_back(self.norm, point.u, point.r, cotangent), alpha=scale)
+        out.add_(norm_vjp(self.norm, point.u, point.r, cotangent), alpha=scale)
 
-    def _pull_activation(self, cotangent: Tensor, point: Point, bias: Tensor | None, scale: float) -> None:
+    def _activation_vjp(self, cotangent: Tensor, point: Point, bias: Tensor | None, scale: float) -> None:
         """The cotangent of a becomes that of z, in place; bias, a gradient, += scale times its sum over rows."""
         self.activation.backward(cotangent, point.z, point.a)
         if bias is not None:
             bias.add_(cotangent.sum(0, dtype=bias.dtype), alpha=scale)
 
     def rebuild(
-        self, x: Tensor, y: Tensor, d: Tensor, d_next: Tensor, weights: tuple[float, float] | None, norms: Tensor
+        self, x: Tensor, y: Tensor, d: Tensor, d_next: Tensor, weights: tuple[float, float] | None, squares: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """x <- x - d; norms += |y - x|^2, |x|^2; with weights (a, b), y <- x - (a d - b d_next), all in place.
+        """x <- x - d; squares += |y - x|^2, |x|^2; with weights (a, b), y <- x - (a d - b d_next), all in place.
 
         Returns:
             Memory for the next increment, and d.
         """
         x -= d
-        norms[0] += square_norm(y.sub_(x))
-        norms[1] += square_norm(x)
+        squares[0] += squared_norm(y.sub_(x))
+        squares[1] += squared_norm(x)
         if weights is not None:
-            predict(x, y, d, d_next, weights)
+            extrapolate_(x, y, d, d_next, weights)
         return d_next, d
 
 
-def predict(x: Tensor, y: Tensor, d: Tensor, d_next: Tensor, weights: tuple[float, float]) -> None:
+def extrapolate_(x: Tensor, y: Tensor, d: Tensor, d_next: Tensor, weights: tuple[float, float]) -> None:
     """y <- x - (a d - b d_next)"""
     a, b = weights
     torch.add(x, d, alpha=-a, out=y).add_(d_next, alpha=b)
@@ -252,6 +248,6 @@ def adds_to_wider(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
-def square_norm(vector: Tensor) -> Tensor:
+def squared_norm(vector: Tensor) -> Tensor:
     flat = vector.view(-1)
     return flat.dot(flat)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ... import ops
 from ..norms import EPSILON
-from ..reference.tile import Point, Tile
+from ..reference.tile import Point
+from ..reference.tile import RowTile as Tile
 
 ROWS, COLUMNS = 32, 64
 """Of the tiles in which cotangents go through the activation."""
@@ -33,13 +34,13 @@ class WideTile(Tile):
         constants = {"HAS_MEAN": self.norm == "layer", "EPSILON": EPSILON, "DIM": dim, "D": _padded(dim)}
         _run("normalize_kernel", (rows,), _warps(dim), x.contiguous(), point.u, point.r, **constants)
 
-    def _pull_norm(self, out: Tensor, point: Point, cotangent: Tensor, scale: float) -> None:
+    def _norm_vjp(self, out: Tensor, point: Point, cotangent: Tensor, scale: float) -> None:
         assert self.norm is not None
         rows, dim = out.shape
         constants = {"HAS_MEAN": self.norm == "layer", "DIM": dim, "D": _padded(dim)}
         _run("pull_back_kernel", (rows,), _warps(dim), cotangent, point.u, point.r, out, scale, **constants)
 
-    def _pull_activation(self, cotangent: Tensor, point: Point, bias: Tensor | None, scale: float) -> None:
+    def _activation_vjp(self, cotangent: Tensor, point: Point, bias: Tensor | None, scale: float) -> None:
         rows, hidden = cotangent.shape
         grid = -(-rows // RANGE_ROWS), -(-hidden // COLUMNS)
         sums = None if bias is None else cotangent.new_empty((grid[0], hidden), dtype=torch.float32)

@@ -1,0 +1,80 @@
+"""Registers the depth-fused ops: what compilers, torch.func and autograd see of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.schemas import MLP_STACK, MLP_STACK_ADJOINT, MLP_STACK_EXACT_ADJOINT
+from . import op
+from .network import Network
+from .signature import AdjointOperands, ExactAdjointOperands, StackOperands, method_of, network_of
+
+library = torch.library.Library("resode", "FRAGMENT")
+
+
+def forward_fake(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    o = StackOperands(*operands)
+    network, method = op.checked_stack(o)
+    increments = o.x.new_empty((method.kept_increments, *o.x.shape), dtype=network.dtype)
+    return o.x.new_empty(o.x.shape), increments, o.x.new_empty((method.anchor_count, *o.x.shape))
+
+
+def adjoint_fake(*operands: Any) -> tuple[Tensor, ...]:
+    o = AdjointOperands(*operands)
+    network, method = network_of(o), method_of("mlp_stack_adjoint", o)
+    network.check("mlp_stack_adjoint", method, o.x_last)
+    squares = o.g.new_empty(len(method), 2)
+    x_first = o.g.new_empty(o.g.shape if o.wants_input else 0)
+    return o.g.new_empty(o.g.shape), *_gradients_fake(network, o.g, o.wants_parameters), squares, x_first
+
+
+def exact_adjoint_fake(*operands: Any) -> tuple[Tensor, ...]:
+    o = ExactAdjointOperands(*operands)
+    network, method = network_of(o), method_of("mlp_stack_exact_adjoint", o)
+    network.check("mlp_stack_exact_adjoint", method, o.x)
+    return o.g.new_empty(o.g.shape), *_gradients_fake(network, o.g, o.wants_parameters)
+
+
+def _gradients_fake(network: Network, g: Tensor, wants_parameters: bool) -> list[Tensor]:
+    return [
+        g.new_empty(0 if parameter is None or not wants_parameters else parameter.shape, dtype=network.dtype)
+        for parameter in network.parameters
+    ]
+
+
+def forward_vmap(info: Any, dims: tuple[Any, ...], *operands: Any) -> Any:
+    batched, o = StackOperands(*dims), StackOperands(*operands)
+    # Of a list such as steps, its dims are a list.
+    if any(getattr(batched, name) is not None for name in (*op.PARAMETERS, "squares")):
+        raise NotImplementedError(
+            'mlp_stack: torch.vmap must batch x alone, got batched parameters; use gradient="backprop"'
+        )
+    x = o.x.movedim(batched.x or 0, 0)  # type: ignore[arg-type]
+    return torch.ops.resode.mlp_stack(*o._replace(x=x)), (0, 1, 1)
+
+
+def refuse_vmap(*_: Any) -> Any:
+    raise NotImplementedError(
+        'mlp_stack: torch.vmap must not reach its backward pass, whose gradients are sums; use gradient="backprop"'
+    )
+
+
+def _register(schema: str, implementation: Any, fake: Any, vmap: Any) -> str:
+    name = schema.partition("(")[0]
+    library.define(schema)
+    library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"resode::{name}", fake, lib=library)
+    torch.library.register_vmap(f"resode::{name}", vmap, lib=library)
+    return f"resode::{name}"
+
+
+forward_name = _register(MLP_STACK, op.forward, forward_fake, forward_vmap)
+torch.library.register_autograd(forward_name, op.backward, setup_context=op.save_for_backward, lib=library)
+for _name in (
+    _register(MLP_STACK_ADJOINT, op.adjoint, adjoint_fake, refuse_vmap),
+    _register(MLP_STACK_EXACT_ADJOINT, op.exact_adjoint, exact_adjoint_fake, refuse_vmap),
+):
+    torch.library.register_autograd(_name, op.refuse_second, lib=library)

@@ -1,0 +1,181 @@
+"""What the ops of a depth-fused stack take and give, as structures.
+
+Ops are called with flat lists of operands, as their schemas say (`ops/schemas.py`). The first thing that every
+implementation does is to give them these names; the fields are the schema's, in its order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..method import Method
+from ..reverse import Reverse
+from ..schemes import SCHEMES
+from .network import Network
+
+
+class StackOperands(NamedTuple):
+    """Operands of `mlp_stack`."""
+
+    x: Tensor
+    weight_in: Tensor
+    bias_in: Tensor | None
+    weight_out: Tensor
+    bias_out: Tensor | None
+    activation: str
+    norm: str | None
+    scheme: str
+    steps: Sequence[float]
+    predictor: str
+    corrections: int
+    reuse: bool
+    accelerate: bool
+    anchors: Sequence[int]
+    gradient: str
+    backend: str
+    squares: Tensor | None
+
+
+class AdjointOperands(NamedTuple):
+    """Operands of `mlp_stack_adjoint`."""
+
+    g: Tensor
+    x_last: Tensor
+    increments: Tensor
+    anchored: Tensor
+    weight_in: Tensor
+    bias_in: Tensor | None
+    weight_out: Tensor
+    bias_out: Tensor | None
+    activation: str
+    norm: str | None
+    scheme: str
+    steps: Sequence[float]
+    predictor: str
+    corrections: int
+    reuse: bool
+    accelerate: bool
+    anchors: Sequence[int]
+    wants_parameters: bool
+    wants_input: bool
+    backend: str
+
+
+class ExactAdjointOperands(NamedTuple):
+    """Operands of `mlp_stack_exact_adjoint`."""
+
+    g: Tensor
+    x: Tensor
+    weight_in: Tensor
+    bias_in: Tensor | None
+    weight_out: Tensor
+    bias_out: Tensor | None
+    activation: str
+    norm: str | None
+    scheme: str
+    steps: Sequence[float]
+    wants_parameters: bool
+    backend: str
+
+
+class _OfNetwork(Protocol):
+    @property
+    def weight_in(self) -> Tensor: ...
+    @property
+    def bias_in(self) -> Tensor | None: ...
+    @property
+    def weight_out(self) -> Tensor: ...
+    @property
+    def bias_out(self) -> Tensor | None: ...
+    @property
+    def activation(self) -> str: ...
+    @property
+    def norm(self) -> str | None: ...
+
+
+def network_of(operands: _OfNetwork) -> Network:
+    """The network that an op's operands describe."""
+    o = operands
+    return Network(o.weight_in, o.bias_in, o.weight_out, o.bias_out, o.activation, o.norm)
+
+
+def method_of(where: str, operands: StackOperands | AdjointOperands | ExactAdjointOperands) -> Method:
+    """The method that an op's operands describe; one that rebuilds nothing where nothing is to be rebuilt.
+
+    Raises:
+        ValueError: for an unknown scheme, or a solver that is none.
+    """
+    o = operands
+    if o.scheme not in SCHEMES:
+        raise ValueError(f"{where}: scheme must be one of {tuple(SCHEMES)}, got {o.scheme!r}")
+    steps = tuple(o.steps)
+    if isinstance(o, ExactAdjointOperands) or (isinstance(o, StackOperands) and o.gradient == "checkpoint"):
+        return Method(SCHEMES[o.scheme], steps)
+    solver = Reverse(o.predictor, o.corrections, o.reuse, o.accelerate)
+    return Method(SCHEMES[o.scheme], steps, solver, tuple(o.anchors))
+
+
+class SavedStates(NamedTuple):
+    """What the forward pass gives, and the backward pass that rebuilds starts from.
+
+    Shapes [rows, dim] within a backend.
+    """
+
+    x_last: Tensor
+    increments: Tensor
+    """[saved, *], the last ones, newest first, where the solver extrapolates; in the parameters' dtype."""
+    anchored: Tensor
+    """[anchors, *], the starting states of the anchored steps."""
+
+
+class ParameterGradients(NamedTuple):
+    """Gradients of the parameters, in the dtype in which they are added up; None for absent biases."""
+
+    weight_in: Tensor
+    bias_in: Tensor | None
+    weight_out: Tensor
+    bias_out: Tensor | None
+
+
+class AdjointResult(NamedTuple):
+    """What a backward pass gives."""
+
+    g: Tensor
+    """g_0."""
+    gradients: ParameterGradients | None
+    squares: Tensor
+    """[steps, 2]: |y - x_n|^2 and |x_n|^2 of each step."""
+    x: Tensor | None
+    """The rebuilt x_0."""
+
+
+class Wanted(NamedTuple):
+    """What is wanted of a backward pass beside g_0."""
+
+    parameters: bool
+    input: bool = False
+    """Whether the rebuilt x_0 is."""
+
+
+class StackBackend(Protocol):
+    """What computes the ops, on states of shape [rows, dim], contiguous."""
+
+    def reason(self, network: Network, method: Method, device: torch.device) -> str | None:
+        """Why the backend can't compute this; None if it can."""
+
+    def forward(self, network: Network, method: Method, x: Tensor) -> SavedStates:
+        """x_N from x_0, and what the method's solver needs beside it."""
+
+    def adjoint(
+        self, network: Network, method: Method, g: Tensor, states: SavedStates, wanted: Wanted
+    ) -> AdjointResult:
+        """The backward pass from g_N and x_N, which rebuilds states. Its operands are left as they are."""
+
+    def exact_adjoint(
+        self, network: Network, method: Method, g: Tensor, x_first: Tensor, wants_parameters: bool
+    ) -> tuple[Tensor, ParameterGradients | None]:
+        """g_0 and the gradients from g_N and x_0: rows run forward once more. Its operands are left as they are."""

@@ -1,0 +1,168 @@
+"""A plan: how a stack is to get its gradients, and the measurements that speak for it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .reverse import Reverse
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to get gradients, what it cost on the batch, and how far off it was."""
+
+    gradient: str
+    """"adjoint" or "checkpoint"."""
+    reverse: Reverse | None
+    """None for "checkpoint"."""
+    anchors: int | tuple[int, ...] | None
+    evaluations: int
+    """Block evaluations of a training step, forward pass included."""
+    seconds: float
+    """Of one forward and backward pass of the stack."""
+    held_bytes: int
+    """Of what autograd held between the two, parameters and the input aside."""
+    error: float
+    """Relative error of all parameter gradients together; infinite where one was not finite."""
+    defect: float | None
+    """Root mean square of the defects; None without any, or where one was not finite."""
+
+    def __post_init__(self) -> None:
+        if self.gradient != ("checkpoint" if self.reverse is None else "adjoint"):
+            raise ValueError(
+                'Candidate: gradient must be "adjoint" with a Reverse, or "checkpoint" with None, got '
+                f"{self.gradient!r} with {self.reverse!r}"
+            )
+        if not _are_anchors(self.anchors):
+            raise ValueError(
+                f"Candidate: anchors must be an integer >= 1, a tuple of step numbers or None, got {self.anchors!r}"
+            )
+        if not self.error >= 0:
+            raise ValueError(f"Candidate: error must be >= 0, got {self.error!r}")
+        if self.defect is not None and not 0 <= self.defect < math.inf:
+            raise ValueError(f"Candidate: defect must be finite and >= 0, or None, got {self.defect!r}")
+
+    def __str__(self) -> str:
+        if self.reverse is None:
+            return self.gradient
+        name = self.reverse.predictor
+        if self.reverse.corrections:
+            name += f" + {self.reverse.corrections}"
+        if self.reverse.accelerate:
+            name += " accelerated"
+        if self.anchors is None:
+            return name
+        shown = self.anchors if isinstance(self.anchors, int) else f"{{{', '.join(map(str, self.anchors))}}}"
+        return f"{name}, anchors {shown}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cheapest candidate within the tolerance, and all that were measured on the way to it.
+
+    `print(plan)` shows them as a table; `stack.apply_plan(plan)` sets the stack; `save` and `load` keep it as JSON.
+    """
+
+    tolerance: float
+    candidates: tuple[Candidate, ...]
+    """In the order in which they were tried. The last one is the plan."""
+
+    @property
+    def chosen(self) -> Candidate:
+        return self.candidates[-1]
+
+    @property
+    def is_last_resort(self) -> bool:
+        """Whether no reverse solver met the tolerance, so that the plan is exact checkpointing."""
+        return self.chosen.reverse is None
+
+    def within(self, tolerance: float) -> Plan:
+        """The plan for a larger tolerance, from the same measurements.
+
+        Raises:
+            ValueError: if the tolerance is smaller than this plan's.
+        """
+        if not tolerance >= self.tolerance:
+            raise ValueError(
+                f"Plan.within: tolerance must be >= {self.tolerance:g}, which was measured, got {tolerance:g}; "
+                "calibrate again"
+            )
+        count = next(i for i, candidate in enumerate(self.candidates, 1) if candidate.error <= tolerance)
+        return Plan(tolerance, self.candidates[:count])
+
+    def __str__(self) -> str:
+        head = ("", "evaluations", "ms", "held MiB", "gradient error")
+        lines = [
+            (
+                str(candidate),
+                str(candidate.evaluations),
+                f"{1e3 * candidate.seconds:.1f}",
+                f"{candidate.held_bytes / 2**20:.3g}",
+                f"{candidate.error:.1e}",
+            )
+            for candidate in self.candidates
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+        rows = [
+            "  ".join(f"{cell:<{width}}" if n == 0 else f"{cell:>{width}}" for n, (cell, width) in row)
+            for row in (enumerate(zip(line, widths, strict=True)) for line in (head, *lines))
+        ]
+        end = f"tolerance {self.tolerance:g}: {self.chosen}"
+        if self.is_last_resort:
+            end += ", the last resort; no reverse solver met the tolerance"
+        return "\n".join([*rows, end])
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        # JSON has no infinity.
+        candidates = [
+            {**asdict(candidate), "error": candidate.error if math.isfinite(candidate.error) else None}
+            for candidate in self.candidates
+        ]
+        Path(path).write_text(json.dumps({"tolerance": self.tolerance, "candidates": candidates}, indent=1) + "\n")
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """The plan that `save` wrote.
+
+        Raises:
+            ValueError: if the file holds no plan.
+        """
+        try:
+            record = json.loads(Path(path).read_text())
+            candidates = [
+                Candidate(
+                    **{
+                        **fields,
+                        "reverse": fields["reverse"] and Reverse(**fields["reverse"]),
+                        "anchors": _from_json(fields["anchors"]),
+                        "error": math.inf if fields["error"] is None else fields["error"],
+                    }
+                )
+                for fields in record["candidates"]
+            ]
+            return Plan(checked_tolerance("Plan.load", record["tolerance"]), (candidates[0], *candidates[1:]))
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"Plan.load: {path} must hold a plan written by Plan.save, but does not: {error}"
+            ) from error
+
+
+def _are_anchors(anchors: object) -> bool:
+    if isinstance(anchors, tuple):
+        return all(type(n) is int and n >= 0 for n in anchors)
+    return anchors is None or (type(anchors) is int and anchors >= 1)
+
+
+def _from_json(anchors: int | list[int] | None) -> int | tuple[int, ...] | None:
+    """JSON has lists for tuples."""
+    return tuple(anchors) if isinstance(anchors, list) else anchors
+
+
+def checked_tolerance(where: str, tolerance: float) -> float:
+    if not 0 < float(tolerance) < math.inf:
+        raise ValueError(f"{where}: tolerance must be positive and finite, got {tolerance}; 1e-2 is a good start")
+    return float(tolerance)
