@@ -7,8 +7,7 @@ reverse solver in `reverse`.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 from .reverse import Reverse, extrapolation_weights
 from .schemes import Scheme
@@ -28,12 +27,29 @@ class Method:
         steps: h of each step, dimensionless.
         solver: how the backward pass rebuilds states. The default asks the forward pass to save nothing for it.
         anchors: numbers of the steps whose starting state is kept exactly, ascending.
+
+    Attributes:
+        weights: (a, b) of each step n, extrapolated as y = x_{n+1} - (a d_{n+1} - b d_{n+2}); empty where the solver
+            does not extrapolate. The last two steps are predicted exactly, with their own increment for d_{n+2}, a = 0
+            and b = -1.
     """
 
     scheme: type[Scheme]
     steps: tuple[float, ...]
     solver: Reverse = Reverse()  # noqa: RUF009 (frozen)
     anchors: tuple[int, ...] = ()
+    weights: tuple[tuple[float, float], ...] = field(init=False, repr=False, compare=False)
+    _places: dict[int, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Not when they are first asked for: a compiler may be tracing then.
+        count = len(self.steps) if self.solver.extrapolates else 0
+        weights = (
+            extrapolation_weights(self.scheme, self.steps, n) if n < count - 2 else WEIGHTS_OF_THE_LAST_TWO_STEPS
+            for n in range(count)
+        )
+        object.__setattr__(self, "weights", tuple(weights))
+        object.__setattr__(self, "_places", {n: place for place, n in enumerate(self.anchors)})
 
     def __len__(self) -> int:
         """Number of steps."""
@@ -71,22 +87,6 @@ class Method:
     def blocks_of(self, n: int) -> slice:
         """The places of step n's blocks."""
         return slice(n, n + self.scheme.blocks_per_step)
-
-    @cached_property
-    def _places(self) -> dict[int, int]:
-        return {n: place for place, n in enumerate(self.anchors)}
-
-    @cached_property
-    def weights(self) -> tuple[tuple[float, float], ...]:
-        """(a, b) of each step n, extrapolated as y = x_{n+1} - (a d_{n+1} - b d_{n+2}).
-
-        The last two steps are predicted exactly, with their own increment for d_{n+2}, a = 0 and b = -1.
-        """
-        last = len(self.steps) - 1
-        return tuple(
-            extrapolation_weights(self.scheme, self.steps, n) if n < last - 1 else WEIGHTS_OF_THE_LAST_TWO_STEPS
-            for n in range(len(self.steps))
-        )
 
 
 def checked_anchors(where: str, anchors: Anchors, steps: int) -> int | tuple[int, ...] | None:

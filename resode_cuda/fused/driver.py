@@ -169,8 +169,9 @@ class SlabDriver:
         increments = x.new_empty((method.kept_increments, *x.shape), dtype=network.dtype)
         anchored = x.new_empty((method.anchor_count, *x.shape))
         if len(x):
-            optional = (states if len(states) else None for states in (increments, anchored))
-            self.kernels(network, method).forward(x, x_last, *optional, len(method))
+            wanted_increments = increments if method.kept_increments else None
+            wanted_states = anchored if method.anchor_count else None
+            self.kernels(network, method).forward(x, x_last, wanted_increments, wanted_states, len(method))
         return SavedStates(x_last, increments, anchored)
 
     def adjoint(

@@ -129,7 +129,8 @@ def forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     network, method = checked_stack(o)
     backend = BACKENDS[select("mlp_stack", BACKENDS, o.backend, network, method, o.x)]
     states = backend.forward(network, method, _rows(o.x))
-    return states.x_last.view(o.x.shape), *(s.view(s.shape[0], *o.x.shape) for s in states[1:])
+    increments, anchored = (s.view(s.shape[0], *o.x.shape) for s in (states.increments, states.anchored))
+    return states.x_last.view(o.x.shape), increments, anchored
 
 
 def checked_stack(operands: StackOperands) -> tuple[Network, Method]:
@@ -174,17 +175,17 @@ def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
     ctx.set_materialize_grads(False)
     ctx.squares = o.squares
     # Autograd alone is to hold the tensors.
-    ctx.operands = o._replace(x=None, weight_in=None, bias_in=None, weight_out=None, bias_out=None, squares=None)
+    without_tensors: dict[str, Any] = dict.fromkeys(("x", *PARAMETERS, "squares"))
+    ctx.operands = o._replace(**without_tensors)
 
 
 def backward(ctx: Any, g: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing = StackOperands(*(None,) * len(StackOperands._fields))  # type: ignore[arg-type]
     if any(other is not None and other.numel() for other in others):
         raise RuntimeError(
             "mlp_stack: only x_last has a gradient, got one for increments or anchored; leave them alone"
         )
     if g is None:
-        return nothing
+        return (None,) * len(StackOperands._fields)
     saved = ctx.saved_tensors  # once: a checkpoint unpacks them once alone
     parameters, states = dict(zip(PARAMETERS, saved[:4], strict=True)), saved[4:]
     o: StackOperands = ctx.operands._replace(**parameters)
@@ -196,15 +197,21 @@ def backward(ctx: Any, g: Tensor | None, *others: Tensor | None) -> tuple[Tensor
         )
         g_first, *gradients = torch.ops.resode.mlp_stack_exact_adjoint(*exact)
     else:
+        x_last, increments, anchored = states
         rebuilding = AdjointOperands(
-            g, *states, wants_parameters=wants_parameters, wants_input=False, **_shared(o, AdjointOperands)
+            g=g,
+            x_last=x_last,
+            increments=increments,
+            anchored=anchored,
+            wants_parameters=wants_parameters,
+            wants_input=False,
+            **_shared(o, AdjointOperands),
         )
         g_first, *gradients, squares, _ = torch.ops.resode.mlp_stack_adjoint(*rebuilding)
         if ctx.squares is not None and not is_legacy_batchedtensor(squares):
             ctx.squares.copy_(squares.detach())
-    found = zip(PARAMETERS, gradients, strict=True)
-    wanted = {name: gradient for name, gradient in found if getattr(needs, name)}
-    return nothing._replace(x=g_first if needs.x else None, **wanted)
+    found = {"x": g_first, **dict(zip(PARAMETERS, gradients, strict=True))}
+    return tuple(found.get(name) if getattr(needs, name) else None for name in StackOperands._fields)
 
 
 def _shared(o: StackOperands, wanted: type[AdjointOperands | ExactAdjointOperands]) -> dict[str, Any]:

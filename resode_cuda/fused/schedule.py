@@ -31,7 +31,7 @@ _captured: dict[Method, Tensor] = {}
 
 @functools.lru_cache(maxsize=256)
 def _host_schedule(method: Method, is_pinned: bool) -> Tensor:
-    weights = method.weights if method.extrapolates else ((0.0, 0.0),) * len(method)
+    weights = method.weights or ((0.0, 0.0),) * len(method)
     places = (method.anchor_place(n) for n in range(len(method)))
     rows = [
         (h, a, b, -1.0 if place is None else float(place))

@@ -6,6 +6,7 @@ implementation does is to give them these names; the fields are the schema's, in
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -114,9 +115,18 @@ def method_of(where: str, operands: StackOperands | AdjointOperands | ExactAdjoi
         raise ValueError(f"{where}: scheme must be one of {tuple(SCHEMES)}, got {o.scheme!r}")
     steps = tuple(o.steps)
     if isinstance(o, ExactAdjointOperands) or (isinstance(o, StackOperands) and o.gradient == "checkpoint"):
-        return Method(SCHEMES[o.scheme], steps)
-    solver = Reverse(o.predictor, o.corrections, o.reuse, o.accelerate)
-    return Method(SCHEMES[o.scheme], steps, solver, tuple(o.anchors))
+        return _method(o.scheme, steps)
+    return _method(o.scheme, steps, (o.predictor, o.corrections, o.reuse, o.accelerate), tuple(o.anchors))
+
+
+@functools.lru_cache(maxsize=256)
+def _method(
+    scheme: str,
+    steps: tuple[float, ...],
+    solver: tuple[str, int, bool, bool] = ("step", 0, True, False),
+    anchors: tuple[int, ...] = (),
+) -> Method:
+    return Method(SCHEMES[scheme], steps, Reverse(*solver), anchors)
 
 
 class SavedStates(NamedTuple):

@@ -11,10 +11,10 @@ from torch._subclasses import FakeTensorMode
 
 from resode_cuda import ResidualMLP, Reverse
 from resode_cuda.fused.activations import ACTIVATIONS
-from resode_cuda.fused.network import Network
 from resode_cuda.fused.norms import NORMS
-from resode_cuda.fused.reference import passes as torch_backend
+from resode_cuda.fused.reference import passes as reference
 from resode_cuda.fused.reference.plain import plain
+from resode_cuda.fused.signature import StackOperands
 from resode_cuda.reverse import PRESETS
 from resode_cuda.schemes import SCHEMES
 from tests.support.fused_networks import (
@@ -30,10 +30,10 @@ from tests.support.fused_networks import (
     run,
     state,
     wanted,
-    with_parameters,
     worst_error,
 )
 from tests.support.networks import block_count, gradients, half_square, parameters_of
+from tests.support.stepped_network import SteppedNetwork
 
 STEPS = (0.15, 0.3, 0.05, 0.2, 0.25)
 SOLVERS = [EXACT, EXACT_EXTRAPOLATING, "checkpoint"]
@@ -55,7 +55,7 @@ def test_converged_and_exact_gradients_are_those_of_autograd(scheme, activation,
     net = network(scheme, activation, norm, bias)
     x = state(net, 7)
     exact = plain_gradients(net, x)
-    torch.testing.assert_close(run(net, x), plain(net, x), rtol=ROUNDING, atol=ROUNDING)
+    torch.testing.assert_close(run(net, x), plain(net, net.method(), x), rtol=ROUNDING, atol=ROUNDING)
     assert worst_error(fused_gradients(net, x), exact) < TIGHT
     assert worst_error(fused_gradients(net, x, "checkpoint"), exact) < ROUNDING
 
@@ -73,7 +73,7 @@ def test_an_anchor_at_each_step_makes_every_solver_exact(scheme, reverse):
     net = network(scheme, "silu", "layer")
     x = state(net, 7)
     exact = plain_gradients(net, x)
-    assert worst_error(fused_gradients(net, x, PRESETS[reverse], 1), exact) < ROUNDING
+    assert worst_error(fused_gradients(net, x, PRESETS[reverse], range(5)), exact) < ROUNDING
     assert worst_error(fused_gradients(net, x, PRESETS[reverse]), exact) > 1e-6
 
 
@@ -83,7 +83,7 @@ def test_an_anchor_at_each_step_makes_every_solver_exact(scheme, reverse):
 )
 def test_gradcheck(scheme, solver, activation, norm):
     net = network(scheme, activation, norm, dim=2, hidden=3, steps=3)
-    function = lambda x, *parameters: run(with_parameters(net, parameters), x, solver)  # noqa: E731
+    function = lambda x, *parameters: run(net.with_parameters(parameters), x, solver)  # noqa: E731
     assert torch.autograd.gradcheck(function, (state(net, 2), *net.parameters))
 
 
@@ -94,9 +94,9 @@ def test_narrow_dtypes_are_as_accurate_as_plain_autograd(scheme, solver, norm, d
     net = network(scheme, "gelu", norm, dim=16, hidden=32, dtype=dtype)
     x = state(net, 33)
     wide, x_wide = in_float64(net, x)
-    own = [plain(net, x), *plain_gradients(net, x)]
+    own = [plain(net, net.method(), x), *plain_gradients(net, x)]
     got = [run(net, x, solver), *fused_gradients(net, x, solver)]
-    truth = [plain(wide, x_wide), *plain_gradients(wide, x_wide)]
+    truth = [plain(wide, wide.method(), x_wide), *plain_gradients(wide, x_wide)]
     assert [tensor.dtype for tensor in got] == [x.dtype, x.dtype, *[dtype] * 4]
     for result, plain_result, exact in zip(got, own, truth, strict=True):
         band = torch.finfo(dtype).eps * exact.norm()
@@ -126,6 +126,10 @@ UNCONVERGED = [
     {"reverse": "paper", "anchors": 2},
     {"reverse": "corrected", "anchors": 2},
     {"reverse": "extrapolated", "anchors": 3},
+    {"reverse": "corrected", "anchors": {0}},
+    {"reverse": "extrapolated", "anchors": {1, 2}},
+    {"reverse": "extrapolated", "anchors": {4}},
+    {"reverse": "paper", "anchors": [3, 1]},
 ]
 
 
@@ -144,21 +148,21 @@ def test_gradients_and_defects_are_those_of_a_residual_stack(float64, scheme, op
 
 
 def several_tiles(monkeypatch, net, x, rows=3):
-    monkeypatch.setitem(torch_backend.TILE_BYTES, "cpu", rows * net.hidden * net.weight_in.itemsize)
-    assert torch_backend._tile_rows(net, x) == rows
+    monkeypatch.setitem(reference.TILE_BYTES, "cpu", rows * net.hidden * net.weight_in.itemsize)
+    assert reference._tile_rows(net, x) == rows
 
 
 @pytest.mark.parametrize("norm", [None, "layer"])
 @pytest.mark.parametrize("solver", [*PRESETS.values(), Reverse("step", 3), "checkpoint"], ids=str)
-@pytest.mark.parametrize("anchors", [None, 2])
+@pytest.mark.parametrize("anchors", [(), (0, 2, 4), (3,)])
 def test_several_tiles_of_rows_give_the_same_as_one(monkeypatch, scheme, norm, solver, anchors):
     net = network(scheme, "gelu", norm)
-    x, norms, tiled_norms = state(net, 7), *(torch.zeros(5, 2, dtype=torch.float64) for _ in range(2))
-    whole = run(net, x, solver).detach(), *fused_gradients(net, x, solver, anchors, norms)
+    x, squares, tiled_squares = state(net, 7), *(torch.zeros(5, 2, dtype=torch.float64) for _ in range(2))
+    whole = run(net, x, solver).detach(), *fused_gradients(net, x, solver, anchors, squares)
     several_tiles(monkeypatch, net, x)  # of 3, 3 and 1
-    tiled = run(net, x, solver).detach(), *fused_gradients(net, x, solver, anchors, tiled_norms)
+    tiled = run(net, x, solver).detach(), *fused_gradients(net, x, solver, anchors, tiled_squares)
     assert worst_error(tiled, whole) < ROUNDING
-    torch.testing.assert_close(tiled_norms.sqrt(), norms.sqrt(), rtol=TIGHT, atol=1e-14)
+    torch.testing.assert_close(tiled_squares.sqrt(), squares.sqrt(), rtol=TIGHT, atol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -168,7 +172,7 @@ def test_segments_of_the_depth_give_the_same_as_all_of_it(monkeypatch, scheme, d
     net = network(scheme, "tanh", "rms", steps=steps, dtype=dtype)
     x = state(net, 7)
     whole = fused_gradients(net, x, "checkpoint")
-    monkeypatch.setattr(torch_backend, "_segmented", lambda *_: (7 if tiles == 1 else 3, length))
+    monkeypatch.setattr(reference, "_segmented", lambda *_: (7 if tiles == 1 else 3, length))
     # In 16 bits the tiles' gradients are rounded before they are added up.
     tolerance = ROUNDING if dtype == torch.float64 else 20 * torch.finfo(dtype).eps
     assert worst_error(fused_gradients(net, x, "checkpoint"), whole) < tolerance
@@ -179,12 +183,12 @@ def test_segments_of_the_depth_give_the_same_as_all_of_it(monkeypatch, scheme, d
 def test_what_the_exact_adjoint_keeps_is_bounded(scheme, rows, steps):
     layers = block_count(scheme, steps)
     weights = torch.empty(layers, 128, 64), torch.empty(layers, 64, 128)
-    net = Network(weights[0], None, weights[1], None, (1 / steps,) * steps, scheme, "tanh", None)
-    most, length = torch_backend._segmented(net, torch.empty(rows, 64))
+    net = SteppedNetwork(weights[0], None, weights[1], None, "tanh", None, scheme, (1 / steps,) * steps)
+    most, length = reference._segmented(net, net.method(), torch.empty(rows, 64))
     assert 1 <= length <= steps
     assert 1 <= most <= rows
-    states = length * net.formulas.blocks_per_step * (64 + 128) + -(-steps // length) * 64 * (length < steps)
-    assert 4 * most * states <= torch_backend.KEPT_BYTES["cpu"]
+    states = length * SCHEMES[scheme].blocks_per_step * (64 + 128) + -(-steps // length) * 64 * (length < steps)
+    assert 4 * most * states <= reference.KEPT_BYTES["cpu"]
 
 
 @pytest.mark.parametrize("solver", [*PRESETS.values(), EXACT, "checkpoint"], ids=str)
@@ -193,10 +197,10 @@ def test_any_leading_shape(scheme, solver, shape):
     net = network(scheme, norm="layer")
     x = state(net, *shape)
     rows = x.detach().reshape(-1, 6).requires_grad_()
-    out = run(net, x, solver, 2)
+    out = run(net, x, solver, (0, 2))
     assert out.shape == x.shape
     assert out.is_contiguous()
-    got, expected = fused_gradients(net, x, solver, 2), fused_gradients(net, rows, solver, 2)
+    got, expected = fused_gradients(net, x, solver, (0, 2)), fused_gradients(net, rows, solver, (0, 2))
     assert [a.shape for a in got] == [x.shape, *(p.shape for p in net.parameters)]
     for a, b in zip(got, [expected[0].view(x.shape), *expected[1:]], strict=True):
         assert torch.equal(a, b)
@@ -221,7 +225,7 @@ def test_operands_that_are_not_contiguous(scheme, solver, layout, which):
         x = LAYOUTS[layout](x).requires_grad_()
         assert not x.is_contiguous()
     else:
-        net = with_parameters(net, [LAYOUTS[layout](p).requires_grad_() for p in net.parameters])
+        net = net.with_parameters([LAYOUTS[layout](p).requires_grad_() for p in net.parameters])
         assert not any(p.is_contiguous() for p in present(net))
     assert worst_error(fused_gradients(net, x, solver), plain_gradients(net, x)) < TIGHT
 
@@ -234,7 +238,7 @@ def test_operands_that_are_not_contiguous(scheme, solver, layout, which):
 def test_nothing_of_the_users_is_overwritten(scheme, solver, dtype):
     net = network(scheme, norm="rms", dtype=dtype)
     x, out = state(net, 7), None
-    out = run(net, x, solver, 2)
+    out = run(net, x, solver, (0, 2))
     g = torch.randn_like(out)
     theirs = [x, out, g, *present(net)]
     before = [(tensor.detach().clone(), tensor._version) for tensor in theirs]
@@ -265,18 +269,15 @@ def test_parameters_must_not_change_between_forward_and_backward(solver, place):
         loss.backward()
 
 
-def arguments(net, x, gradient="adjoint", predictor="step", anchors=None, norms=None):
-    reverse = Reverse(predictor)
-    fields = list(net.steps), net.scheme, net.activation, net.norm
-    solver = reverse.predictor, reverse.corrections, reverse.reuse, reverse.accelerate, anchors
-    return [x, *net.parameters, *fields, gradient, *solver, "torch", norms]
+def arguments(net, x, predictor="step", anchors=()):
+    solver = predictor, 0, True, False, list(anchors)
+    fields = net.activation, net.norm, net.scheme, list(net.steps)
+    return StackOperands(x, *net.parameters, *fields, *solver, "adjoint", "torch", None)
 
 
 def test_increments_and_anchored_states_have_no_gradients():
     net = network()
-    x_last, increments, anchored = torch.ops.resode.mlp_stack(
-        *arguments(net, state(net, 7), "adjoint", "extrapolate", 2)
-    )
+    x_last, increments, anchored = torch.ops.resode.mlp_stack(*arguments(net, state(net, 7), "extrapolate", (0, 2, 4)))
     assert increments.shape == (2, 7, 6)
     assert anchored.shape == (3, 7, 6)
     with pytest.raises(RuntimeError, match="mlp_stack: only x_last has a gradient, got one for increments or anchored"):
@@ -290,18 +291,18 @@ def test_the_adjoint_returns_what_it_is_asked_for(scheme, wants_parameters, want
     x = state(net, 7).detach()
     with torch.no_grad():
         x_last = run(net, x)
-        fields = *net.parameters, list(net.steps), net.scheme, net.activation, net.norm
-        solver, empty = ("step", 30, True, True, None), x.new_empty(0, 7, 6)
-        g, *found, norms, x_first = torch.ops.resode.mlp_stack_adjoint(
+        fields = *net.parameters, net.activation, net.norm, net.scheme, list(net.steps)
+        solver, empty = ("step", 30, True, True, []), x.new_empty(0, 7, 6)
+        g, *found, squares, x_first = torch.ops.resode.mlp_stack_adjoint(
             x_last, x_last, empty, empty, *fields, *solver, wants_parameters, wants_input, "torch"
         )
     exact = plain_gradients(net, x.requires_grad_())
     assert worst_error([g], exact[:1]) < TIGHT
     assert [gradient.numel() > 0 for gradient in found] == [wants_parameters, False, wants_parameters, False]
-    assert norms.shape == (5, 2)
+    assert squares.shape == (5, 2)
     if wants_input:
         torch.testing.assert_close(x_first, x, rtol=TIGHT, atol=TIGHT)
-        torch.testing.assert_close(norms[0, 1], x.square().sum(), rtol=TIGHT, atol=0)
+        torch.testing.assert_close(squares[0, 1], x.square().sum(), rtol=TIGHT, atol=0)
     else:
         assert x_first.numel() == 0
 
@@ -313,7 +314,7 @@ def test_small_cotangents_in_float16_are_not_lost_to_the_step(scheme, norm):
     x = state(net, 50)
     g = 10 * torch.finfo(torch.float16).smallest_normal * torch.randn(50, net.dim)
     wide, wide_x = in_float64(net, x)
-    exact = torch.autograd.grad(plain(wide, wide_x), present(wide), g.double())
+    exact = torch.autograd.grad(plain(wide, wide.method(), wide_x), present(wide), g.double())
     found = torch.autograd.grad(run(net, x, "checkpoint"), present(net), g)
     # In units that float16 has: the gradients are smaller than its own.
     torch.testing.assert_close(found[0].double(), exact[0], rtol=0.02, atol=2 * 2.0**-24)
@@ -321,32 +322,37 @@ def test_small_cotangents_in_float16_are_not_lost_to_the_step(scheme, norm):
 
 @pytest.mark.parametrize("mode", ["real", "fake"])
 @pytest.mark.parametrize(
-    ("place", "value", "error", "message"),
+    ("name", "value", "error", "message"),
     [
         (
-            0,
+            "x",
             torch.zeros(7, 5, dtype=torch.float64),
             ValueError,
             r"x must have shape \[\*, 6\], as weight_in \[5, 10, 6\] says",
         ),
         (
-            0,
+            "x",
             torch.zeros(7, 6),
             TypeError,
             "x must be float64, the dtype of states with float64 parameters, got float32",
         ),
-        (3, torch.zeros(5, 6, 9, dtype=torch.float64), ValueError, r"weight_out must have shape \[5, 6, 10\]"),
-        (5, [0.2] * 4, ValueError, "step must give h for each of 5 steps, got 4"),
-        (5, [0.2] * 4 + [-0.2], ValueError, "step must be positive and finite in float64, got -0.2; leave it"),
-        (6, "midpoint", ValueError, r"scheme must be one of \('euler', 'heun'\), got 'midpoint'"),
-        (9, "backprop", ValueError, 'gradient must be "adjoint" or "checkpoint", got \'backprop\''),
-        (14, 0, ValueError, "anchors must be >= 1, got 0; use None for no anchors"),
+        (
+            "weight_out",
+            torch.zeros(5, 6, 9, dtype=torch.float64),
+            ValueError,
+            r"weight_out must have shape \[5, 6, 10\]",
+        ),
+        ("steps", [0.2] * 4, ValueError, "step must give h for each of 5 steps, got 4"),
+        ("steps", [0.2] * 4 + [-0.2], ValueError, "step must be positive and finite in float64, got -0.2; leave it"),
+        ("scheme", "midpoint", ValueError, r"scheme must be one of \('euler', 'heun'\), got 'midpoint'"),
+        ("gradient", "backprop", ValueError, 'gradient must be "adjoint" or "checkpoint", got \'backprop\''),
+        ("anchors", [5], ValueError, r"anchors must be ascending numbers of the 5 steps, got \[5\]"),
+        ("anchors", [2, 1], ValueError, r"anchors must be ascending numbers of the 5 steps, got \[2, 1\]"),
     ],
 )
-def test_errors_say_what_must_hold(mode, place, value, error, message):
+def test_errors_say_what_must_hold(mode, name, value, error, message):
     net = network()
-    values = arguments(net, state(net, 7).detach())
-    values[place] = value
+    values = arguments(net, state(net, 7).detach())._replace(**{name: value})
     where = nullcontext() if mode == "real" else FakeTensorMode(allow_non_fake_inputs=True)
     with where, pytest.raises(error, match=f"^mlp_stack: {message}"):
         torch.ops.resode.mlp_stack(*values)

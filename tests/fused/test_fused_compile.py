@@ -17,7 +17,6 @@ from tests.support.fused_networks import (
     run,
     state,
     wanted,
-    with_parameters,
     worst_error,
 )
 from tests.support.networks import gradients, half_square
@@ -44,7 +43,7 @@ def scheme(request):
 
 
 def fields(net):
-    return *net.parameters, list(net.steps), net.scheme, net.activation, net.norm
+    return *net.parameters, net.activation, net.norm, net.scheme, list(net.steps)
 
 
 TESTS_WITHOUT_GRADIENTS = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -53,22 +52,22 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.mark.parametrize(("dtype", "bias"), [*((dtype, True) for dtype in DTYPES), (torch.float32, False)])
 @pytest.mark.parametrize(
-    ("gradient", "solver", "with_norms"),
+    ("gradient", "solver", "with_squares"),
     [
-        ("adjoint", ("step", 0, False, False, None), False),
-        ("adjoint", ("extrapolate", 2, True, True, 2), False),
-        ("adjoint", ("step", 0, True, False, None), True),
-        ("checkpoint", ("step", 0, True, False, None), False),
+        ("adjoint", ("step", 0, False, False, []), False),
+        ("adjoint", ("extrapolate", 2, True, True, [0]), False),
+        ("adjoint", ("step", 0, True, False, []), True),
+        ("checkpoint", ("step", 0, True, False, []), False),
     ],
-    ids=["paper", "anchors", "norms", "checkpoint"],
+    ids=["paper", "anchors", "squares", "checkpoint"],
 )
-def test_opcheck_of_the_forward_op(dtype, bias, gradient, solver, with_norms):
+def test_opcheck_of_the_forward_op(dtype, bias, gradient, solver, with_squares):
     net = network("heun", norm="rms", bias=bias, steps=2, dtype=dtype)
     x = state(net, 4)
-    norms = x.new_zeros(2, 2) if with_norms else None
+    squares = x.new_zeros(2, 2) if with_squares else None
     # Which differentiates every result, and increments and anchored states have no gradient.
-    differentiable = {} if solver[4] is None else {"test_utils": TESTS_WITHOUT_GRADIENTS}
-    values = x, *fields(net), gradient, *solver, "torch", norms
+    differentiable = {} if not solver[4] else {"test_utils": TESTS_WITHOUT_GRADIENTS}
+    values = x, *fields(net), *solver, gradient, "torch", squares
     torch.library.opcheck(torch.ops.resode.mlp_stack, values, **differentiable)
 
 
@@ -76,10 +75,10 @@ def test_opcheck_of_the_forward_op(dtype, bias, gradient, solver, with_norms):
 @pytest.mark.parametrize("asked", [(True, True), (False, False)], ids=str)
 def test_opcheck_of_the_adjoints(dtype, bias, asked):
     net = network("euler", bias=bias, steps=2, dtype=dtype)
-    net = with_parameters(net, [None if p is None else p.detach() for p in net.parameters])
+    net = net.with_parameters([None if p is None else p.detach() for p in net.parameters])
     x = state(net, 4).detach()
-    solver = "extrapolate", 1, True, False, 2
-    x_last, *kept = torch.ops.resode.mlp_stack(x, *fields(net), "adjoint", *solver, "torch", None)
+    solver = "extrapolate", 1, True, False, [1]
+    x_last, *kept = torch.ops.resode.mlp_stack(x, *fields(net), *solver, "adjoint", "torch", None)
     g = torch.randn_like(x)
     values = g, x_last, *kept, *fields(net), *solver, *asked, "torch"
     torch.library.opcheck(torch.ops.resode.mlp_stack_adjoint, values)
@@ -92,6 +91,7 @@ MODES = [
     {"reverse": "paper"},
     {"reverse": "corrected"},
     {"reverse": "extrapolated", "anchors": 2},
+    {"reverse": "corrected", "anchors": (1,)},
     {"reverse": Reverse("step", corrections=2)},
     {"gradient": "checkpoint"},
     {"gradient": "backprop"},
@@ -203,11 +203,11 @@ SOLVERS = pytest.mark.parametrize("solver", [EXACT, "checkpoint"], ids=["adjoint
 @SOLVERS
 def test_a_double_backward_is_refused_and_leaves_nothing_behind(scheme, solver):
     net = network(scheme)
-    x, norms = state(net, 5), torch.zeros(5, 2, dtype=torch.float64)
-    (g,) = torch.autograd.grad(half_square(run(net, x, solver, norms=norms)), x, create_graph=True)
+    x, squares = state(net, 5), torch.zeros(5, 2, dtype=torch.float64)
+    (g,) = torch.autograd.grad(half_square(run(net, x, solver, squares=squares)), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r'^mlp_stack: .*got a double backward .*use gradient="backprop"'):
         g.sum().backward()
-    assert not norms.requires_grad
+    assert not squares.requires_grad
 
 
 @SOLVERS
@@ -229,7 +229,7 @@ def test_vmap_over_parameters_is_refused(place):
 
     def with_one(parameter):
         parameters[place] = parameter
-        return run(with_parameters(net, parameters), x)
+        return run(net.with_parameters(parameters), x)
 
     with pytest.raises(NotImplementedError, match=r'mlp_stack: torch\.vmap must batch x alone, .*gradient="backprop"'):
         torch.vmap(with_one)(batched)

@@ -5,7 +5,7 @@ import torch
 
 from bench.harness.memory import measure
 from resode_cuda import ResidualMLP, Reverse
-from resode_cuda.fused.reference import passes as torch_backend
+from resode_cuda.fused.reference import passes as reference
 from resode_cuda.schemes import SCHEMES
 from tests.support.fused_networks import Calls, network, run, state, wanted
 from tests.support.networks import half_square, pretend_to_capture
@@ -29,7 +29,7 @@ def calls(monkeypatch):
         return call
 
     for name in ("forward", "adjoint", "exact_adjoint"):
-        monkeypatch.setattr(torch_backend, name, watched(getattr(torch_backend, name)))
+        monkeypatch.setattr(reference, name, watched(getattr(reference, name)))
     return calls
 
 
@@ -69,7 +69,7 @@ def test_products_of_a_step(calls, scheme, solver, dtype, frozen):
 
 def test_products_of_a_step_of_the_exact_adjoint_in_segments(calls, scheme, monkeypatch):
     """Two more than in one piece, less the product that no segment needs after its last step."""
-    monkeypatch.setattr(torch_backend, "_segmented", lambda *_: (5, 4))
+    monkeypatch.setattr(reference, "_segmented", lambda *_: (5, 4))
     few, many = (products(calls, network(scheme, steps=steps), "checkpoint") for steps in (8, 16))
     per_step = SCHEMES[scheme].blocks_per_step
     assert many - few == 8 * 10 * per_step - 2
@@ -89,8 +89,8 @@ def test_a_training_step_reads_nothing_back_from_the_device(calls, monkeypatch, 
         forward = lambda: mlp(torch.randn(7, 6))  # noqa: E731
     else:
         net = network(scheme, norm="layer")
-        x, norms = state(net, 7), torch.zeros(5, 2, dtype=torch.float64)
-        forward = lambda: run(net, x, solver, 2, norms)  # noqa: E731
+        x, squares = state(net, 7), torch.zeros(5, 2, dtype=torch.float64)
+        forward = lambda: run(net, x, solver, (0, 2), squares)  # noqa: E731
     with Calls() as outside:
         half_square(forward()).backward()
     assert calls.names
@@ -140,8 +140,8 @@ def test_without_gradients_nothing_is_held(scheme):
     with torch.no_grad():
         out = mlp(x)
         kept = torch.ops.resode.mlp_stack(
-            x, mlp.weight_in, None, mlp.weight_out, None, mlp.steps, scheme, "gelu", None, "checkpoint",
-            "step", 0, True, False, 4, "torch", None,
+            x, mlp.weight_in, None, mlp.weight_out, None, "gelu", None, scheme, mlp.steps,
+            "step", 0, True, False, [0, 4], "checkpoint", "torch", None,
         )  # fmt: skip
     assert out.grad_fn is None
     assert [tensor.numel() for tensor in kept] == [x.numel(), 0, 0]

@@ -61,7 +61,7 @@ BAD_NAMES = [
     ({"gradient": "exact"}, ValueError, "gradient must be one of .*'checkpoint'.*, got 'exact'"),
     ({"reverse": "best"}, ValueError, "reverse must be one of .*'corrected'.* or a Reverse, got 'best'"),
     ({"anchors": 0}, ValueError, "anchors must be >= 1, got 0; use None for no anchors"),
-    ({"anchors": 1.5}, TypeError, "anchors must be an integer or None, got 1.5"),
+    ({"anchors": 1.5}, TypeError, "anchors must be an integer, a collection of step numbers or None, got 1.5"),
     ({"step": float("nan")}, ValueError, "step must be positive and finite, got nan; leave it out for 1/5"),
     ({"step": [0.1, 0.1, 0.0, 0.1, 0.1]}, ValueError, "step must be positive and finite, got 0.0"),
     ({"step": [0.1] * 4}, ValueError, "step must be one number or 5, one for each step, got 4"),

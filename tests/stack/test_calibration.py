@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from resode_cuda import Candidate, Plan, ResidualStack, Reverse, calibrate
-from resode_cuda.calibration import candidates
+from resode_cuda.calibration import FIRST_STATE, SOLVERS, anchors_by_defect
 from tests.support.networks import (
     block_count,
     gradient_error,
@@ -129,7 +129,10 @@ def test_checkpointing_is_the_last_resort_and_said_to_be():
     assert plan.is_last_resort
     assert plan.chosen.gradient == "checkpoint"
     assert plan.chosen.error == 0
-    assert len(plan.candidates) == len(list(candidates(4))) + 1
+    choices = [candidate.anchors for candidate in plan.candidates[:-1] if candidate.reverse == SOLVERS[0]]
+    assert choices[:2] == [None, (0,)]
+    assert choices[-1] == 2
+    assert len(plan.candidates) == len(choices) * len(SOLVERS) + 1
     assert "last resort" in str(plan)
     stack.apply_plan(plan)
     assert stack.gradient == "checkpoint"
@@ -137,13 +140,38 @@ def test_checkpointing_is_the_last_resort_and_said_to_be():
 
 
 def test_candidates_go_from_the_cheapest_to_the_dearest():
-    found = list(candidates(64))
-    assert [anchors for _, anchors in found[::16]] == [None, 8, 4, 2]
-    assert found[0] == (Reverse("extrapolate"), None)
-    for start in range(0, len(found), 16):
-        costs = [solver.evaluations for solver, _ in found[start : start + 16]]
-        assert costs == sorted(costs)
-        assert len({solver for solver, _ in found[start : start + 16]}) == 16
+    assert SOLVERS[0] == Reverse("extrapolate")
+    costs = [solver.evaluations for solver in SOLVERS]
+    assert costs == sorted(costs)
+    assert len(set(SOLVERS)) == 16
+
+
+def test_anchors_are_tried_where_steps_are_rebuilt_badly_before_they_are_at_regular_distances():
+    defects = [0.0, 1e-3, 0.5, 1e-3, 0.2, 2e-2, 1e-3, 1e-3]
+    assert list(anchors_by_defect(defects, 1e-2)) == [(0, 2), (0, 2, 4), (0, 2, 4, 5)]
+    assert list(anchors_by_defect(defects, 0.3)) == [(0, 2)]
+    assert list(anchors_by_defect(defects, 1.0)) == []
+    assert list(anchors_by_defect([0.0, math.nan, 0.5, 0.0, 0.0], 0.1)) == [(0, 1), (0, 1, 2)]
+    assert list(anchors_by_defect([0.5] * 8, 0.1)) == []  # all are bad: no few states will help
+
+
+def wild(stack, *steps):
+    """The stack with the blocks of these steps as large as a trained transformer's first layer."""
+    with torch.no_grad():
+        for n in steps:
+            for parameter in stack[n].parameters():
+                parameter.mul_(8)
+    return stack
+
+
+@pytest.mark.parametrize(("steps", "expected"), [((0,), FIRST_STATE), ((0, 5), (0, 5)), ((0, 3, 6), (0, 3, 6))])
+@pytest.mark.usefixtures("float64")
+def test_states_before_wild_layers_are_found_and_kept(steps, expected):
+    stack = wild(ResidualStack(mlps("euler", 12), step=0.1, on_drift="ignore"), *steps)
+    x = torch.randn(16, 6)
+    plan = calibrate(stack, x, tolerance=1e-3)
+    assert plan.chosen.anchors == expected
+    assert errors_of(stack.apply_plan(plan), x) <= 1e-3
 
 
 class Noisy(nn.Module):
@@ -272,7 +300,7 @@ def test_bad_input_is_refused():
 
 def counted(monkeypatch, plan, seconds):
     """`calibrate` replaced by one that returns the plan after so many seconds, and the options it was called with."""
-    import resode_cuda.calibration as module
+    import resode_cuda.recalibration as module
 
     calls = []
 
@@ -353,7 +381,7 @@ def test_a_calibration_is_no_training_step(monkeypatch):
     other = ResidualStack(mlps("euler", 4), max_drift=1e-9, on_drift="checkpoint").recalibrate_every(1)
     plan = calibrate(ResidualStack(mlps("euler", 6)), x, loss=lambda out: half_square(other(out)))
     assert not plan.is_last_resort
-    assert (other.gradient, other.drift, other._monitor.wants_exact) == ("adjoint", None, False)
+    assert (other.gradient, other.drift, other._monitor.fallback_requested) == ("adjoint", None, False)
 
 
 def test_the_loss_is_called_once_and_leaves_its_modules_as_they_were():

@@ -153,7 +153,7 @@ def test_a_backward_pass_that_stops_early_is_looked_at_by_the_next_forward_pass(
         stack(x)
 
 
-def test_copies_of_norms_are_read_when_they_have_arrived():
+def test_copies_of_squares_are_read_when_they_have_arrived():
     """The asynchronous path, with a device whose copies take two looks to arrive."""
 
     class Event:
@@ -170,10 +170,10 @@ def test_copies_of_norms_are_read_when_they_have_arrived():
     squares = torch.ones(4, 2)
     squares[1, 0] = torch.nan
     monitor._arriving.append((squares, Event()))
-    monitor.look()
-    monitor.look()
+    monitor.poll()
+    monitor.poll()
     with pytest.warns(RuntimeWarning, match="step 1"):
-        monitor.look()
+        monitor.poll()
     assert not monitor._arriving
 
 

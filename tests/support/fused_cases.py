@@ -1,18 +1,20 @@
 """What a backend of the depth-fused ops with kernels is asked in tests, in the interpreter and on a GPU alike.
 
-Results are held against `torch_backend` in float64. The budget of each is twice what `torch_backend` itself errs in the
+Results are held against the specification in float64. The budget of each is twice the specification's own error in the
 parameters' dtype, and an epsilon of that dtype.
 """
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from resode_cuda.fused.network import Network
-from resode_cuda.fused.reference import passes as torch_backend
+from resode_cuda.fused.op import PARAMETERS
+from resode_cuda.fused.reference import passes as reference
+from resode_cuda.fused.signature import SavedStates, Wanted
 from resode_cuda.fused.triton import passes as triton_backend
 from resode_cuda.reverse import PRESETS, Reverse
+from tests.support.stepped_network import SteppedNetwork
 
 LARGE = 2**24
 """Products of a sum over a case's layers from which its references are computed where the kernels run."""
@@ -27,7 +29,7 @@ class Case:
     norm: str | None = None
     bias: bool = True
     reverse: str | Reverse = "corrected"
-    anchors: int | None = None
+    anchors: tuple[int, ...] = ()
     steps: int = 3
     dim: int = 16
     hidden: int = 24
@@ -59,7 +61,7 @@ class Case:
             parameters[1] = parameters[3] = None
         lengths = tuple(0.2 + 0.03 * n for n in range(self.steps))
         parameters = [None if p is None else p.to(dtype) for p in parameters]
-        network = Network(*parameters, lengths, self.scheme, self.activation, self.norm)
+        network = SteppedNetwork(*parameters, self.activation, self.norm, self.scheme, lengths)
         x, g = (torch.randn(self.rows, self.dim).to(network.stream_dtype) for _ in range(2))
         return network, x, g
 
@@ -72,8 +74,9 @@ CASES = [
     *(Case("heun", norm=norm, is_split=True, dim=24) for norm in ("rms", "layer")),
     Case(reverse=Reverse("step", corrections=2, accelerate=False)),
     Case("heun", reverse=Reverse("extrapolate", corrections=1)),
-    Case(reverse="extrapolated", anchors=2, steps=5),
-    Case("heun", anchors=2, is_split=True),
+    Case(reverse="extrapolated", anchors=(0, 2, 4), steps=5),
+    Case(reverse="extrapolated", anchors=(1, 2), steps=5, is_split=True),
+    Case("heun", anchors=(0, 2), is_split=True),
     *(Case(reverse="extrapolated", steps=steps, is_split=True) for steps in (1, 2)),
     *(Case(rows=rows, is_split=is_split) for rows in (0, 1, 16) for is_split in (False, True)),
     Case(dim=5, hidden=3, norm="layer"),
@@ -88,37 +91,24 @@ def prefer_fused(monkeypatch):
 
 def moved(network, dtype, device):
     cast = [None if p is None else p.to(device, dtype) for p in network.parameters]
-    names = ("weight_in", "bias_in", "weight_out", "bias_out")
-    return replace(network, **dict(zip(names, cast, strict=True)))
+    return network.with_parameters(cast)
 
 
 def results_of(backend, case, network, x, g, states):
-    """All that the ops give: by name, tensors on the CPU. `states`: x_last, increments and anchored of the forward."""
-    kept = min(2, case.steps) if case.solver.extrapolates else 0
-    named = dict(
-        zip(("x_last", "increments", "anchored"), backend.forward(network, x, kept, case.anchors), strict=True)
-    )
-    found = backend.adjoint(network, case.solver, case.anchors, g, *states, True, True)
-    exact = backend.exact_adjoint(network, g, x, True)
-    without = backend.adjoint(network, case.solver, case.anchors, g, *states, False, False)
-    assert without[1] is None
-    assert without[3] is None
-    for kind, (g_first, gradients, *others) in (
-        ("adjoint", found),
-        ("exact", exact),
-        (
-            "frozen",
-            (
-                *without[:1],
-                [],
-            ),
-        ),
-    ):
-        named[f"{kind} g"] = g_first
-        for name, gradient in zip(("weight_in", "bias_in", "weight_out", "bias_out"), gradients, strict=False):
+    """All that the ops give: by name, tensors on the CPU. `states`: what the forward pass gave."""
+    method = network.method(case.solver, case.anchors)
+    named = backend.forward(network, method, x)._asdict()
+    found = backend.adjoint(network, method, g, states, Wanted(parameters=True, input=True))
+    exact_g, exact_gradients = backend.exact_adjoint(network, network.method(), g, x, True)
+    frozen = backend.adjoint(network, method, g, states, Wanted(parameters=False))
+    assert frozen.gradients is None
+    assert frozen.x is None
+    named |= {"adjoint g": found.g, "exact g": exact_g, "frozen g": frozen.g}
+    for kind, gradients in (("adjoint", found.gradients), ("exact", exact_gradients)):
+        for name, gradient in zip(PARAMETERS, gradients, strict=True):
             if gradient is not None:
                 named[f"{kind} {name}"] = gradient
-        named.update(zip(("norms", "x_first"), others, strict=False))
+    named |= {"squares": found.squares, "x_first": found.x}
     return {name: tensor.to("cpu", copy=True) for name, tensor in named.items()}
 
 
@@ -127,12 +117,12 @@ def check(backend, case, dtype, device="cpu"):
     # A CPU takes minutes for the large ones. The small ones stay there, or compute-sanitizer would slow them down.
     where = device if case.rows * case.dim * case.hidden * case.steps > LARGE else "cpu"
     network, x, g = moved(network, dtype, where), x.to(where), g.to(where)
-    kept = min(2, case.steps) if case.solver.extrapolates else 0
     wide = moved(network, torch.float64, where)
     # All start the way back from the same states, as they would be kept.
-    states = torch_backend.forward(network, x, kept, case.anchors)
-    exact = results_of(torch_backend, case, wide, x.double(), g.double(), [state.double() for state in states])
-    own = results_of(torch_backend, case, network, x, g, states)
+    states = reference.forward(network, network.method(case.solver, case.anchors), x)
+    in_float64 = SavedStates(*(state.double() for state in states))
+    exact = results_of(reference, case, wide, x.double(), g.double(), in_float64)
+    own = results_of(reference, case, network, x, g, states)
     inputs = [tensor.to(device) for tensor in (x, g, *states)]
     copies = [tensor.clone() for tensor in inputs]
     there = moved(network, dtype, device)
@@ -140,7 +130,7 @@ def check(backend, case, dtype, device="cpu"):
     # Besides choosing the split form, it fills memory that is not initialised with NaN.
     torch.use_deterministic_algorithms(case.is_split)
     try:
-        results = results_of(backend, case, there, *inputs[:2], inputs[2:])
+        results = results_of(backend, case, there, *inputs[:2], SavedStates(*inputs[2:]))
     finally:
         torch.use_deterministic_algorithms(before)
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(inputs, copies, strict=True)), "an operand was written"
@@ -149,8 +139,8 @@ def check(backend, case, dtype, device="cpu"):
     for name, expected in exact.items():
         assert results[name].shape == expected.shape, name
         assert results[name].dtype == own[name].dtype, name
-        if name == "norms":
-            _check_norms(case, results[name].double(), expected, eps)
+        if name == "squares":
+            _check_squares(case, results[name].double(), expected, eps)
             continue
         scale = expected.norm()
         error, own_error = ((tensor.double() - expected).norm() for tensor in (results[name], own[name]))
@@ -159,9 +149,9 @@ def check(backend, case, dtype, device="cpu"):
         )
 
 
-def _check_norms(case, norms, expected, eps):
+def _check_squares(case, squares, expected, eps):
     """A defect is a difference of states: it is off by roundings of states."""
-    defect, size = norms.sqrt().unbind(1)
+    defect, size = squares.sqrt().unbind(1)
     exact_defect, exact_size = expected.sqrt().unbind(1)
     assert ((defect - exact_defect).abs() <= 8 * case.steps * eps * exact_size).all()
     assert ((size - exact_size).abs() <= 8 * case.steps * eps * exact_size).all()

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resode_cuda import Reverse, fused
-from resode_cuda.fused.network import Network
 from resode_cuda.fused.reference.plain import plain
 from tests.support.networks import block_count, gradients, relative_error
+from tests.support.stepped_network import SteppedNetwork
 
 EXACT = Reverse("step", corrections=30)
 """Converged: what it rebuilds is exact to rounding."""
@@ -33,70 +32,65 @@ def network(
     steps: int = 5,
     step: Sequence[float] | None = None,
     dtype: torch.dtype = torch.float64,
-) -> Network:
+) -> SteppedNetwork:
     """Random parameters that require gradients. h times the Lipschitz constant of a layer is below 1."""
     layers = block_count(scheme, steps)
 
     def parameter(*shape: int, inputs: int) -> Tensor:
         return (0.7 * torch.randn(shape, dtype=torch.float64) / inputs**0.5).to(dtype).requires_grad_()
 
-    return Network(
+    return SteppedNetwork(
         parameter(layers, hidden, dim, inputs=dim),
         parameter(layers, hidden, inputs=dim) if bias else None,
         parameter(layers, dim, hidden, inputs=hidden),
         parameter(layers, dim, inputs=hidden) if bias else None,
-        step or (1 / steps,) * steps,
-        scheme,
         activation,
         norm,
+        scheme,
+        tuple(step or (1 / steps,) * steps),
     )
 
 
-def state(net: Network, *shape: int) -> Tensor:
+def state(net: SteppedNetwork, *shape: int) -> Tensor:
     """A random x_0 that requires gradients."""
     return torch.randn(*shape, net.dim, dtype=torch.float64).to(net.stream_dtype).requires_grad_()
 
 
-def with_parameters(net: Network, parameters: Sequence[Tensor | None]) -> Network:
-    names = ("weight_in", "bias_in", "weight_out", "bias_out")
-    return replace(net, **dict(zip(names, parameters, strict=True)))
-
-
-def in_float64(net: Network, x: Tensor) -> tuple[Network, Tensor]:
+def in_float64(net: SteppedNetwork, x: Tensor) -> tuple[SteppedNetwork, Tensor]:
     """The same values, as leaves of their own."""
     *parameters, x = (
         None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in (*net.parameters, x)
     )
-    return with_parameters(net, parameters), x
+    return net.with_parameters(parameters), x
 
 
-def present(net: Network) -> list[Tensor]:
+def present(net: SteppedNetwork) -> list[Tensor]:
     return [parameter for parameter in net.parameters if parameter is not None]
 
 
-def wanted(net: Network, x: Tensor) -> list[Tensor]:
+def wanted(net: SteppedNetwork, x: Tensor) -> list[Tensor]:
     return [tensor for tensor in (x, *present(net)) if tensor.requires_grad]
 
 
 def run(
-    net: Network,
+    net: SteppedNetwork,
     x: Tensor,
     solver: Reverse | str = EXACT,
-    anchors: int | None = None,
-    norms: Tensor | None = None,
+    anchors: Sequence[int] = (),
+    squares: Tensor | None = None,
 ) -> Tensor:
     """x_N by the op on plain torch; a solver "checkpoint" is the exact adjoint."""
     gradient = "checkpoint" if solver == "checkpoint" else "adjoint"
     solver = solver if isinstance(solver, Reverse) else EXACT
-    return fused.mlp_stack(x, net, gradient=gradient, solver=solver, anchors=anchors, backend="torch", norms=norms)
+    return fused.mlp_stack(x, net, net.method(solver, anchors), gradient, "torch", squares)
 
 
-def fused_gradients(net: Network, x: Tensor, *args, **kwargs) -> tuple[Tensor, ...]:
+def fused_gradients(net: SteppedNetwork, x: Tensor, *args, **kwargs) -> tuple[Tensor, ...]:
     return gradients(lambda: run(net, x, *args, **kwargs), wanted(net, x))
 
 
-def plain_gradients(net: Network, x: Tensor) -> tuple[Tensor, ...]:
-    return gradients(lambda: plain(net, x), wanted(net, x))
+def plain_gradients(net: SteppedNetwork, x: Tensor) -> tuple[Tensor, ...]:
+    return gradients(lambda: plain(net, net.method(), x), wanted(net, x))
 
 
 def worst_error(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
