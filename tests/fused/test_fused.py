@@ -3,18 +3,14 @@
 What they cost is in test_fused_cost.py, what compilers and torch.func see of them in test_fused_compile.py.
 """
 
-from contextlib import nullcontext
-
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
 
 from resode_cuda import ResidualMLP, Reverse
 from resode_cuda.fused.activations import ACTIVATIONS
 from resode_cuda.fused.norms import NORMS
 from resode_cuda.fused.reference import passes as reference
 from resode_cuda.fused.reference.plain import plain
-from resode_cuda.fused.signature import StackOperands
 from resode_cuda.reverse import PRESETS
 from resode_cuda.schemes import SCHEMES
 from tests.support.fused_networks import (
@@ -36,16 +32,12 @@ from tests.support.networks import block_count, gradients, half_square, paramete
 from tests.support.stepped_network import SteppedNetwork
 
 STEPS = (0.15, 0.3, 0.05, 0.2, 0.25)
+
+
 SOLVERS = [EXACT, EXACT_EXTRAPOLATING, "checkpoint"]
+
+
 SOLVER_IDS = ["step", "extrapolate", "checkpoint"]
-
-
-@pytest.fixture(params=SCHEMES)
-def scheme(request):
-    return request.param
-
-
-# Against autograd.
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -113,8 +105,6 @@ def test_one_gradient_alone(scheme, solver, needed):
     assert worst_error(fused_gradients(net, x, solver), plain_gradients(net, x)) < TIGHT
 
 
-# Against ResidualStack, where nothing has converged.
-
 UNCONVERGED = [
     {"reverse": "paper"},
     {"reverse": "corrected"},
@@ -142,9 +132,6 @@ def test_gradients_and_defects_are_those_of_a_residual_stack(float64, scheme, op
     mine, theirs = ([x.grad, *run] for x, run in (gradients_and_defects(mlp, x), gradients_and_defects(stack, x)))
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=TIGHT, atol=1e-14)
-
-
-# In parts, and in every shape.
 
 
 def several_tiles(monkeypatch, net, x, rows=3):
@@ -230,9 +217,6 @@ def test_operands_that_are_not_contiguous(scheme, solver, layout, which):
     assert worst_error(fused_gradients(net, x, solver), plain_gradients(net, x)) < TIGHT
 
 
-# What else autograd relies on.
-
-
 @pytest.mark.parametrize("solver", [*PRESETS.values(), Reverse("step", 3), "checkpoint"], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_nothing_of_the_users_is_overwritten(scheme, solver, dtype):
@@ -269,44 +253,6 @@ def test_parameters_must_not_change_between_forward_and_backward(solver, place):
         loss.backward()
 
 
-def arguments(net, x, predictor="step", anchors=()):
-    solver = predictor, 0, True, False, list(anchors)
-    fields = net.activation, net.norm, net.scheme, list(net.steps)
-    return StackOperands(x, *net.parameters, *fields, *solver, "adjoint", "torch", None)
-
-
-def test_increments_and_anchored_states_have_no_gradients():
-    net = network()
-    x_last, increments, anchored = torch.ops.resode.mlp_stack(*arguments(net, state(net, 7), "extrapolate", (0, 2, 4)))
-    assert increments.shape == (2, 7, 6)
-    assert anchored.shape == (3, 7, 6)
-    with pytest.raises(RuntimeError, match="mlp_stack: only x_last has a gradient, got one for increments or anchored"):
-        (x_last.sum() + increments.sum()).backward()
-
-
-@pytest.mark.parametrize("wants_parameters", [True, False])
-@pytest.mark.parametrize("wants_input", [True, False])
-def test_the_adjoint_returns_what_it_is_asked_for(scheme, wants_parameters, wants_input):
-    net = network(scheme, bias=False)
-    x = state(net, 7).detach()
-    with torch.no_grad():
-        x_last = run(net, x)
-        fields = *net.parameters, net.activation, net.norm, net.scheme, list(net.steps)
-        solver, empty = ("step", 30, True, True, []), x.new_empty(0, 7, 6)
-        g, *found, squares, x_first = torch.ops.resode.mlp_stack_adjoint(
-            x_last, x_last, empty, empty, *fields, *solver, wants_parameters, wants_input, "torch"
-        )
-    exact = plain_gradients(net, x.requires_grad_())
-    assert worst_error([g], exact[:1]) < TIGHT
-    assert [gradient.numel() > 0 for gradient in found] == [wants_parameters, False, wants_parameters, False]
-    assert squares.shape == (5, 2)
-    if wants_input:
-        torch.testing.assert_close(x_first, x, rtol=TIGHT, atol=TIGHT)
-        torch.testing.assert_close(squares[0, 1], x.square().sum(), rtol=TIGHT, atol=0)
-    else:
-        assert x_first.numel() == 0
-
-
 @pytest.mark.parametrize("norm", NORMS)
 def test_small_cotangents_in_float16_are_not_lost_to_the_step(scheme, norm):
     """Ten of its smallest values, which h = 1/200 would round away."""
@@ -318,44 +264,6 @@ def test_small_cotangents_in_float16_are_not_lost_to_the_step(scheme, norm):
     found = torch.autograd.grad(run(net, x, "checkpoint"), present(net), g)
     # In units that float16 has: the gradients are smaller than its own.
     torch.testing.assert_close(found[0].double(), exact[0], rtol=0.02, atol=2 * 2.0**-24)
-
-
-@pytest.mark.parametrize("mode", ["real", "fake"])
-@pytest.mark.parametrize(
-    ("name", "value", "error", "message"),
-    [
-        (
-            "x",
-            torch.zeros(7, 5, dtype=torch.float64),
-            ValueError,
-            r"x must have shape \[\*, 6\], as weight_in \[5, 10, 6\] says",
-        ),
-        (
-            "x",
-            torch.zeros(7, 6),
-            TypeError,
-            "x must be float64, the dtype of states with float64 parameters, got float32",
-        ),
-        (
-            "weight_out",
-            torch.zeros(5, 6, 9, dtype=torch.float64),
-            ValueError,
-            r"weight_out must have shape \[5, 6, 10\]",
-        ),
-        ("steps", [0.2] * 4, ValueError, "step must give h for each of 5 steps, got 4"),
-        ("steps", [0.2] * 4 + [-0.2], ValueError, "step must be positive and finite in float64, got -0.2; leave it"),
-        ("scheme", "midpoint", ValueError, r"scheme must be one of \('euler', 'heun'\), got 'midpoint'"),
-        ("gradient", "backprop", ValueError, 'gradient must be "adjoint" or "checkpoint", got \'backprop\''),
-        ("anchors", [5], ValueError, r"anchors must be ascending numbers of the 5 steps, got \[5\]"),
-        ("anchors", [2, 1], ValueError, r"anchors must be ascending numbers of the 5 steps, got \[2, 1\]"),
-    ],
-)
-def test_errors_say_what_must_hold(mode, name, value, error, message):
-    net = network()
-    values = arguments(net, state(net, 7).detach())._replace(**{name: value})
-    where = nullcontext() if mode == "real" else FakeTensorMode(allow_non_fake_inputs=True)
-    with where, pytest.raises(error, match=f"^mlp_stack: {message}"):
-        torch.ops.resode.mlp_stack(*values)
 
 
 def gradients_and_defects(module, x):

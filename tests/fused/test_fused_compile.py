@@ -8,7 +8,6 @@ import torch
 
 from resode_cuda import ResidualMLP, Reverse
 from resode_cuda.functional import residual_mlp
-from resode_cuda.schemes import SCHEMES
 from tests.support.fused_networks import (
     EXACT,
     TIGHT,
@@ -32,11 +31,6 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def _nothing_compiled():
     torch._dynamo.reset()
-
-
-@pytest.fixture(params=SCHEMES)
-def scheme(request):
-    return request.param
 
 
 # torch.library.

@@ -11,11 +11,6 @@ from tests.support.fused_networks import Calls, network, run, state, wanted
 from tests.support.networks import half_square, pretend_to_capture
 
 
-@pytest.fixture(params=SCHEMES)
-def scheme(request):
-    return request.param
-
-
 @pytest.fixture
 def calls(monkeypatch):
     """Those within the ops, which a mode outside does not see."""

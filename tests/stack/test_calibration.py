@@ -1,28 +1,22 @@
 """calibrate: the plan meets its tolerance, costs what it says, and measuring it leaves no trace."""
 
-import copy
-import json
 import math
-import pickle
-import time
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from resode_cuda import Candidate, Plan, ResidualStack, Reverse, calibrate
 from resode_cuda.calibration import FIRST_STATE, SOLVERS, anchors_by_defect
+from tests.support.exact import errors_of
 from tests.support.networks import (
     block_count,
     gradient_error,
-    gradients,
     half_square,
     mlps,
     parameters_of,
     reference_blocks,
     reference_input,
-    relative_error,
 )
 
 
@@ -74,16 +68,6 @@ def network(seed):
             block.load_state_dict(blocks[0].state_dict())
     shape = {"mlp": (16, 6), "conv": (8, 3, 5, 5), "attention": (4, 7, 6)}[kind]
     return ResidualStack(blocks, scheme, step=h, on_drift="ignore"), lambda: torch.randn(shape)
-
-
-def errors_of(stack, x):
-    """Relative error of the stack as it is set, against plain backprop."""
-    parameters = list(stack.parameters())
-    got = gradients(lambda: stack(x), parameters)
-    before, stack.gradient = stack.gradient, "backprop"
-    exact = gradients(lambda: stack(x), parameters)
-    stack.gradient = before
-    return relative_error(got, exact)
 
 
 @pytest.mark.usefixtures("float64")
@@ -257,19 +241,6 @@ def test_evaluations_and_held_memory_are_those_of_a_training_step(scheme):
     assert all(candidate.seconds > 0 for candidate in plan.candidates)
 
 
-def test_a_plan_prints_and_keeps(tmp_path):
-    stack = ResidualStack(mlps("euler", 8, scale=3.0), step=1.0, on_drift="ignore")
-    plan = calibrate(stack, torch.randn(3, 6), tolerance=1e-2)
-    lines = str(plan).splitlines()
-    assert lines[0].split() == ["evaluations", "ms", "held", "MiB", "gradient", "error"]
-    assert len(lines) == len(plan.candidates) + 2
-    plan.save(tmp_path / "plan.json")
-    assert Plan.load(tmp_path / "plan.json") == plan
-    (tmp_path / "other.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"Plan\.load: .*other\.json must hold a plan"):
-        Plan.load(tmp_path / "other.json")
-
-
 def test_candidates_that_diverge_are_infinitely_far_off_and_kept(tmp_path):
     torch.manual_seed(0)
     stack = ResidualStack([nn.Linear(4, 4) for _ in range(40)], step=1.0, on_drift="raise")
@@ -296,50 +267,6 @@ def test_bad_input_is_refused():
         stack.recalibrate_every(5, share=2)
     with pytest.raises(ValueError, match="recalibrate_every: tolerance must be positive and finite, got -1"):
         stack.recalibrate_every(5, -1)
-
-
-def counted(monkeypatch, plan, seconds):
-    """`calibrate` replaced by one that returns the plan after so many seconds, and the options it was called with."""
-    import resode_cuda.recalibration as module
-
-    calls = []
-
-    def calibrate_quickly(stack, x, *args, **options):
-        calls.append(options)
-        time.sleep(seconds)
-        return plan
-
-    monkeypatch.setattr(module, "calibrate", calibrate_quickly)
-    return calls
-
-
-def test_recalibration_comes_every_so_many_training_steps(monkeypatch):
-    stack, x = ResidualStack(mlps("euler", 4)), torch.randn(3, 6)
-    calls = counted(monkeypatch, calibrate(stack, x, tolerance=1e-4), seconds=0)
-    stack.recalibrate_every(3, 1e-4, share=1.0, loss=half_square)
-    for _ in range(7):
-        half_square(stack(x)).backward()
-        with torch.no_grad():
-            stack(x)
-    assert len(calls) == 3
-    assert calls[0] == {"tolerance": 1e-4, "loss": half_square}
-    assert errors_of(stack, x) <= 1e-4
-    stack.eval()
-    for _ in range(4):
-        stack(x)
-    stack.train().recalibrate_every(0)
-    for _ in range(4):
-        stack(x)
-    assert len(calls) == 3
-
-
-def test_recalibration_keeps_to_its_share_of_the_time(monkeypatch):
-    stack, x = ResidualStack(mlps("euler", 2)), torch.randn(3, 6)
-    calls = counted(monkeypatch, calibrate(stack, x), seconds=0.05)
-    stack.recalibrate_every(1, share=1e-6)
-    for _ in range(10):
-        half_square(stack(x)).backward()
-    assert len(calls) == 1  # the first, without which there would be no plan
 
 
 @pytest.mark.parametrize("weights", ["smooth", "independent"])
@@ -372,18 +299,6 @@ def test_defects_estimate_the_gradients_error(weights, scale, scheme, reverse):
         assert truth / 5 < stack.drift.gradient_error.item() < 5 * truth
 
 
-def test_a_calibration_is_no_training_step(monkeypatch):
-    """Nor one of another stack inside the loss: neither is calibrated, changed or measured on the way."""
-    blocks, x = mlps("euler", 6, scale=3), torch.randn(4, 6)
-    alone = calibrate(ResidualStack(blocks, step=1.0), x, tolerance=1e-4)
-    stack = ResidualStack(blocks, step=1.0).recalibrate_every(1, tolerance=0.9)
-    assert [c.error for c in calibrate(stack, x, tolerance=1e-4).candidates] == [c.error for c in alone.candidates]
-    other = ResidualStack(mlps("euler", 4), max_drift=1e-9, on_drift="checkpoint").recalibrate_every(1)
-    plan = calibrate(ResidualStack(mlps("euler", 6)), x, loss=lambda out: half_square(other(out)))
-    assert not plan.is_last_resort
-    assert (other.gradient, other.drift, other._monitor.fallback_requested) == ("adjoint", None, False)
-
-
 def test_the_loss_is_called_once_and_leaves_its_modules_as_they_were():
     head, calls = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3), nn.ReLU(inplace=True)), []
 
@@ -401,63 +316,6 @@ def test_a_loss_may_overwrite_the_output():
     stack, x = ResidualStack(mlps("euler", 8)), torch.randn(4, 6)
     in_place = calibrate(stack, x, loss=lambda out: out.clone().mul_(2).sum())
     assert in_place.candidates[0].error == calibrate(stack, x, loss=lambda out: (2 * out).sum()).candidates[0].error
-
-
-@pytest.mark.parametrize("batch", [torch.zeros(0, 6), torch.full((3, 6), math.nan)], ids=["empty", "nan"])
-def test_a_batch_that_allows_no_calibration_does_not_end_the_training(batch):
-    stack = ResidualStack(mlps("euler", 4)).recalibrate_every(1, share=1.0)
-    with pytest.warns(RuntimeWarning, match="recalibration is left out this time"):
-        stack(batch)
-    half_square(stack(torch.randn(3, 6))).backward()
-
-
-def test_a_checkpoint_around_the_stack_repeats_its_forward_pass(monkeypatch):
-    stack = ResidualStack(mlps("euler", 6), reverse="extrapolated").recalibrate_every(2, 1e-9, share=1.0)
-    calls = counted(monkeypatch, calibrate(stack, torch.randn(3, 6), tolerance=1e-9), seconds=0)
-    for _ in range(4):
-        x = torch.randn(3, 6, requires_grad=True)
-        half_square(checkpoint(stack, x, use_reentrant=False)).backward()
-    assert len(calls) == 2
-
-
-def test_copies_and_pickles_do_not_calibrate():
-    stack = ResidualStack(mlps("euler", 3)).recalibrate_every(1, loss=lambda out: out.sum())
-    for copied in (copy.deepcopy(stack), pickle.loads(pickle.dumps(stack))):
-        assert copied._recalibration is None
-    assert stack._recalibration is not None
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"gradient": "backprop"},
-        {"reverse": None},
-        {"anchors": 2.5},
-        {"anchors": 0},
-        {"error": "small"},
-        {"error": -1.0},
-        {"defect": -1.0},
-    ],
-    ids=str,
-)
-def test_a_plan_that_was_edited_wrongly_does_not_load(tmp_path, change):
-    calibrate(ResidualStack(mlps("euler", 4)), torch.randn(3, 6)).save(tmp_path / "plan.json")
-    record = json.loads((tmp_path / "plan.json").read_text())
-    record["candidates"][0].update(change)
-    (tmp_path / "plan.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=r"Plan\.load: .* must hold a plan"):
-        Plan.load(tmp_path / "plan.json")
-
-
-def test_another_solver_has_no_estimate_of_the_gradients_error():
-    stack, x = ResidualStack(mlps("euler", 6)), torch.randn(3, 6)
-    for name, value in {"reverse": "extrapolated", "anchors": 2, "gradient": "adjoint"}.items():
-        stack.apply_plan(calibrate(stack, x))
-        half_square(stack(x)).backward()
-        assert stack.drift.gradient_error is not None
-        setattr(stack, name, value)
-        half_square(stack(x)).backward()
-        assert stack.drift.gradient_error is None
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,8 @@ from torch import nn
 
 from resode_cuda import ResidualStack, Reverse
 from resode_cuda.schemes import SCHEMES
-from tests.support.networks import block_count, gradients, half_square, mlp, mlps, parameters_of, relative_error
-
-TIGHT = 1e-12
+from tests.support.exact import TIGHT, exact_stack
+from tests.support.networks import block_count, gradients, half_square, mlp, mlps, parameters_of, plain, relative_error
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -158,9 +157,6 @@ def test_generated_code_keeps_no_states(scheme, reverse):
     assert set(found) == {1.0 if reverse == "corrected" else 3.0}
 
 
-# What opts out of being traced, and is right all the same.
-
-
 class Hooked(nn.Linear):
     def __init__(self):
         super().__init__(6, 6)
@@ -256,3 +252,47 @@ def test_random_functions_are_not_detected_and_torch_compiler_disable_is_the_way
     graphs, error = graphs_and_error(stack, x, around=torch.compiler.disable)
     assert graphs == 2
     assert error < TIGHT
+
+
+def test_a_compiled_model_runs_the_stack_uncompiled_and_right(scheme):
+    blocks = [nn.Sequential(mlp(), nn.Dropout(0.5)) for _ in range(block_count(scheme, 4))]
+    head, x = nn.Linear(6, 6), torch.randn(5, 6)
+    stack = exact_stack(blocks, scheme)
+    parameters = parameters_of(blocks)
+
+    def model(run):
+        torch.manual_seed(7)
+        return head(run(head(x)))
+
+    exact = gradients(lambda: model(lambda x: plain(blocks, scheme, x)), parameters)
+    compiled = torch.compile(lambda: model(stack), backend="aot_eager")
+    assert relative_error(gradients(compiled, parameters), exact) < TIGHT
+
+
+class OwnBlock(nn.Module):
+    """Module.compile leaves the classes of torch.nn itself uncompiled."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_blocks_compiled_on_their_own_stay_compiled(scheme):
+    blocks, x = [OwnBlock() for _ in range(block_count(scheme, 3))], torch.randn(5, 6)
+    parameters, keys = parameters_of(blocks), list(nn.Sequential(*blocks).state_dict())
+    exact = gradients(lambda: plain(blocks, scheme, x), parameters)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for block in blocks:
+        block.compile(backend=backend)
+    stack = exact_stack(blocks, scheme)
+    assert relative_error(gradients(lambda: stack(x), parameters), exact) < TIGHT
+    assert graphs
+    assert list(stack.state_dict()) == keys

@@ -1,0 +1,93 @@
+"""The depth-fused ops as they are registered: what they return, and the errors for bad operands."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from resode_cuda.fused.signature import StackOperands
+from tests.support.fused_networks import (
+    TIGHT,
+    network,
+    plain_gradients,
+    run,
+    state,
+    worst_error,
+)
+
+
+def arguments(net, x, predictor="step", anchors=()):
+    solver = predictor, 0, True, False, list(anchors)
+    fields = net.activation, net.norm, net.scheme, list(net.steps)
+    return StackOperands(x, *net.parameters, *fields, *solver, "adjoint", "torch", None)
+
+
+def test_increments_and_anchored_states_have_no_gradients():
+    net = network()
+    x_last, increments, anchored = torch.ops.resode.mlp_stack(*arguments(net, state(net, 7), "extrapolate", (0, 2, 4)))
+    assert increments.shape == (2, 7, 6)
+    assert anchored.shape == (3, 7, 6)
+    with pytest.raises(RuntimeError, match="mlp_stack: only x_last has a gradient, got one for increments or anchored"):
+        (x_last.sum() + increments.sum()).backward()
+
+
+@pytest.mark.parametrize("wants_parameters", [True, False])
+@pytest.mark.parametrize("wants_input", [True, False])
+def test_the_adjoint_returns_what_it_is_asked_for(scheme, wants_parameters, wants_input):
+    net = network(scheme, bias=False)
+    x = state(net, 7).detach()
+    with torch.no_grad():
+        x_last = run(net, x)
+        fields = *net.parameters, net.activation, net.norm, net.scheme, list(net.steps)
+        solver, empty = ("step", 30, True, True, []), x.new_empty(0, 7, 6)
+        g, *found, squares, x_first = torch.ops.resode.mlp_stack_adjoint(
+            x_last, x_last, empty, empty, *fields, *solver, wants_parameters, wants_input, "torch"
+        )
+    exact = plain_gradients(net, x.requires_grad_())
+    assert worst_error([g], exact[:1]) < TIGHT
+    assert [gradient.numel() > 0 for gradient in found] == [wants_parameters, False, wants_parameters, False]
+    assert squares.shape == (5, 2)
+    if wants_input:
+        torch.testing.assert_close(x_first, x, rtol=TIGHT, atol=TIGHT)
+        torch.testing.assert_close(squares[0, 1], x.square().sum(), rtol=TIGHT, atol=0)
+    else:
+        assert x_first.numel() == 0
+
+
+@pytest.mark.parametrize("mode", ["real", "fake"])
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        (
+            "x",
+            torch.zeros(7, 5, dtype=torch.float64),
+            ValueError,
+            r"x must have shape \[\*, 6\], as weight_in \[5, 10, 6\] says",
+        ),
+        (
+            "x",
+            torch.zeros(7, 6),
+            TypeError,
+            "x must be float64, the dtype of states with float64 parameters, got float32",
+        ),
+        (
+            "weight_out",
+            torch.zeros(5, 6, 9, dtype=torch.float64),
+            ValueError,
+            r"weight_out must have shape \[5, 6, 10\]",
+        ),
+        ("steps", [0.2] * 4, ValueError, "step must give h for each of 5 steps, got 4"),
+        ("steps", [0.2] * 4 + [-0.2], ValueError, "step must be positive and finite in float64, got -0.2; leave it"),
+        ("scheme", "midpoint", ValueError, r"scheme must be one of \('euler', 'heun'\), got 'midpoint'"),
+        ("gradient", "backprop", ValueError, 'gradient must be "adjoint" or "checkpoint", got \'backprop\''),
+        ("anchors", [5], ValueError, r"anchors must be ascending numbers of the 5 steps, got \[5\]"),
+        ("anchors", [2, 1], ValueError, r"anchors must be ascending numbers of the 5 steps, got \[2, 1\]"),
+    ],
+)
+def test_errors_say_what_must_hold(mode, name, value, error, message):
+    net = network()
+    values = arguments(net, state(net, 7).detach())._replace(**{name: value})
+    where = nullcontext() if mode == "real" else FakeTensorMode(allow_non_fake_inputs=True)
+    with where, pytest.raises(error, match=f"^mlp_stack: {message}"):
+        torch.ops.resode.mlp_stack(*values)
