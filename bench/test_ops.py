@@ -1,6 +1,6 @@
 """What a call of an op costs: pytest bench/test_ops.py.
 
-On one element, on a CPU, no formula takes time: what remains is the call. `op` is that of an op by the reference;
+On one element, on a CPU, no formula takes time: what remains is the call. `op` is that of an op in plain torch;
 `kernel call` stops where a kernel would be launched, which is what a call takes of the host on a GPU; `arguments` is
 the part of that which hands a kernel its arguments, a compiled function's conversions and the launch left out. On a
 GPU the same op is called until the queue is full, and the launches are among what it takes.
@@ -17,7 +17,7 @@ import torch
 
 from resode_cuda import ops
 from resode_cuda.ops import op as op_module
-from resode_cuda.ops.cuda import Compiled
+from resode_cuda.ops.cuda import CompiledKernels
 
 H = 0.1
 NAMES = ("forward_step", "heun_step", "reverse_update_", "reverse_extrapolate_", "adjoint_update_")
@@ -34,12 +34,13 @@ def no_gradients() -> Iterator[None]:
 def test_call(benchmark: Any, monkeypatch: pytest.MonkeyPatch, name: str, what: str) -> None:
     values = _values(name, "cpu")
     nothing: Any = SimpleNamespace(dtype_codes={"float32": 0}, **{name: lambda *_: None})
-    compiled: Any = Compiled(nothing, lambda device: 0)
+    compiled: Any = CompiledKernels(nothing, lambda device: 0)
     if what == "kernel call":
-        monkeypatch.setattr(op_module, "chosen", lambda device: compiled)
+        monkeypatch.setattr(op_module, "select", lambda device: compiled)
     call = getattr(compiled if what == "arguments" else ops, name)
-    if what == "arguments" and name in NAMES[:2]:
-        values = (*values, torch.empty(1))
+    if what == "arguments":
+        out = (torch.empty(1),) if name in NAMES[:2] else ()
+        values = (getattr(ops, name).operands(*values), *out)
     benchmark.group = f"{name} on one element"
     _describe(benchmark, "cpu")
     benchmark(call, *values)
@@ -62,12 +63,12 @@ def test_call_on_a_gpu(benchmark: Any, name: str, backend: str) -> None:
 def _values(name: str, device: str) -> tuple[Any, ...]:
     """An op's arguments, none left out."""
     x, y, d, k1, k2, g, v1, v2 = (torch.randn(1, device=device) for _ in range(8))
-    norms, adjoint = torch.zeros(2, device=device), (g, v1, v2, 0.9, 0.1)
+    squares, adjoint = torch.zeros(2, device=device), (g, v1, v2, 0.9, 0.1)
     arguments: dict[str, tuple[Any, ...]] = {
         "forward_step": (x, k1, H),
         "heun_step": (x, k1, k2, H),
-        "reverse_update_": (x, y, k1, k2, H, norms, *adjoint),
-        "reverse_extrapolate_": (x, y, d, k1, k2, H, 2.0, 1.0, norms, *adjoint),
+        "reverse_update_": (x, y, k1, k2, H, squares, *adjoint),
+        "reverse_extrapolate_": (x, y, d, k1, k2, H, 2.0, 1.0, squares, *adjoint),
         "adjoint_update_": adjoint,
     }
     return arguments[name]

@@ -12,7 +12,7 @@ import torch
 from . import __version__, backends, library, ops
 
 HARDWARE = "compiled, not yet run on hardware"
-"""What stands behind the kernels, until results measured on a GPU are in bench/results."""
+"""How far the kernels have been tested, until results measured on a GPU are in bench/results."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -58,7 +58,7 @@ def _library() -> Iterator[str]:
     built = ops.build_info()
     yield ""
     if not built.compiled:
-        yield f"compiled library: none; {built.cause}"
+        yield f"compiled library: none; {built.reason}"
         return
     yield f"compiled library, {HARDWARE}"
     yield f"  CUDA     {built.cuda}"
@@ -67,23 +67,23 @@ def _library() -> Iterator[str]:
 
 
 def _backends() -> Iterator[str]:
-    """Of each device; ops for which the same is true share lines."""
+    """The backends on each device; ops with the same backends and reasons share lines."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for device in [f"cuda:{index}" for index in range(count)] or ["cuda"]:
-        by_causes: dict[tuple[tuple[str, str | None], ...], list[str]] = {}
-        for op, causes in backends(device).items():
-            by_causes.setdefault(tuple(causes.items()), []).append(op)
+        ops_of: dict[tuple[tuple[str, str | None], ...], list[str]] = {}
+        for op, reasons in backends(device).items():
+            ops_of.setdefault(tuple(reasons.items()), []).append(op)
         yield ""
         yield f"backends on {device}, the first choice first"
-        for causes_of, names in by_causes.items():
+        for reasons_of_ops, names in ops_of.items():
             yield f"  {', '.join(names)}"
-            for backend, cause in causes_of:
-                yield f"    {backend:11}{'runs' if cause is None else cause}"
-    yield "on other devices the reference, in plain torch, runs"
+            for backend, reason in reasons_of_ops:
+                yield f"    {backend:11}{'runs' if reason is None else reason}"
+    yield "on other devices plain torch runs"
 
 
 def _kernels() -> Iterator[str]:
-    """Of the current device: occupancy is the share of a multiprocessor's threads that are in flight at a time."""
+    """What kernels take of the current device: occupancy is the share of a processor's threads in flight at a time."""
     if not (torch.cuda.is_available() and ops.build_info().compiled):
         return
     device = torch.cuda.get_device_properties(torch.cuda.current_device())

@@ -169,7 +169,7 @@ def add(x: Tensor, f: Tensor, h: float) -> Tensor:
         # Without alpha, which Inductor drops where f is a matrix product (torch 2.13; pytorch/pytorch#167313).
         return x + h * f.to(x.dtype)
     if _is_transformed():
-        return ops.reference.forward_step(x, f, h)
+        return x.add(f, alpha=h)
     return ops.forward_step(x, f, h)
 
 

@@ -17,6 +17,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from resode_cuda import ops
+from resode_cuda.ops.operands import ReverseExtrapolateOperands, ReverseUpdateOperands
 
 from ..harness.report import MIB, Table, Target, relative_time
 from ..harness.timing import Spread, interleaved, ratios
@@ -24,13 +25,13 @@ from ..options import Options
 from .cost import ROWS, WIDTH
 
 COPY_SHARE = 0.85
-"""Of a copy's bandwidth, at least, for each kernel."""
+"""Least bandwidth of each kernel, relative to a copy's."""
 PLAIN_LIMIT = 1.0
 """Time of a step's pointwise work relative to plain torch's, at most."""
 STATE_BYTES = 256 * MIB
 MATMUL = 8192
 REPEATS = 5
-"""Calls between two looks at the clock, so that a GPU's queue never runs dry."""
+"""Calls between two readings of the clock, so that a GPU's queue never runs dry."""
 PAIRS = ((torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16))
 """Dtypes of the stream and of a block's output."""
 STEPS = (("Euler", "corrected"), ("Euler", "extrapolated"), ("Heun", "corrected"), ("Heun", "extrapolated"))
@@ -93,7 +94,7 @@ def targets(figures: dict[str, Any]) -> list[Target]:
             )
             for row in figures["steps"]
         ]
-    kernels = [row for row in figures["rows"] if row["backend"] != "reference"]
+    kernels = [row for row in figures["rows"] if row["backend"] != "torch"]
     return [
         Target(
             f"{row['backend']} {row['op']} ({row['dtypes']}), of a copy's bandwidth",
@@ -126,7 +127,7 @@ def _beside_a_copy(
     device: torch.device,
 ) -> list[dict[str, Any]]:
     op = name.split()[0]
-    runnable = [backend for backend, cause in ops.backends(device)[op].items() if cause is None]
+    runnable = [backend for backend, reason in ops.backends(device)[op].items() if reason is None]
     arms = {"copy": _copy(moved, device), **{backend: _using(backend, _repeated(call)) for backend in runnable}}
     seconds = interleaved(arms, _rounds(options), device)
     return [
@@ -148,12 +149,12 @@ def _plain_comparison(options: Options, device: torch.device, progress: Progress
     # glibc's malloc maps and unmaps large tensors until one as large as this was freed: fresh pages cost several times
     # what the formulas do, and to either side by chance.
     torch.empty(31 * MIB, dtype=torch.uint8, device=device)
-    norms = torch.zeros(2, device=device)
+    squares = torch.zeros(2, device=device)
     measuring = progress.add_task("pointwise work", total=len(STEPS))
     rows = []
     for scheme, reverse in STEPS:
         arms = {
-            name: _repeated(partial(_step, formulas, scheme, reverse, states, norms))
+            name: _repeated(partial(_step, formulas, scheme, reverse, states, squares))
             for name, formulas in (("ops", ops), ("plain", Plain))
         }
         seconds = interleaved(arms, 10 * options.rounds, device)
@@ -164,7 +165,7 @@ def _plain_comparison(options: Options, device: torch.device, progress: Progress
 
 
 def _calls(
-    streams: tuple[Tensor, ...], stages: tuple[Tensor, ...], norms: Tensor
+    streams: tuple[Tensor, ...], stages: tuple[Tensor, ...], squares: Tensor
 ) -> dict[str, tuple[Callable[[], Any], int]]:
     """By name, each op as a step calls it, and the bytes that it reads and writes."""
     x, y, d, g, v1, v2 = streams
@@ -173,15 +174,15 @@ def _calls(
     operands: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "forward_step": (resode.forward_step, (x, k1, H)),
         "heun_step": (resode.heun_step, (x, k1, k2, H)),
-        "reverse_update_ Euler": (resode.reverse_update_, (x, y, k1, None, WEIGHT, norms, g, v1, None, S, T)),
-        "reverse_update_ Heun": (resode.reverse_update_, (x, y, k1, k2, WEIGHT, norms, g, v1, v2, S, T)),
+        "reverse_update_ Euler": (resode.reverse_update_, (x, y, k1, None, WEIGHT, squares, g, v1, None, S, T)),
+        "reverse_update_ Heun": (resode.reverse_update_, (x, y, k1, k2, WEIGHT, squares, g, v1, v2, S, T)),
         "reverse_extrapolate_ Euler": (
             resode.reverse_extrapolate_,
-            (x, y, d, k1, None, WEIGHT, A, B, norms, g, v1, None, S, T),
+            (x, y, d, k1, None, WEIGHT, A, B, squares, g, v1, None, S, T),
         ),
         "reverse_extrapolate_ Heun": (
             resode.reverse_extrapolate_,
-            (x, y, d, k1, k2, WEIGHT, A, B, norms, g, v1, v2, S, T),
+            (x, y, d, k1, k2, WEIGHT, A, B, squares, g, v1, v2, S, T),
         ),
         "adjoint_update_": (resode.adjoint_update_, (g, v1, None, S, T)),
     }
@@ -189,11 +190,11 @@ def _calls(
 
 
 def _moved(schema: Any, values: tuple[Any, ...]) -> int:
-    """Bytes read, and written where the schema says so, the result's among them; norms are too small to count."""
+    """Bytes read, and written where the schema says so, the result's among them; squares are too small to count."""
     states = [
         (tensor, argument.is_write)
         for argument, tensor in zip(schema.arguments, values, strict=True)
-        if isinstance(tensor, Tensor) and argument.name != "norms"
+        if isinstance(tensor, Tensor) and argument.name != "squares"
     ]
     moved = sum(tensor.nbytes * (2 if is_written else 1) for tensor, is_written in states)
     return moved + (states[0][0].nbytes if schema.returns else 0)
@@ -220,51 +221,35 @@ class Plain:
         return x + 0.5 * h * (k1 + k2)
 
     @staticmethod
-    def reverse_update_(
-        x: Tensor,
-        y: Tensor,
-        k1: Tensor,
-        k2: Tensor | None,
-        weight: float,
-        norms: Tensor,
-        g: Tensor,
-        v1: Tensor,
-        v2: Tensor | None,
-        s: float,
-        t: float,
-    ) -> None:
+    def reverse_update_(*values: Any) -> None:
+        operands = ReverseUpdateOperands(*values)
+        x, y, k1, k2, weight, squares, *_ = operands
         x.sub_(k1 if k2 is None else k1 + k2, alpha=weight)
-        norms[0] += (y - x).square().sum()
-        norms[1] += x.square().sum()
-        g.mul_(s).add_(v1 if v2 is None else v1 + v2, alpha=t)
+        squares[0] += (y - x).square().sum()
+        squares[1] += x.square().sum()
+        Plain._update_adjoint_(operands)
 
     @staticmethod
-    def reverse_extrapolate_(
-        x: Tensor,
-        y: Tensor,
-        d: Tensor,
-        k1: Tensor,
-        k2: Tensor | None,
-        weight: float,
-        a: float,
-        b: float,
-        norms: Tensor,
-        g: Tensor,
-        v1: Tensor,
-        v2: Tensor | None,
-        s: float,
-        t: float,
-    ) -> None:
+    def reverse_extrapolate_(*values: Any) -> None:
+        operands = ReverseExtrapolateOperands(*values)
+        x, y, d, k1, k2, weight, a, b, squares, *_ = operands
         increment = weight * (k1 if k2 is None else k1 + k2)
         x.sub_(increment)
-        norms[0] += (y - x).square().sum()
-        norms[1] += x.square().sum()
+        squares[0] += (y - x).square().sum()
+        squares[1] += x.square().sum()
         y.copy_(x - (a * increment - b * d))
         d.copy_(increment)
-        g.mul_(s).add_(v1 if v2 is None else v1 + v2, alpha=t)
+        Plain._update_adjoint_(operands)
+
+    @staticmethod
+    def _update_adjoint_(operands: ReverseUpdateOperands | ReverseExtrapolateOperands) -> None:
+        g, v1, v2 = operands.g, operands.v1, operands.v2
+        assert g is not None
+        assert v1 is not None
+        g.mul_(operands.g_scale).add_(v1 if v2 is None else v1 + v2, alpha=operands.v_scale)
 
 
-def _step(ops: Any, scheme: str, reverse: str, states: tuple[Tensor, ...], norms: Tensor) -> None:
+def _step(ops: Any, scheme: str, reverse: str, states: tuple[Tensor, ...], squares: Tensor) -> None:
     """What a step computes outside its blocks, forwards and then backwards, with one correction."""
     x, y, d, g, v1, v2, k1, k2 = states
     evaluations = ("forward", "correction") if reverse == "extrapolated" else ("forward", "prediction", "correction")
@@ -278,13 +263,13 @@ def _step(ops: Any, scheme: str, reverse: str, states: tuple[Tensor, ...], norms
         ops.forward_step(y, k1, H)
         ops.forward_step(g, v2, H)
     if reverse == "extrapolated":
-        ops.reverse_extrapolate_(x, y, d, k1, heun[0], WEIGHT, A, B, norms, g, v1, heun[1], S, T)
+        ops.reverse_extrapolate_(x, y, d, k1, heun[0], WEIGHT, A, B, squares, g, v1, heun[1], S, T)
     else:
-        ops.reverse_update_(x, y, k1, heun[0], WEIGHT, norms, g, v1, heun[1], S, T)
+        ops.reverse_update_(x, y, k1, heun[0], WEIGHT, squares, g, v1, heun[1], S, T)
 
 
 def _copy(moved: int, device: torch.device) -> Callable[[], None]:
-    """Of half as many bytes, each read and written."""
+    """A copy that moves so many bytes: half as many, each read and written."""
     source, target = torch.randint(256, (2, moved // 2), device=device, dtype=torch.uint8)
     return _repeated(partial(target.copy_, source))
 

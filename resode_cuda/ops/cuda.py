@@ -1,4 +1,4 @@
-"""The ops in CUDA C++: the compiled launchers, called with addresses, sizes, dtype codes and a stream."""
+"""The pointwise ops in CUDA C++: the compiled launchers, called with addresses, sizes, dtype codes and a stream."""
 
 from __future__ import annotations
 
@@ -8,76 +8,60 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .operands import (
+    AdjointUpdateOperands,
+    ForwardStepOperands,
+    HeunStepOperands,
+    ReverseExtrapolateOperands,
+    ReverseUpdateOperands,
+)
 
-class Compiled:
-    """The ops by a compiled module: what `resode_cuda.ops.backend` asks of a backend.
+
+class CompiledKernels:
+    """The `KernelBackend` of a compiled module, whose launchers `csrc/bindings.cpp` defines under the ops' names.
 
     Args:
         kernels: the library, or its sources compiled for the host.
-        stream: from a device's index, the address of the stream to launch on.
+        stream: maps a device's index to the address of the stream to launch on.
     """
 
     def __init__(self, kernels: ModuleType, stream: Callable[[int], int]) -> None:
         self._kernels, self._stream = kernels, stream
         self._code = {getattr(torch, name): code for name, code in kernels.dtype_codes.items()}
 
-    def forward_step(self, x: Tensor, f: Tensor, h: float, out: Tensor) -> None:
+    def forward_step(self, operands: ForwardStepOperands, out: Tensor) -> None:
+        x, f, h = operands
         self._kernels.forward_step(
             x.data_ptr(), f.data_ptr(), h, out.data_ptr(), out.numel(), *self._codes(x, f), self._stream(x.get_device())
         )
 
-    def heun_step(self, x: Tensor, k1: Tensor, k2: Tensor, h: float, out: Tensor) -> None:
+    def heun_step(self, operands: HeunStepOperands, out: Tensor) -> None:
+        x, k1, k2, h = operands
         self._kernels.heun_step(
             *(x.data_ptr(), k1.data_ptr(), k2.data_ptr(), h, out.data_ptr()),
             *(out.numel(), *self._codes(x, k1), self._stream(x.get_device())),
         )
 
-    def reverse_update_(
-        self,
-        x: Tensor,
-        y: Tensor,
-        k1: Tensor,
-        k2: Tensor | None,
-        weight: float,
-        norms: Tensor,
-        g: Tensor | None,
-        v1: Tensor | None,
-        v2: Tensor | None,
-        g_scale: float,
-        v_scale: float,
-    ) -> None:
-        partial_norms = self._partial_norms(norms)
+    def reverse_update_(self, operands: ReverseUpdateOperands) -> None:
+        x, y, k1, k2, weight, squares, g, v1, v2, g_scale, v_scale = operands
+        partial_squares = self._partial_squares(squares)
         self._kernels.reverse_update_(
-            *(x.data_ptr(), y.data_ptr(), k1.data_ptr(), _address(k2), weight, norms.data_ptr()),
+            *(x.data_ptr(), y.data_ptr(), k1.data_ptr(), _address(k2), weight, squares.data_ptr()),
             *(_address(g), _address(v1), _address(v2), g_scale, v_scale),
-            *(_address(partial_norms), x.numel(), *self._codes(x, k1), self._stream(x.get_device())),
+            *(_address(partial_squares), x.numel(), *self._codes(x, k1), self._stream(x.get_device())),
         )
 
-    def reverse_extrapolate_(
-        self,
-        x: Tensor,
-        y: Tensor,
-        d: Tensor,
-        k1: Tensor,
-        k2: Tensor | None,
-        weight: float,
-        a: float,
-        b: float,
-        norms: Tensor,
-        g: Tensor | None,
-        v1: Tensor | None,
-        v2: Tensor | None,
-        g_scale: float,
-        v_scale: float,
-    ) -> None:
-        partial_norms = self._partial_norms(norms)
+    def reverse_extrapolate_(self, operands: ReverseExtrapolateOperands) -> None:
+        x, y, d, k1, k2, weight, a, b, squares, g, v1, v2, g_scale, v_scale = operands
+        partial_squares = self._partial_squares(squares)
         self._kernels.reverse_extrapolate_(
-            *(x.data_ptr(), y.data_ptr(), d.data_ptr(), k1.data_ptr(), _address(k2), weight, a, b, norms.data_ptr()),
+            *(x.data_ptr(), y.data_ptr(), d.data_ptr(), k1.data_ptr(), _address(k2), weight, a, b, squares.data_ptr()),
             *(_address(g), _address(v1), _address(v2), g_scale, v_scale),
-            *(_address(partial_norms), x.numel(), *self._codes(x, k1), self._stream(x.get_device())),
+            *(_address(partial_squares), x.numel(), *self._codes(x, k1), self._stream(x.get_device())),
         )
 
-    def adjoint_update_(self, g: Tensor, v1: Tensor | None, v2: Tensor | None, g_scale: float, v_scale: float) -> None:
+    def adjoint_update_(self, operands: AdjointUpdateOperands) -> None:
+        g, v1, v2, g_scale, v_scale = operands
         self._kernels.adjoint_update_(
             *(g.data_ptr(), _address(v1), _address(v2), g_scale, v_scale),
             *(g.numel(), self._code[g.dtype], self._stream(g.get_device())),
@@ -86,12 +70,12 @@ class Compiled:
     def _codes(self, x: Tensor, k: Tensor) -> tuple[int, int]:
         return self._code[x.dtype], self._code[k.dtype]
 
-    def _partial_norms(self, norms: Tensor) -> Tensor | None:
-        """Room for each block's norms where they must be added up in a fixed order."""
+    def _partial_squares(self, squares: Tensor) -> Tensor | None:
+        """Room for each block's squares where they must be added up in a fixed order."""
         if not torch.are_deterministic_algorithms_enabled():
             return None
         # The stream's order keeps the memory from being given away before the kernels are done with it.
-        return norms.new_empty(2 * self._kernels.most_reverse_blocks())
+        return squares.new_empty(2 * self._kernels.most_reverse_blocks())
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -1,44 +1,46 @@
-"""An op: its schema, the checks of its operands, and how it hands them to a backend."""
+"""An op: its schema, the checks of its operands, and how it hands them to the backend that computes it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..layouts import apart, is_dense, laid_out_like, same_layout
-from . import reference
-from .operands import check_like, check_norms, check_stream, of_one_dtype
-from .selection import chosen
+from .backend import KernelBackend
+from .checks import check_like, check_squares, check_stream, of_one_dtype
+from .operands import HeunStepOperands, ReverseExtrapolateOperands, ReverseUpdateOperands, adjoint_operands
+from .selection import select
 
-# The last operands of the ops that also update the adjoint.
-_PRODUCTS = ("g", "v1", "v2", "g_scale", "v_scale")
+Operands = TypeVar("Operands", bound=NamedTuple)
+TWO_STAGES = (HeunStepOperands, ReverseUpdateOperands, ReverseExtrapolateOperands)
+REVERSE_UPDATES = (ReverseUpdateOperands, ReverseExtrapolateOperands)
 
 
-class Op:
-    """An op of the library `resode`, as its schema says. The first operand is the stream that all others must fit.
+class Op(Generic[Operands]):
+    """An op of the library `resode`. Its first operand is the stream that all others must fit.
 
     Args:
-        schema: as `torch.library.Library.define` takes it. Without a result, the op writes what the schema marks.
-        stages: the operands that blocks have returned, of the stream's dtype or a narrower one.
-        streams: further operands of the stream's dtype, those after g excepted.
+        schema: one of `schemas.py`.
+        operands: the structure of its arguments.
+        stages: names of the operands that blocks have returned, of the stream's dtype or a narrower one.
+        streams: names of further operands of the stream's dtype.
     """
 
-    def __init__(self, schema: str, *, stages: Sequence[str] = (), streams: Sequence[str] = ()) -> None:
+    def __init__(
+        self, schema: str, operands: type[Operands], *, stages: Sequence[str] = (), streams: Sequence[str] = ()
+    ) -> None:
         parsed = torch._C.parse_schema(f"resode::{schema}")
-        self.schema = schema
-        self.qualified_name = parsed.name
+        self.schema, self.operands = schema, operands
+        self.qualified_name: str = parsed.name
         self.name = parsed.name.removeprefix("resode::")
-        names = [argument.name for argument in parsed.arguments]
-        self._has_products = names[-len(_PRODUCTS) :] == [*_PRODUCTS] and names[0] != "g"
         # Places among the operands, with their names where errors need them.
-        self._stages = [(names.index(name), name) for name in stages]
-        streams = (*streams, *(_PRODUCTS[:3] if self._has_products else ()))
-        self._streams = [(names.index(name), name) for name in streams]
-        self._norms = names.index("norms") if "norms" in names else None
-        self._states = [0, *(place for place, _ in (*self._streams, *self._stages))]
+        fields = operands._fields
+        self._stages = [(name, fields.index(name)) for name in stages]
+        self._streams = [(name, fields.index(name)) for name in streams]
+        self._states = [0, *(place for _, place in (*self._streams, *self._stages))]
         self._written = [place for place in self._states if parsed.arguments[place].is_write]
         self._read = [place for place in self._states if place not in self._written]
 
@@ -49,84 +51,106 @@ class Op:
 
     def register(self, library: torch.library.Library) -> None:
         library.define(self.schema)
-        run = self._write if self._written else self._compute
-        library.impl(self.name, run, "CompositeExplicitAutograd")
+        library.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(self.qualified_name, self._fake, lib=library)
         torch.library.register_vmap(self.qualified_name, self._vmap, lib=library)
         self._overload = getattr(torch.ops.resode, self.name).default
 
-    def _check(self, values: Sequence[Any]) -> Tensor:
-        x: Tensor = values[0]
-        check_stream(self.name, x, [(name, values[place]) for place, name in self._stages])
-        check_like(self.name, x, [(name, values[place]) for place, name in self._streams])
-        if self._norms is not None:
-            check_norms(self.name, x, values[self._norms])
-        return x
+    def _run(self, *values: Any) -> Tensor | None:
+        raise NotImplementedError
 
     def _fake(self, *values: Any) -> Tensor | None:
-        x = self._check(values)
-        return None if self._written else torch.empty_like(x)
+        raise NotImplementedError
 
-    def _compute(self, *values: Any) -> Tensor:
+    def _vmap(self, info: Any, dims: tuple[int | None, ...], *values: Any) -> tuple[Tensor, int]:
+        raise NotImplementedError
+
+    def _check(self, operands: Operands) -> Tensor:
+        """The stream, once all operands fit it."""
+        x: Tensor = operands[0]
+        check_stream(self.name, x, [(name, operands[place]) for name, place in self._stages])
+        check_like(self.name, x, [(name, operands[place]) for name, place in self._streams])
+        if isinstance(operands, REVERSE_UPDATES):
+            check_squares(self.name, x, operands.squares)
+        return x
+
+    def _laid_out(self, operands: Operands, layout: Tensor) -> Operands:
+        """The operands with both stages in one dtype and each state laid out as `layout`, a dense tensor."""
+        operands = _with_stages_of_one_dtype(operands)
+        strides, copies = layout.stride(), {}
+        for place in self._states:
+            state = operands[place]
+            if state is not None and state.stride() != strides:
+                copies[operands._fields[place]] = laid_out_like(layout, state)
+        return operands._replace(**copies) if copies else operands
+
+    def _apart(self, operands: Operands, written: Sequence[Tensor]) -> Operands:
+        """The operands with what is read copied where it shares memory with what is written."""
+        copies = {}
+        for place, tensor in zip(self._read, apart([operands[place] for place in self._read], written), strict=True):
+            if tensor is not operands[place]:
+                copies[operands._fields[place]] = tensor
+        return operands._replace(**copies) if copies else operands
+
+
+class FunctionalOp(Op[Operands]):
+    """An op with a result, differentiable: stream + stage_weight h (sum of the stages).
+
+    Args:
+        reference: computes the op in plain torch.
+        kernel: of a backend, the function that launches the op.
+        Others as for `Op`.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        operands: type[Operands],
+        reference: Callable[[Operands], Tensor],
+        kernel: Callable[[KernelBackend], Callable[[Operands, Tensor], None]],
+        *,
+        stages: Sequence[str],
+        stage_weight: float,
+    ) -> None:
+        super().__init__(schema, operands, stages=stages)
+        self._reference, self._kernel, self._stage_weight = reference, kernel, stage_weight
+
+    def register(self, library: torch.library.Library) -> None:
+        super().register(library)
+        torch.library.register_autograd(self.qualified_name, self._backward, setup_context=self._save, lib=library)
+
+    def _fake(self, *values: Any) -> Tensor:
+        return torch.empty_like(self._check(self.operands(*values)))
+
+    def _run(self, *values: Any) -> Tensor:
         """The result, laid out as torch.empty_like(x)."""
-        x = self._check(values)
-        backend = chosen(x.device)
-        if backend is reference:
-            result: Tensor = getattr(reference, self.name)(*values)
+        operands = self.operands(*values)
+        x = self._check(operands)
+        backend = select(x.device)
+        if backend is None:
+            result = self._reference(operands)
             if result.stride() == x.stride():
                 return result
             out = torch.empty_like(x)
             return result if result.stride() == out.stride() else out.copy_(result)
         out = torch.empty_like(x)
-        if not x.numel():
-            return out
-        operands = list(values)
-        self._to_one_dtype(operands)
-        for place in self._states:
-            operands[place] = laid_out_like(out, operands[place])
-        with torch.cuda.device_of(x):
-            getattr(backend, self.name)(*operands, out)
+        if out.numel():
+            with torch.cuda.device_of(x):
+                self._kernel(backend)(self._laid_out(operands, out), out)
         return out
 
-    def _write(self, *values: Any) -> None:
-        """In place, wherever the written operands lie."""
-        x = self._check(values)
-        if not x.numel():
-            return
-        operands = list(values)
-        written = [place for place in self._written if values[place] is not None]
-        read = apart([values[place] for place in self._read], [values[place] for place in written])
-        for place, tensor in zip(self._read, read, strict=True):
-            operands[place] = tensor
-        self._to_one_dtype(operands)
-        backend = chosen(x.device)
-        if backend is reference:
-            getattr(reference, self.name)(*operands)
-            return
-        if self._has_products and values[-5] is not None and not same_layout(values[-5], x):
-            # The adjoint lies in memory in another order: a launch of its own instead of two copies.
-            torch.ops.resode.adjoint_update_(*operands[-5:])
-            operands[-5:-2] = None, None, None
-        layout = x if is_dense(x) else torch.empty_like(x)
-        for place in self._states:
-            operands[place] = laid_out_like(layout, operands[place])
-        with torch.cuda.device_of(x):
-            getattr(backend, self.name)(*operands)
-        for place in written:
-            if operands[place] is not None and operands[place] is not values[place]:
-                values[place].copy_(operands[place])
-            torch.autograd.graph.increment_version(values[place])  # autograd does not see what kernels write
+    def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, *stages, ctx.h = inputs
+        ctx.stage_dtypes = [stage.dtype for stage in stages]
 
-    def _to_one_dtype(self, operands: list[Any]) -> None:
-        if len(self._stages) == 2:
-            (first, _), (second, _) = self._stages
-            operands[first], operands[second] = of_one_dtype(operands[first], operands[second])
+    def _backward(self, ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, the stages and h, which has none."""
+        wanted = ctx.needs_input_grad[1:-1]
+        scaled = self._stage_weight * ctx.h * g if any(wanted) else g
+        stages = (scaled.to(dtype) if wants else None for wants, dtype in zip(wanted, ctx.stage_dtypes, strict=True))
+        return g, *stages, None
 
     def _vmap(self, info: Any, dims: tuple[int | None, ...], *values: Any) -> tuple[Tensor, int]:
-        if self._written:
-            raise NotImplementedError(
-                f"{self.name}: torch.vmap must not reach an op that mutates; it is the backward step's own"
-            )
         batched = [
             value
             if not isinstance(value, Tensor)
@@ -136,3 +160,74 @@ class Op:
             for value, dim in zip(values, dims, strict=True)
         ]
         return getattr(torch.ops.resode, self.name)(*batched), 0
+
+
+class MutatingOp(Op[Operands]):
+    """An op that writes what its schema marks, wherever that lies, and returns nothing.
+
+    Args:
+        reference: computes the op in plain torch.
+        kernel: of a backend, the function that launches the op.
+        Others as for `Op`.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        operands: type[Operands],
+        reference: Callable[[Operands], None],
+        kernel: Callable[[KernelBackend], Callable[[Operands], None]],
+        *,
+        stages: Sequence[str] = (),
+        streams: Sequence[str],
+    ) -> None:
+        super().__init__(schema, operands, stages=stages, streams=streams)
+        self._reference, self._kernel = reference, kernel
+
+    def _fake(self, *values: Any) -> None:
+        self._check(self.operands(*values))
+
+    def _run(self, *values: Any) -> None:
+        given = self.operands(*values)
+        x = self._check(given)
+        if not x.numel():
+            return
+        written = [place for place in self._written if given[place] is not None]
+        operands = self._apart(given, [given[place] for place in written])
+        backend = select(x.device)
+        if backend is None:
+            self._reference(operands)
+            return
+        operands = _with_adjoint_of_one_layout(operands)
+        operands = self._laid_out(operands, x if is_dense(x) else torch.empty_like(x))
+        with torch.cuda.device_of(x):
+            self._kernel(backend)(operands)
+        for place in written:
+            if operands[place] is not None and operands[place] is not given[place]:
+                given[place].copy_(operands[place])
+            torch.autograd.graph.increment_version(given[place])  # autograd does not see what kernels write
+
+    def _vmap(self, info: Any, dims: tuple[int | None, ...], *values: Any) -> tuple[Tensor, int]:
+        raise NotImplementedError(
+            f"{self.name}: torch.vmap must not reach an op that mutates; it is the backward step's own"
+        )
+
+
+def _with_stages_of_one_dtype(operands: Operands) -> Operands:
+    if not isinstance(operands, TWO_STAGES) or operands.k2 is None or operands.k1.dtype == operands.k2.dtype:
+        return operands
+    k1, k2 = of_one_dtype(operands.k1, operands.k2)
+    changed: Any = operands._replace(k1=k1, k2=k2)
+    return changed
+
+
+def _with_adjoint_of_one_layout(operands: Operands) -> Operands:
+    """The operands without an adjoint that lies in memory in another order than x, which is updated here.
+
+    That is a launch of its own instead of two copies.
+    """
+    if not isinstance(operands, REVERSE_UPDATES) or operands.g is None or same_layout(operands.g, operands.x):
+        return operands
+    torch.ops.resode.adjoint_update_(*adjoint_operands(operands.g, operands))
+    changed: Any = operands._replace(g=None, v1=None, v2=None)
+    return changed

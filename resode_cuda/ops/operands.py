@@ -1,95 +1,81 @@
-"""What the ops' tensors must be, and how they are handed to a kernel.
+"""Operands of the pointwise ops: a structure for each, whose fields are its schema's arguments, in their order.
 
-Fakes and implementations make the same checks, so compiled code raises alike.
+x is the residual stream, of any shape; k1 and k2 are the outputs of a step's blocks (Euler has k1 alone; k2 is None); y
+is the point at which the step's vector-Jacobian product was taken, d an increment, g the adjoint, v1 and v2 are
+vector-Jacobian products. Streams (x, y, d, g, v1, v2) share shape and dtype: float64, float32, float16 or bfloat16. f,
+k1 and k2 have that shape and that dtype or a narrower one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from ..dtypes import DTYPES, dtype_name, dtype_names, fits, square_dtype
 
-Named = Iterable[tuple[str, Tensor | None]]
-
-
-def check_stream(op: str, x: Tensor, stages: Named) -> None:
-    """Check a residual stream x and the outputs of blocks that are added to it.
-
-    Raises:
-        TypeError: if x is not floating point, or a stage's dtype is neither x's nor a narrower one.
-        ValueError: if a stage's shape or device is not x's.
-    """
-    dtype, shape, device = x.dtype, x.shape, x.device
-    if dtype not in DTYPES:
-        raise TypeError(f"{op}: x must be one of {dtype_names(DTYPES)}, got {dtype_name(dtype)}; convert x")
-    for name, stage in stages:
-        if stage is None:
-            continue
-        if not fits(stage.dtype, dtype):
-            raise TypeError(
-                f"{op}: {name} must have x's dtype or a narrower floating one, got {dtype_name(stage.dtype)} with x "
-                f"{dtype_name(dtype)}; convert {name} to {dtype_name(dtype)}"
-            )
-        if stage.shape != shape or stage.device != device:
-            raise _misplaced(op, x, name, stage)
+class ForwardStepOperands(NamedTuple):
+    x: Tensor
+    f: Tensor
+    """Output of the block."""
+    h: float
+    """Step, dimensionless."""
 
 
-def check_like(op: str, x: Tensor, others: Named) -> None:
-    """Check tensors that must have the shape, dtype and device of the residual stream x.
-
-    Raises:
-        TypeError: if one's dtype is not x's.
-        ValueError: if one's shape or device is not x's.
-    """
-    dtype, shape, device = x.dtype, x.shape, x.device
-    for name, other in others:
-        if other is None:
-            continue
-        if other.dtype != dtype:
-            raise TypeError(
-                f"{op}: {name} must have x's dtype, got {dtype_name(other.dtype)} with x {dtype_name(dtype)}; "
-                f"convert {name}"
-            )
-        if other.shape != shape or other.device != device:
-            raise _misplaced(op, x, name, other)
+class HeunStepOperands(NamedTuple):
+    x: Tensor
+    k1: Tensor
+    k2: Tensor
+    h: float
+    """Step, dimensionless."""
 
 
-def check_norms(op: str, x: Tensor, norms: Tensor) -> None:
-    """Check the place where squared norms are added up.
-
-    Raises:
-        TypeError: if its dtype is not float64 for a float64 x, else float32.
-        ValueError: if it is not two contiguous values on x's device.
-    """
-    dtype = square_dtype(x.dtype)
-    if norms.dtype != dtype:
-        raise TypeError(
-            f"{op}: norms must be {dtype_name(dtype)} with x {dtype_name(x.dtype)}, got {dtype_name(norms.dtype)}"
-        )
-    if norms.shape != (2,) or not norms.is_contiguous() or norms.device != x.device:
-        raise ValueError(
-            f"{op}: norms must be two contiguous values on {x.device}, got shape {list(norms.shape)}, strides "
-            f"{list(norms.stride())} on {norms.device}"
-        )
+class AdjointUpdateOperands(NamedTuple):
+    g: Tensor
+    v1: Tensor | None
+    v2: Tensor | None
+    """A product that is None is zero."""
+    g_scale: float
+    v_scale: float
 
 
-def of_one_dtype(k1: Tensor, k2: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Both stages in the wider one's dtype."""
-    if k2 is None or k1.dtype == k2.dtype:
-        return k1, k2
-    dtype = torch.promote_types(k1.dtype, k2.dtype)
-    return k1.to(dtype), k2.to(dtype)
+class ReverseUpdateOperands(NamedTuple):
+    x: Tensor
+    y: Tensor
+    k1: Tensor
+    k2: Tensor | None
+    weight: float
+    """Factor of k1 + k2 in the increment: h for Euler, h/2 for Heun."""
+    squares: Tensor
+    """Shape [2], to which |y - x|^2 and |x|^2 are added; float64 for a float64 stream, else float32."""
+    g: Tensor | None
+    """None where no adjoint is needed; the fields after it are then unused."""
+    v1: Tensor | None
+    v2: Tensor | None
+    g_scale: float
+    v_scale: float
 
 
-def _misplaced(op: str, x: Tensor, name: str, tensor: Tensor) -> ValueError:
-    if tensor.shape != x.shape:
-        return ValueError(
-            f"{op}: {name} must have x's shape, got {list(tensor.shape)} with x {list(x.shape)}; nothing is broadcast: "
-            f"expand {name}"
-        )
-    return ValueError(
-        f"{op}: {name} must be on x's device, got {tensor.device} with x on {x.device}; move {name} there"
-    )
+class ReverseExtrapolateOperands(NamedTuple):
+    x: Tensor
+    y: Tensor
+    d: Tensor
+    """Increment of step n + 1 on entry, of step n on return."""
+    k1: Tensor
+    k2: Tensor | None
+    weight: float
+    a: float
+    """Factor of the new increment in the prediction, from `reverse.extrapolation_weights`."""
+    b: float
+    """Factor of the old increment."""
+    squares: Tensor
+    """As in `ReverseUpdateOperands`, with the y on entry."""
+    g: Tensor | None
+    v1: Tensor | None
+    v2: Tensor | None
+    g_scale: float
+    v_scale: float
+
+
+def adjoint_operands(g: Tensor, operands: ReverseUpdateOperands | ReverseExtrapolateOperands) -> AdjointUpdateOperands:
+    """Operands of the update of g that is part of a reverse update."""
+    return AdjointUpdateOperands(g, operands.v1, operands.v2, operands.g_scale, operands.v_scale)

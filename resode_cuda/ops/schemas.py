@@ -1,4 +1,57 @@
-"""Every schema."""
+"""The schemas of all ops of `torch.ops.resode`, and what each op computes.
+
+Pointwise ops (`ops/`), whose formulas and names are those of `reference.py`, the specification:
+
+| op | computes | passes over a state in memory |
+|---|---|---|
+| forward_step(x, f, h) | x + h f | 3 |
+| heun_step(x, k1, k2, h) | x + h/2 (k1 + k2) | 4 |
+| reverse_update_ | x <- x - w (k1 + k2) and the defect's squares; g <- s g + t (v1 + v2) | 4 and 3; Heun 5 and 4 |
+| reverse_extrapolate_ | the same, y <- x - (a d' - b d), d <- d' = w (k1 + k2) | 7 and 3; Heun 8 and 4 |
+| adjoint_update_ | g <- s g + t (v1 + v2) | 3; Heun 4 |
+
+The first two are functional and differentiable, to any order. The others mutate, have no gradient, and belong to the
+backward step. The defect's squares are |y - x|^2 and |x|^2.
+
+A backward step outside its blocks, in passes, with k corrections:
+
+| | predict | correct | update | in all |
+|---|---|---|---|---|
+| Euler, reverse step | 3 | 3 k | 7 | 10 + 3 k |
+| Euler, extrapolation | 0: the step before did | 3 k | 10 | 10 + 3 k |
+| Heun, reverse step | 3 + 4 | (3 + 4) k | 3 + 3 + 9 | 22 + 7 k |
+| Heun, extrapolation | 0 | (3 + 4) k | 3 + 3 + 12 | 18 + 7 k |
+
+Heun's 3 + 3 are x + h k1 and the cotangent of k1. A pass is one read or write of a tensor of the state's shape, in its
+own dtype. No op reads or writes a buffer twice, which `tests/ops/test_passes.py` counts.
+
+Depth-fused ops (`fused/`), each a whole stack of residual perceptrons:
+
+| op | computes |
+|---|---|
+| mlp_stack | x_N; the last two increments, newest first, where the solver extrapolates; the anchored states |
+| mlp_stack_adjoint | rebuilding the states from x_N and g_N: g_0, all gradients, the squares of defects, and x_0 |
+| mlp_stack_exact_adjoint | from x_0 and g_N, each tile of rows running forward again: g_0 and all gradients |
+
+The first is differentiable, by one of the other two, which are not. All are functional; a backward pass of mlp_stack
+fills its `squares`, if it has some, and nothing else is ever overwritten. `gradient` is "adjoint" or "checkpoint";
+`anchors` are ascending step numbers; `squares` have shape [steps, 2], |y - x_n|^2 and |x_n|^2 of each step. States have shape [*, dim] and the stream's
+dtype, float32 for 16-bit parameters, and results are contiguous. A result that is not asked for is empty.
+"""
+
+FORWARD_STEP = "forward_step(Tensor x, Tensor f, float h) -> Tensor"
+HEUN_STEP = "heun_step(Tensor x, Tensor k1, Tensor k2, float h) -> Tensor"
+
+_ADJOINT = "Tensor? v1, Tensor? v2, float g_scale, float v_scale"
+REVERSE_UPDATE_ = (
+    "reverse_update_(Tensor(a!) x, Tensor y, Tensor k1, Tensor? k2, float weight, "
+    f"Tensor(b!) squares, Tensor(c!)? g, {_ADJOINT}) -> ()"
+)
+REVERSE_EXTRAPOLATE_ = (
+    "reverse_extrapolate_(Tensor(a!) x, Tensor(b!) y, Tensor(c!) d, Tensor k1, Tensor? k2, float weight, "
+    f"float a, float b, Tensor(d!) squares, Tensor(e!)? g, {_ADJOINT}) -> ()"
+)
+ADJOINT_UPDATE_ = f"adjoint_update_(Tensor(a!) g, {_ADJOINT}) -> ()"
 
 _NETWORK = "Tensor weight_in, Tensor? bias_in, Tensor weight_out, Tensor? bias_out, str activation, str? norm"
 _STEPS = "str scheme, float[] steps"

@@ -1,4 +1,4 @@
-"""Which backend computes the ops: the compiled kernels, Triton's, or plain torch."""
+"""Which backend computes the pointwise ops: the compiled kernels, Triton's, or plain torch."""
 
 from __future__ import annotations
 
@@ -6,24 +6,23 @@ import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from .. import library
-from . import cuda, reference, triton
+from ..devices import reason_against
+from . import cuda, triton
+from .backend import KernelBackend
 
-NAMES = ("cuda", "triton", "reference")
-"""From the first choice to the last."""
-OLDEST = (8, 0)
-"""Compute capability of the oldest GPU that kernels are compiled for."""
+NAMES = ("cuda", "triton", "torch")
+"""The backends, from the first choice to the last."""
 
 _asked_for: str | None = None
 
 
-def causes(device: torch.device) -> dict[str, str | None]:
+def reasons(device: torch.device) -> dict[str, str | None]:
     """Each backend, and why it can't run on that device; None where it can."""
-    return {name: _cause(name, device) for name in NAMES}
+    return {name: _reason(name, device) for name in NAMES}
 
 
 @contextmanager
@@ -32,7 +31,7 @@ def using(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: for an unknown name.
-        RuntimeError: by the ops, with the cause, if it can't run where their tensors are.
+        RuntimeError: by the ops, with the reason, if it can't run where their tensors are.
     """
     global _asked_for
     if name not in NAMES:
@@ -44,42 +43,40 @@ def using(name: str) -> Iterator[None]:
         _asked_for = before
 
 
-def chosen(device: torch.device) -> Any:
-    """The backend for tensors on this device."""
+def select(device: torch.device) -> KernelBackend | None:
+    """The backend for tensors on this device; None for plain torch, `reference.py`.
+
+    Raises:
+        RuntimeError: if a backend was asked for by name and can't run there, with the reason.
+    """
     if _asked_for is not None:
-        cause = _cause(_asked_for, device)
-        if cause is not None:
-            raise RuntimeError(f"resode_cuda: the backend that was asked for must run, got {_asked_for!r}; {cause}")
+        reason = _reason(_asked_for, device)
+        if reason is not None:
+            raise RuntimeError(f"resode_cuda: the backend that was asked for must run, got {_asked_for!r}; {reason}")
         return _backend(_asked_for)
-    return _first(device) if device.type == "cuda" else reference
+    return _first_choice(device) if device.type == "cuda" else None
 
 
 @functools.cache
-def _first(device: torch.device) -> Any:
-    name = next(name for name in NAMES if _cause(name, device) is None)
-    if name == "reference":
-        causes = "; ".join(f"{other}: {_cause(other, device)}" for other in NAMES if other != name)
-        warnings.warn(f"resode_cuda: plain torch computes tensors on {device}; {causes}", RuntimeWarning, stacklevel=2)
+def _first_choice(device: torch.device) -> KernelBackend | None:
+    name = next(name for name, reason in reasons(device).items() if reason is None)
+    if name == "torch":
+        why = "; ".join(f"{other}: {reason}" for other, reason in reasons(device).items() if reason is not None)
+        warnings.warn(f"resode_cuda: plain torch computes tensors on {device}; {why}", RuntimeWarning, stacklevel=2)
     return _backend(name)
 
 
 @functools.cache
-def _backend(name: str) -> Any:
+def _backend(name: str) -> KernelBackend | None:
     if name == "cuda":
-        kernels = library.require("resode_cuda")
-        return cuda.Compiled(kernels, torch._C._cuda_getCurrentRawStream)
-    return reference if name == "reference" else triton
+        return cuda.CompiledKernels(library.require("resode_cuda"), torch._C._cuda_getCurrentRawStream)
+    return triton if name == "triton" else None
 
 
-def _cause(name: str, device: torch.device) -> str | None:
+def _reason(name: str, device: torch.device) -> str | None:
     """Why a backend can't run on a device; None if it can."""
-    if name == "reference":
-        return None
-    if device.type != "cuda":
-        return f"kernels run on CUDA devices, got {device}"
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST:
-        return f"kernels are compiled for compute capability {OLDEST[0]}.{OLDEST[1]} and later, got {capability}"
-    return library.build_info().cause if name == "cuda" else _backend("triton").cause()
+    if name == "cuda":
+        return reason_against("kernels in CUDA C++", device) or library.build_info().reason
+    if name == "triton":
+        return reason_against("Triton's kernels", device) or triton.reason()
+    return None

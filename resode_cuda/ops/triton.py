@@ -1,29 +1,39 @@
-"""The ops by Triton: each function launches one kernel of `triton_source.py` on the current stream.
+"""The pointwise ops by Triton: each function launches a kernel of `triton_kernels.py` on the current stream.
 
-For GPUs that the compiled library is not built for, and where there is none. Triton is imported by the first call, and
-compiles a kernel when it first meets a combination of dtypes, of operands that are there and of their alignment.
+For GPUs that the compiled library is not built for, and where there is none. Triton is imported by the first launch,
+and compiles a kernel when it first meets a combination of dtypes, of operands that are there and of their alignment.
 """
 
 from __future__ import annotations
 
 import functools
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..devices import processor_count
+from .operands import (
+    AdjointUpdateOperands,
+    ForwardStepOperands,
+    HeunStepOperands,
+    ReverseExtrapolateOperands,
+    ReverseUpdateOperands,
+)
+
 VALUES_PER_TILE = {torch.float64: 512, torch.float32: 1024, torch.float16: 1024, torch.bfloat16: 1024}
 """Values that a program takes at a time, by the stream's dtype: 8 per thread, 4 of float64."""
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-"""How kernels are compiled; why without fusion, `triton_source.py` says."""
+"""How kernels are compiled; why without fusion, `triton_kernels.py` says."""
 PROGRAMS_PER_PROCESSOR = 8
-"""Of a kernel that sums norms. Each makes two atomic additions; 8 of 4 warps fit at up to 64 registers a thread."""
-PARTIAL_NORMS_AT_A_TIME = 1024
+"""Programs of a kernel that sums squares. Each makes two atomic additions; 8 of 4 warps fit at up to 64 registers a
+thread."""
+PARTIAL_SQUARES_AT_A_TIME = 1024
 
 
 @functools.cache
-def cause() -> str | None:
+def reason() -> str | None:
     """Why Triton can't run on the current device; None if it can."""
     try:
         import triton
@@ -35,99 +45,99 @@ def cause() -> str | None:
     return None
 
 
-def forward_step(x: Tensor, f: Tensor, h: float, out: Tensor) -> None:
-    _step(x, f, None, h, out)
+def forward_step(operands: ForwardStepOperands, out: Tensor) -> None:
+    x, f, h = operands
+    _step((x, f, None, out), h)
 
 
-def heun_step(x: Tensor, k1: Tensor, k2: Tensor, h: float, out: Tensor) -> None:
-    _step(x, k1, k2, 0.5 * h, out)
+def heun_step(operands: HeunStepOperands, out: Tensor) -> None:
+    x, k1, k2, h = operands
+    _step((x, k1, k2, out), 0.5 * h)
 
 
-def reverse_update_(
-    x: Tensor,
-    y: Tensor,
-    k1: Tensor,
-    k2: Tensor | None,
-    weight: float,
-    norms: Tensor,
-    g: Tensor | None,
-    v1: Tensor | None,
-    v2: Tensor | None,
-    g_scale: float,
-    v_scale: float,
-) -> None:
-    _reverse(x, y, None, k1, k2, weight, 0.0, 0.0, norms, g, v1, v2, g_scale, v_scale)
+def reverse_update_(operands: ReverseUpdateOperands) -> None:
+    _reverse(operands, None, 0.0, 0.0)
 
 
-def reverse_extrapolate_(
-    x: Tensor,
-    y: Tensor,
-    d: Tensor,
-    k1: Tensor,
-    k2: Tensor | None,
-    weight: float,
-    a: float,
-    b: float,
-    norms: Tensor,
-    g: Tensor | None,
-    v1: Tensor | None,
-    v2: Tensor | None,
-    g_scale: float,
-    v_scale: float,
-) -> None:
-    _reverse(x, y, d, k1, k2, weight, a, b, norms, g, v1, v2, g_scale, v_scale)
+def reverse_extrapolate_(operands: ReverseExtrapolateOperands) -> None:
+    _reverse(operands, operands.d, operands.a, operands.b)
 
 
-def adjoint_update_(g: Tensor, v1: Tensor | None, v2: Tensor | None, g_scale: float, v_scale: float) -> None:
+def adjoint_update_(operands: AdjointUpdateOperands) -> None:
+    g, v1, v2, g_scale, v_scale = operands
     n = g.numel()
     tile = VALUES_PER_TILE[g.dtype]
-    _launch("adjoint_kernel", -(-n // tile), (g, v1, v2), g_scale, v_scale, n, tile)
+    _launch(_adjoint_update_kernel, -(-n // tile), (g, v1, v2), g_scale, v_scale, n, tile)
 
 
-def _step(x: Tensor, k1: Tensor, k2: Tensor | None, weight: float, out: Tensor) -> None:
+def _step(tensors: tuple[Tensor, Tensor, Tensor | None, Tensor], weight: float) -> None:
+    x = tensors[0]
     n = x.numel()
     tile = VALUES_PER_TILE[x.dtype]
-    _launch("step_kernel", -(-n // tile), (x, k1, k2, out), weight, n, tile)
+    _launch(_step_kernel, -(-n // tile), tensors, weight, n, tile)
 
 
 def _reverse(
-    x: Tensor,
-    y: Tensor,
-    d: Tensor | None,
-    k1: Tensor,
-    k2: Tensor | None,
-    weight: float,
-    a: float,
-    b: float,
-    norms: Tensor,
-    g: Tensor | None,
-    v1: Tensor | None,
-    v2: Tensor | None,
-    g_scale: float,
-    v_scale: float,
+    operands: ReverseUpdateOperands | ReverseExtrapolateOperands, d: Tensor | None, a: float, b: float
 ) -> None:
+    x, squares = operands.x, operands.squares
     n = x.numel()
     tile = VALUES_PER_TILE[x.dtype]
     programs = min(-(-n // tile), most_programs(x.device))
-    partial_norms = None
+    partial_squares = None
     if torch.are_deterministic_algorithms_enabled():
-        partial_norms = torch.empty((2, programs), dtype=norms.dtype, device=norms.device)
-    tensors = x, y, d, k1, k2, g, v1, v2, norms, partial_norms
-    _launch("reverse_kernel", programs, tensors, weight, a, b, g_scale, v_scale, n, tile)
-    if partial_norms is not None:
-        _launch("add_partial_norms_kernel", 2, (partial_norms, norms), programs, PARTIAL_NORMS_AT_A_TIME)
+        partial_squares = torch.empty((2, programs), dtype=squares.dtype, device=squares.device)
+    tensors = (
+        *(x, operands.y, d, operands.k1, operands.k2, operands.g, operands.v1, operands.v2),
+        *(squares, partial_squares),
+    )
+    scalars = operands.weight, a, b, operands.g_scale, operands.v_scale
+    _launch(_reverse_kernel, programs, tensors, *scalars, n, tile)
+    if partial_squares is not None:
+        sums = partial_squares, squares
+        _launch(_add_partial_squares_kernel, 2, sums, programs, PARTIAL_SQUARES_AT_A_TIME)
+
+
+def _step_kernel() -> Any:
+    from .triton_kernels import step_kernel
+
+    return step_kernel
+
+
+def _reverse_kernel() -> Any:
+    from .triton_kernels import reverse_kernel
+
+    return reverse_kernel
+
+
+def _add_partial_squares_kernel() -> Any:
+    from .triton_kernels import add_partial_squares_kernel
+
+    return add_partial_squares_kernel
+
+
+def _adjoint_update_kernel() -> Any:
+    from .triton_kernels import adjoint_update_kernel
+
+    return adjoint_update_kernel
 
 
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
-def _launch(name: str, programs: int, tensors: tuple[Any, ...], *scalars_and_tile: float) -> None:
+def _launch(
+    kernel: Callable[[], Any], programs: int, tensors: tuple[Tensor | None, ...], *scalars_and_tile: float
+) -> None:
     """Launch a kernel: its tensors, the first not None, then its scalars, and last a compile-time constant.
 
     Triton itself takes some 20 us to find what it compiled for such arguments. They differ by what the key says and by
-    nothing else, as `triton_source.py` has nothing specialised on a scalar.
+    nothing else, as `triton_kernels.py` has nothing specialised on a scalar.
+
+    Args:
+        kernel: imports the kernel, and Triton with it.
     """
-    facts = [name, tensors[0].get_device(), scalars_and_tile[-1]]
+    assert tensors[0] is not None
+    facts = [kernel, tensors[0].get_device(), scalars_and_tile[-1]]
     for tensor in tensors:
         if tensor is None:
             facts.append(None)
@@ -138,19 +148,12 @@ def _launch(name: str, programs: int, tensors: tuple[Any, ...], *scalars_and_til
     if compiled is not None:
         compiled[programs, 1, 1](*tensors, *scalars_and_tile)
         return
-    compiled = getattr(_source(), name)[(programs,)](*tensors, *scalars_and_tile, **OPTIONS)
+    compiled = kernel()[(programs,)](*tensors, *scalars_and_tile, **OPTIONS)
     if compiled is not None:  # as it is in the interpreter
         _compiled[key] = compiled
 
 
 @functools.cache
 def most_programs(device: torch.device) -> int:
-    """As many as run at once, or a few more."""
-    return PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def _source() -> ModuleType:
-    from . import triton_kernels as triton_source  # imports Triton
-
-    return triton_source
+    """As many programs of `reverse_kernel` as run at once, or a few more."""
+    return PROGRAMS_PER_PROCESSOR * processor_count(device)

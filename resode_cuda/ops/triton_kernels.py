@@ -1,14 +1,14 @@
-"""Triton kernels of the ops; `triton_kernels.py` launches them. Importing this module needs Triton.
+"""Triton kernels of the pointwise ops; `triton.py` launches them. Importing this module needs Triton.
 
-    step_kernel:     out = x + w (k1 + k2)
-    reverse_kernel:  x <- x - w (k1 + k2), the squared norms of y - x and x, and with d the extrapolation of y and d
-    adjoint_kernel:  g <- s g + t (v1 + v2), which also rides in reverse_kernel
+    step_kernel:            out = x + w (k1 + k2)
+    reverse_kernel:         x <- x - w (k1 + k2), |y - x|^2 and |x|^2, and with d the extrapolation of y and d
+    adjoint_update_kernel:  g <- s g + t (v1 + v2), which reverse_kernel does too where there is a g
 
-Formulas and names are those of `reference.py`, which these must match: bit for bit in fp32 and fp64 but for the norms.
+Formulas and names are those of `reference.py`, which these must match: bit for bit in fp32 and fp64, squares excepted.
 Operands are n consecutive values each; k1 and k2 have x's dtype or a narrower one. An operand that is None is compiled
 away. A tile is BLOCK consecutive values, and a thread holds neighbours, so that each access of an aligned operand moves
 16 bytes. All loads of a tile come before its stores, which the compiler could not reorder: it takes every pointer for
-an alias of every other. Nothing is read or written twice; norms are summed in registers, then through shared memory.
+an alias of every other. Nothing is read or written twice; squares are summed in registers, then through shared memory.
 
 Rounding: 16-bit values are computed in fp32. A fused multiply-add is written `tl.fma` where the reference has one, and
 kernels are compiled with enable_fp_fusion=False, so that no other product and sum are fused.
@@ -130,7 +130,7 @@ def _adjoint_tile(
 
 
 @triton.jit(do_not_specialize=["n"])
-def adjoint_kernel(
+def adjoint_update_kernel(
     g: tl.tensor,
     v1: tl.tensor,
     v2: tl.tensor,
@@ -167,7 +167,7 @@ def _reverse_tile(
     left: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> tl.tensor:
-    """Update a tile; its y - x and x are returned for the norms."""
+    """Update a tile; its y - x and x are returned for the squares."""
     x_tile = _load(x, x.dtype, start, left, BLOCK)
     y_tile = _load(y, x.dtype, start, left, BLOCK)
     k_tile = _load_sum(k1, k2, x.dtype, start, left, BLOCK)
@@ -176,7 +176,7 @@ def _reverse_tile(
     if g is not None:
         g_tile = _adjoint_tile(g, v1, v2, s, t, start, left, BLOCK)
 
-    # The state that is kept: the norms are of that, and the prediction starts from it.
+    # The state as it is stored: its squares are summed, and the prediction starts from it.
     x_tile = tl.fma(-w, k_tile, x_tile).to(x.dtype.element_ty).to(w.dtype)
     _store(x, start, left, x_tile, BLOCK)
     if d is not None:
@@ -198,8 +198,8 @@ def reverse_kernel(
     g: tl.tensor,
     v1: tl.tensor,
     v2: tl.tensor,
-    norms: tl.tensor,
-    partial_norms: tl.tensor,
+    squares: tl.tensor,
+    partial_squares: tl.tensor,
     weight: tl.float64,
     a: tl.float64,
     b: tl.float64,
@@ -208,9 +208,9 @@ def reverse_kernel(
     n: tl.int64,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Tiles in turn by a limited number of programs, each of which adds to the norms once.
+    """Tiles in turn by a limited number of programs, each of which adds to the squares once.
 
-    With partial_norms, of shape [2, programs], the sums go there, for add_partial_norms_kernel.
+    With partial_squares, of shape [2, programs], the sums go there, for add_partial_squares_kernel.
     """
     w = _scalar(weight, x.dtype)
     a, b = _scalar(a, x.dtype), _scalar(b, x.dtype)
@@ -229,20 +229,22 @@ def reverse_kernel(
         e, x_tile = _reverse_tile(x, y, d, k1, k2, g, v1, v2, w, a, b, s, t, start, n - start, BLOCK)
         defect = tl.fma(e, e, defect)
         scale = tl.fma(x_tile, x_tile, scale)
-    if partial_norms is None:
-        tl.atomic_add(norms, tl.sum(defect), sem="relaxed")
-        tl.atomic_add(norms + 1, tl.sum(scale), sem="relaxed")
+    if partial_squares is None:
+        tl.atomic_add(squares, tl.sum(defect), sem="relaxed")
+        tl.atomic_add(squares + 1, tl.sum(scale), sem="relaxed")
     else:
-        tl.store(partial_norms + program, tl.sum(defect))
-        tl.store(partial_norms + programs + program, tl.sum(scale))
+        tl.store(partial_squares + program, tl.sum(defect))
+        tl.store(partial_squares + programs + program, tl.sum(scale))
 
 
 @triton.jit(do_not_specialize=["count"])
-def add_partial_norms_kernel(partial_norms: tl.tensor, norms: tl.tensor, count: tl.int32, BLOCK: tl.constexpr) -> None:
-    """norms[i] += the sum of partial_norms[i], of shape [2, count], in an order that only count determines."""
+def add_partial_squares_kernel(
+    partial_squares: tl.tensor, squares: tl.tensor, count: tl.int32, BLOCK: tl.constexpr
+) -> None:
+    """squares[i] += the sum of partial_squares[i], of shape [2, count], in an order that only count determines."""
     place = tl.arange(0, BLOCK)
     row = tl.program_id(0)
-    total = tl.zeros([BLOCK], norms.dtype.element_ty)
+    total = tl.zeros([BLOCK], squares.dtype.element_ty)
     for start in range(0, count, BLOCK):
-        total += tl.load(partial_norms + row * count + start + place, mask=start + place < count, other=0)
-    tl.store(norms + row, tl.load(norms + row) + tl.sum(total))
+        total += tl.load(partial_squares + row * count + start + place, mask=start + place < count, other=0)
+    tl.store(squares + row, tl.load(squares + row) + tl.sum(total))

@@ -32,19 +32,19 @@ def test_a_machine_without_a_gpu():
 
 
 def test_a_missing_library_is_explained(monkeypatch, capsys):
-    monkeypatch.setattr(ops, "build_info", lambda: BuildInfo(False, cause="no nvcc was found"))
+    monkeypatch.setattr(ops, "build_info", lambda: BuildInfo(False, reason="no nvcc was found"))
     assert "compiled library: none; no nvcc was found" in printed(capsys)
 
 
 def test_ops_that_differ_have_lines_of_their_own(monkeypatch, capsys):
-    causes = {"cuda": "it is Tuesday", "reference": None}
-    monkeypatch.setattr(__main__, "backends", lambda device: {"a": causes, "b": causes, "c": {"reference": None}})
+    reasons = {"cuda": "it is Tuesday", "torch": None}
+    monkeypatch.setattr(__main__, "backends", lambda device: {"a": reasons, "b": reasons, "c": {"torch": None}})
     lines = [line.strip() for line in printed(capsys).splitlines()]
     assert lines[lines.index("a, b") + 1 :][:4] == [
         "cuda       it is Tuesday",
-        "reference  runs",
+        "torch      runs",
         "c",
-        "reference  runs",
+        "torch      runs",
     ]
 
 
@@ -70,7 +70,7 @@ def test_a_gpu_and_its_kernels(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
-    monkeypatch.setattr(ops, "causes", lambda device: {"reference": None})
+    monkeypatch.setattr(ops, "reasons", lambda device: {"torch": None})
     monkeypatch.setattr(ops, "build_info", lambda: LIBRARY)
     monkeypatch.setattr(library, "require", lambda where: SimpleNamespace(kernel_attributes=lambda: [kernel]))
     text = printed(capsys)

@@ -140,7 +140,7 @@ def cause_on_cuda(monkeypatch, case, dtype=torch.float32, capability=(9, 0), sol
 
 
 def test_what_the_kernels_cannot_compute_is_told(monkeypatch):
-    missing = build_info().cause
+    missing = build_info().reason
     assert cause_on_cuda(monkeypatch, Case()) == missing
     assert "float64" in cause_on_cuda(monkeypatch, Case(), torch.float64)
     assert "at most 128 values" in cause_on_cuda(monkeypatch, Case(dim=129))
@@ -156,7 +156,7 @@ def test_what_the_kernels_cannot_compute_is_told(monkeypatch):
 def test_a_missing_library_is_an_error_where_it_is_asked_for(monkeypatch):
     monkeypatch.setattr(cuda_backend.library, "_load", lambda: (None, "it is not there"))
     assert cause_on_cuda(monkeypatch, Case()) == "it is not there"
-    monkeypatch.setattr(backend, "_cause", lambda name, network, *_: cuda_backend.library.build_info().cause)
+    monkeypatch.setattr(backend, "_cause", lambda name, network, *_: cuda_backend.library.build_info().reason)
     network, x, _ = Case().operands(torch.float32)
     with pytest.raises(ValueError, match=r"^here: backend='cuda' can't compute this: it is not there; use \"auto\""):
         backend.chosen("here", "cuda", network, x, None)

@@ -161,7 +161,7 @@ def test_slabs_keep_to_their_memory():
 
 def causes_on_cuda(case, dtype, monkeypatch, capability=(9, 0), solver=None):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(triton_backend.triton_kernels, "cause", lambda: None)
+    monkeypatch.setattr(triton_backend.triton_kernels, "reason", lambda: None)
     network, *_ = case.operands(dtype)
     return triton_backend.cause(network, torch.device("cuda"), solver)
 
@@ -220,7 +220,7 @@ def test_wider_rows_than_fit_on_chip_go_layer_by_layer(monkeypatch, dtype, dim):
 def test_auto_takes_triton_where_it_runs_and_torch_elsewhere(monkeypatch):
     network, x, _ = Case().operands(torch.float32)
     assert backend.chosen("here", "auto", network, x, None).__name__.endswith("torch_backend")
-    monkeypatch.setattr(triton_backend.triton_kernels, "cause", lambda: None)
+    monkeypatch.setattr(triton_backend.triton_kernels, "reason", lambda: None)
     assert backend.chosen("here", "auto", network, x.to("meta"), None).__name__.endswith("torch_backend")
     monkeypatch.setattr(backend, "_cause", lambda name, *_: "no" if name == "cuda" else None)
     assert backend.chosen("here", "auto", network, x, None).__name__.endswith("triton_backend")

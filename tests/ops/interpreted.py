@@ -15,8 +15,9 @@ import torch
 import triton
 from triton.runtime import interpreter
 
-from resode_cuda.ops import triton as triton_kernels
-from resode_cuda.ops import triton_kernels as triton_source
+from resode_cuda.ops import triton as triton_ops
+from resode_cuda.ops import triton_kernels
+from resode_cuda.ops.operands import ForwardStepOperands
 from tests.support.kernel_cases import CASES, DTYPE_PAIRS, Case, by_kernel, by_reference, check, operands, pair_id
 
 assert triton.knobs.runtime.interpret, "run this file with TRITON_INTERPRET=1"
@@ -51,8 +52,8 @@ def _like_a_small_gpu(monkeypatch):
         return interpreter.TensorHandle(FUSED[z.data.dtype](x.data, y.data, z.data), z.dtype.scalar)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
-    monkeypatch.setattr(triton_kernels, "most_programs", lambda device: PROGRAMS)
-    monkeypatch.setattr(triton_kernels, "VALUES_PER_TILE", dict.fromkeys(triton_kernels.VALUES_PER_TILE, TILE))
+    monkeypatch.setattr(triton_ops, "most_programs", lambda device: PROGRAMS)
+    monkeypatch.setattr(triton_ops, "VALUES_PER_TILE", dict.fromkeys(triton_ops.VALUES_PER_TILE, TILE))
 
 
 MANY = (2 * PROGRAMS + 1) * TILE + 5
@@ -63,31 +64,31 @@ MANY = (2 * PROGRAMS + 1) * TILE + 5
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_the_reference(case, pair):
     values = operands(case, pair, (MANY,))
-    check(case, values, by_kernel(triton_kernels, case, values))
+    check(case, values, by_kernel(triton_ops, case, values))
 
 
 @pytest.mark.parametrize("n", [1, TILE - 1, TILE, PROGRAMS * TILE])
 @pytest.mark.parametrize("case", CASES[:2] + CASES[-1:], ids=str)
 def test_sizes(case, n):
     values = operands(case, (torch.float32, torch.float16), (n,))
-    check(case, values, by_kernel(triton_kernels, case, values))
+    check(case, values, by_kernel(triton_ops, case, values))
 
 
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_misaligned_operands(case, first):
     values = operands(case, (torch.float32, torch.float16), (TILE + 3,))
-    order = [*values, "out"]
-    check(case, values, by_kernel(triton_kernels, case, values, offset=lambda name: (first + order.index(name)) % 2))
+    order = [*values._fields, "out"]
+    check(case, values, by_kernel(triton_ops, case, values, offset=lambda name: (first + order.index(name)) % 2))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_any_order_of_dimensions(case):
-    values = {
-        name: value.permute(2, 0, 1) if isinstance(value, torch.Tensor) and value.dim() == 3 else value
-        for name, value in operands(case, (torch.float32, torch.float32), (3, 5, 11)).items()
-    }
-    results = by_kernel(triton_kernels, case, values)
+    values = operands(case, (torch.float32, torch.float32), (3, 5, 11))
+    values = values._make(
+        value.permute(2, 0, 1) if isinstance(value, torch.Tensor) and value.dim() == 3 else value for value in values
+    )
+    results = by_kernel(triton_ops, case, values)
     check(case, values, results)
 
 
@@ -103,22 +104,22 @@ def test_any_order_of_dimensions(case):
 def test_what_is_not_finite_goes_through(op, operand, value):
     case = Case(op)
     values = operands(case, (torch.float32, torch.float16), (5,))
-    values[operand][3] = value
-    results, expected = by_kernel(triton_kernels, case, values), by_reference(case, values)
-    for name in set(results) - {"norms"}:
+    getattr(values, operand)[3] = value
+    results, expected = by_kernel(triton_ops, case, values), by_reference(case, values)
+    for name in set(results) - {"squares"}:
         assert torch.equal(results[name].nan_to_num(nan=9.0), expected[name].nan_to_num(nan=9.0)), name
-    if "norms" in results:
-        assert torch.equal(results["norms"].isfinite(), expected["norms"].isfinite())
+    if "squares" in results:
+        assert torch.equal(results["squares"].isfinite(), expected["squares"].isfinite())
 
 
 @pytest.mark.parametrize("h", [0.5, 0.37])  # 0.5 makes many sums that lie halfway between two 16-bit values
 def test_every_16_bit_value_is_rounded_as_torch_does(monkeypatch, h):
-    monkeypatch.setitem(triton_kernels.VALUES_PER_TILE, torch.float16, 2**16)
+    monkeypatch.setitem(triton_ops.VALUES_PER_TILE, torch.float16, 2**16)
     patterns = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)  # NaNs, infinities and subnormals too
     shuffled = patterns[torch.randperm(2**16, generator=torch.Generator().manual_seed(0))]
     for f in (shuffled, patterns.roll(1)):
         out = torch.empty_like(patterns)
-        triton_kernels.forward_step(patterns, f, h, out)
+        triton_ops.forward_step(ForwardStepOperands(patterns, f, h), out)
         expected = patterns.float().add(f.float(), alpha=h).half()
         assert torch.equal(out.isnan(), expected.isnan())
         numbers = ~expected.isnan()
@@ -134,18 +135,19 @@ def deterministic():
 
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair[0] == pair[1]], ids=pair_id)
 @pytest.mark.parametrize("op", ["reverse_update_", "reverse_extrapolate_"])
-def test_deterministic_norms(deterministic, op, pair):
+def test_deterministic_squares(deterministic, op, pair):
     case = Case(op)
     values = operands(case, pair, (MANY,))
-    results = by_kernel(triton_kernels, case, values)
+    results = by_kernel(triton_ops, case, values)
     check(case, values, results)
-    assert torch.equal(results["norms"], by_kernel(triton_kernels, case, values)["norms"])
+    assert torch.equal(results["squares"], by_kernel(triton_ops, case, values)["squares"])
 
 
 @pytest.mark.parametrize("count", [1, 1023, 1024, 2500])  # 1024 are added at a time
-def test_partial_norms_are_all_added(count):
-    partial_norms = torch.arange(2 * count, dtype=torch.float64).view(2, count)
-    norms = torch.tensor([0.5, 0.25], dtype=torch.float64)
-    expected = norms + partial_norms.sum(1)
-    triton_source.add_partial_norms_kernel[(2,)](partial_norms, norms, count, triton_kernels.PARTIAL_NORMS_AT_A_TIME)
-    assert torch.equal(norms, expected)
+def test_partial_squares_are_all_added(count):
+    partial_squares = torch.arange(2 * count, dtype=torch.float64).view(2, count)
+    squares = torch.tensor([0.5, 0.25], dtype=torch.float64)
+    expected = squares + partial_squares.sum(1)
+    launch = triton_kernels.add_partial_squares_kernel[(2,)]
+    launch(partial_squares, squares, count, triton_ops.PARTIAL_SQUARES_AT_A_TIME)
+    assert torch.equal(squares, expected)

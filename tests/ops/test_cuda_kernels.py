@@ -5,7 +5,8 @@ import torch
 
 from resode_cuda.library import require
 from resode_cuda.ops import build_info, reference
-from resode_cuda.ops.cuda import Compiled
+from resode_cuda.ops.cuda import CompiledKernels
+from resode_cuda.ops.operands import ForwardStepOperands
 from tests.support.host_build import load
 from tests.support.kernel_cases import CASES, DTYPE_PAIRS, Case, by_kernel, by_reference, check, operands, pair_id
 
@@ -26,7 +27,7 @@ def kernels(host_build):
 def host(kernels):
     kernels.host_schedule(False, True)
     kernels.host_device(ONE_PROCESSOR)
-    return Compiled(kernels, lambda device: 0)
+    return CompiledKernels(kernels, lambda device: 0)
 
 
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=pair_id)
@@ -61,23 +62,23 @@ def test_every_order_of_threads_gives_the_same(kernels, host, case, pair):
 def test_misaligned_operands(host, case, first):
     """Accesses of 16 bytes, which the host refuses at other addresses, are not made."""
     values = operands(case, MIXED, (67,))
-    order = [*values, "out"]
+    order = [*values._fields, "out"]
     check(case, values, by_kernel(host, case, values, offset=lambda name: (first + order.index(name)) % 2))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_one_misaligned_operand(host, case):
     values = operands(case, (torch.float32, torch.float32), (67,))
-    for odd in [name for name, value in values.items() if isinstance(value, torch.Tensor) and name != "norms"]:
+    for odd in [name for name, value in values._asdict().items() if torch.is_tensor(value) and name != "squares"]:
         check(case, values, by_kernel(host, case, values, offset=lambda name: int(name == odd)))  # noqa: B023
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_any_order_of_dimensions(host, case):
-    values = {
-        name: value.permute(2, 0, 1) if isinstance(value, torch.Tensor) and value.dim() == 3 else value
-        for name, value in operands(case, (torch.float32, torch.float32), (3, 5, 11)).items()
-    }
+    values = operands(case, (torch.float32, torch.float32), (3, 5, 11))
+    values = values._make(
+        value.permute(2, 0, 1) if isinstance(value, torch.Tensor) and value.dim() == 3 else value for value in values
+    )
     check(case, values, by_kernel(host, case, values))
 
 
@@ -86,18 +87,18 @@ def test_any_order_of_dimensions(host, case):
 def test_what_is_not_finite_goes_through(host, operand, value):
     case = Case("reverse_extrapolate_")
     values = operands(case, (torch.float32, torch.float16), (5,))
-    values[operand][3] = value
+    getattr(values, operand)[3] = value
     results, expected = by_kernel(host, case, values), by_reference(case, values)
     for name in ("x", "y", "d", "g"):
         assert torch.equal(results[name].nan_to_num(nan=9.0), expected[name].nan_to_num(nan=9.0)), name
-    assert torch.equal(results["norms"].isfinite(), expected["norms"].isfinite())
+    assert torch.equal(results["squares"].isfinite(), expected["squares"].isfinite())
 
 
 def rounds_as_torch_does(backend, dtype, h, device="cpu"):
     patterns = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)  # NaNs, infinities and subnormals too
     for f in (patterns[torch.randperm(2**16)], patterns.roll(1)):
         out = torch.empty_like(patterns, device=device)
-        backend.forward_step(patterns.to(device), f.to(device), h, out)
+        backend.forward_step(ForwardStepOperands(patterns.to(device), f.to(device), h), out)
         out, expected = out.cpu(), patterns.float().add(f.float(), alpha=h).to(dtype)
         assert torch.equal(out.isnan(), expected.isnan())
         numbers = ~expected.isnan()
@@ -119,7 +120,7 @@ def deterministic():
 
 @pytest.mark.parametrize("pair", [pair for pair in DTYPE_PAIRS if pair[0] == pair[1]], ids=pair_id)
 @pytest.mark.parametrize("op", ["reverse_update_", "reverse_extrapolate_"])
-def test_deterministic_norms(kernels, host, deterministic, op, pair):
+def test_deterministic_squares(kernels, host, deterministic, op, pair):
     """The order of the blocks, which the greedy schedule reverses, has no say."""
     case, found = Case(op), []
     values = operands(case, pair, (THREADS * 40 + 3,))
@@ -127,12 +128,12 @@ def test_deterministic_norms(kernels, host, deterministic, op, pair):
         kernels.host_schedule(greedy, True)
         results = by_kernel(host, case, values)
         check(case, values, results)
-        found.append(results["norms"])
+        found.append(results["squares"])
     assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("op", ["reverse_update_", "reverse_extrapolate_"])
-def test_deterministic_norms_of_more_blocks_than_a_block_has_threads(kernels, host, deterministic, op):
+def test_deterministic_squares_of_more_blocks_than_a_block_has_threads(kernels, host, deterministic, op):
     kernels.host_device(LARGE_GPU)
     assert kernels.most_reverse_blocks() > THREADS
     case = Case(op)
@@ -184,8 +185,8 @@ def test_plan(kernels, n, width, address, most, packs, blocks):
 @pytest.fixture
 def library():
     if not build_info().compiled:
-        pytest.fail(f"there is a GPU, and no library to test on it: {build_info().cause}")
-    return Compiled(require("tests"), torch._C._cuda_getCurrentRawStream)
+        pytest.fail(f"there is a GPU, and no library to test on it: {build_info().reason}")
+    return CompiledKernels(require("tests"), torch._C._cuda_getCurrentRawStream)
 
 
 @pytest.mark.gpu
@@ -201,20 +202,20 @@ def test_on_a_gpu(library, case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_misaligned_operands_on_a_gpu(library, case):
     values = operands(case, MIXED, (2053,))
-    order = [*values, "out"]
+    order = [*values._fields, "out"]
     for offset in (lambda name: order.index(name) % 2, lambda name: 1):
         check(case, values, by_kernel(library, case, values, "cuda", offset))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=pair_id)
-def test_deterministic_norms_on_a_gpu(library, deterministic, pair):
+def test_deterministic_squares_on_a_gpu(library, deterministic, pair):
     case = Case("reverse_update_")
     values = operands(case, pair, (3_000_001,))
     first = by_kernel(library, case, values, "cuda")
     check(case, values, first)
     for _ in range(5):
-        assert torch.equal(by_kernel(library, case, values, "cuda")["norms"], first["norms"])
+        assert torch.equal(by_kernel(library, case, values, "cuda")["squares"], first["squares"])
 
 
 @pytest.mark.gpu
@@ -230,9 +231,9 @@ def test_runs_on_the_current_stream(library):
         x, out = torch.ones(1 << 20, device="cuda"), torch.empty(1 << 20, device="cuda")
         torch.cuda._sleep(50_000_000)  # a kernel on another stream would read x before this fill
         x.fill_(2.0)
-        library.forward_step(x, x, 0.5, out)
+        library.forward_step(ForwardStepOperands(x, x, 0.5), out)
     torch.cuda.current_stream().wait_stream(stream)
-    assert torch.equal(out, reference.forward_step(x, x, 0.5))
+    assert torch.equal(out, reference.forward_step(ForwardStepOperands(x, x, 0.5)))
 
 
 @pytest.mark.gpu
@@ -242,7 +243,7 @@ def test_offsets_beyond_32_bits(library):
         pytest.skip("needs 20 GiB of free GPU memory")
     x, y, f = (torch.zeros(n, dtype=torch.float16, device="cuda") for _ in range(3))
     x[-9:] = f[-9:] = 1.0
-    library.forward_step(x, f, 1.0, y)
+    library.forward_step(ForwardStepOperands(x, f, 1.0), y)
     assert torch.equal(y[-9:], torch.full_like(y[-9:], 2.0))
     assert y[:-9].count_nonzero() == 0
 

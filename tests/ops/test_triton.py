@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from resode_cuda.ops import reference
-from resode_cuda.ops import triton as triton_kernels
-from tests.support.kernel_cases import CASES, DTYPE_PAIRS, Case, by_kernel, check, operands, pair_id
+from resode_cuda.ops import triton as triton_ops
+from resode_cuda.ops.operands import ForwardStepOperands, HeunStepOperands, ReverseUpdateOperands
+from tests.support.kernel_cases import CASES, DTYPE_PAIRS, SCALARS, Case, by_kernel, check, operands, pair_id
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
@@ -24,7 +25,7 @@ else:
     TESTED = []
 
 ROOT = Path(__file__).parents[2]
-TILE = max(triton_kernels.VALUES_PER_TILE.values())
+TILE = max(triton_ops.VALUES_PER_TILE.values())
 FLOAT32, FLOAT64 = (torch.float32, torch.float32), (torch.float64, torch.float64)
 
 
@@ -61,11 +62,11 @@ def test_compiles_within_its_budget(configuration):
     kernel, *_ = compiled(configuration)
     values = operands(configuration.case, configuration.pair, (1,))
     stream, stage = configuration.pair
-    bytes_of_a_thread = triton_kernels.VALUES_PER_TILE[stream] * stream.itemsize // 128
-    states = [name for name, value in values.items() if isinstance(value, torch.Tensor) and name != "norms"]
+    bytes_of_a_thread = triton_ops.VALUES_PER_TILE[stream] * stream.itemsize // 128
+    states = [name for name, value in values._asdict().items() if torch.is_tensor(value) and name != "squares"]
     # Values of a narrower stage take accesses of less: as many values as fill 16 bytes of the stream.
     read = [name for name in states if stage == stream or name not in ("f", "k1", "k2")]
-    written = [name for name in configuration.case.written if name != "norms"]
+    written = [name for name in configuration.case.written if name != "squares"]
     assert wide_accesses(kernel, "ld") == len(read) * bytes_of_a_thread // 16
     assert wide_accesses(kernel, "st") == len(written) * bytes_of_a_thread // 16
 
@@ -92,7 +93,7 @@ def test_misaligned_tensors_take_no_wide_accesses():
 @needs_triton
 @pytest.mark.parametrize("case", [Case("forward_step"), Case("reverse_extrapolate_")], ids=str)
 def test_no_value_of_a_scalar_or_size_compiles_a_kernel_of_its_own(case):
-    used = [name for name in ("h", "weight", "a", "b", "g_scale", "v_scale") if name in operands(case, FLOAT32, (1,))]
+    used = [name for name in operands(case, FLOAT32, (1,))._fields if name in SCALARS]
     kernels = [
         compiled(Configuration(case, FLOAT32), n, **dict.fromkeys(used, scalar))[0]
         for n, scalar in ((4096, 0.1), (4096, 0.0), (17, 1.0), (1, 1e300))
@@ -113,12 +114,12 @@ def test_what_was_compiled_is_launched_again_for_the_same_dtypes_and_alignment(m
         return Compiled()
 
     monkeypatch.setattr("triton.runtime.jit.JITFunction.run", run)
-    monkeypatch.setattr(triton_kernels, "_compiled", {})
+    monkeypatch.setattr(triton_ops, "_compiled", {})
     x = torch.zeros(4101)
     for values, h in ((x[:4096], 0.1), (x[:4096], 0.2), (x[4:], 0.3), (x[1:], 0.4), (x[1:], 0.5)):
-        triton_kernels.forward_step(values, values, h, values)
-    triton_kernels.forward_step(x[:8], x[:8].half(), 0.6, x[:8])
-    triton_kernels.heun_step(x[:8], x[:8], x[:8], 0.8, x[:8])
+        triton_ops.forward_step(ForwardStepOperands(values, values, h), values)
+    triton_ops.forward_step(ForwardStepOperands(x[:8], x[:8].half(), 0.6), x[:8])
+    triton_ops.heun_step(HeunStepOperands(x[:8], x[:8], x[:8], 0.8), x[:8])
     assert [arguments[4] for _, arguments in compilations] == [0.1, 0.4, 0.6, 0.4]
     assert [(grid, arguments[4:]) for grid, arguments in launches] == [
         ((4, 1, 1), (0.2, 4096, 1024)),
@@ -132,7 +133,7 @@ def test_what_was_compiled_is_launched_again_for_the_same_dtypes_and_alignment(m
 def test_a_step_is_one_fused_multiply_add_by_a_float64_scalar(pair):
     (kernel,) = compiled(Configuration(Case("forward_step"), pair))
     ptx = kernel.asm["ptx"]
-    per_thread = triton_kernels.VALUES_PER_TILE[pair[0]] // 128
+    per_thread = triton_ops.VALUES_PER_TILE[pair[0]] // 128
     kind = "f32" if pair == FLOAT32 else "f64"
     assert len(re.findall(rf"\bfma\.rn\.{kind}\b", ptx)) == 2 * per_thread  # with a mask and without
     assert not re.findall(r"\b(?:add|sub|mul|mad)\.(?:\w+\.)*f(?:32|64)\b", ptx)
@@ -164,7 +165,7 @@ def test_a_deterministic_step_is_two_launches_without_atomics():
 
 def load_alone():
     """The backend's module, loaded anew."""
-    spec = importlib.util.find_spec(triton_kernels.__name__)
+    spec = importlib.util.find_spec(triton_ops.__name__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -172,20 +173,20 @@ def load_alone():
 
 def test_without_triton_the_module_loads_and_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert re.match(r"Triton can't be used here: .*triton", load_alone().cause())
+    assert re.match(r"Triton can't be used here: .*triton", load_alone().reason())
 
 
 @needs_triton
 def test_without_a_gpu_it_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert load_alone().cause().startswith("Triton can't be used here: ")
+    assert load_alone().reason().startswith("Triton can't be used here: ")
 
 
 @pytest.mark.gpu
 @needs_triton
 def test_with_a_gpu_it_can_be_used():
-    assert triton_kernels.cause() is None
+    assert triton_ops.reason() is None
 
 
 @pytest.fixture
@@ -202,7 +203,7 @@ def test_on_a_gpu(case):
     for pair in DTYPE_PAIRS:
         for n in (1, TILE + 5):
             values = operands(case, pair, (n,))
-            check(case, values, by_kernel(triton_kernels, case, values, "cuda"))
+            check(case, values, by_kernel(triton_ops, case, values, "cuda"))
 
 
 @pytest.mark.gpu
@@ -211,9 +212,9 @@ def test_on_a_gpu(case):
 def test_misaligned_operands_on_a_gpu(op):
     case = Case(op)
     values = operands(case, (torch.float32, torch.bfloat16), (TILE + 3,))
-    order = [*values, "out"]
+    order = [*values._fields, "out"]
     for offset in (lambda name: order.index(name) % 2, lambda name: 1):
-        check(case, values, by_kernel(triton_kernels, case, values, "cuda", offset))
+        check(case, values, by_kernel(triton_ops, case, values, "cuda", offset))
 
 
 @pytest.mark.gpu
@@ -221,21 +222,21 @@ def test_misaligned_operands_on_a_gpu(op):
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=pair_id)
 def test_several_tiles_a_program_on_a_gpu(pair):
     case = Case("reverse_extrapolate_")
-    programs = triton_kernels.most_programs(torch.device("cuda", torch.cuda.current_device()))
+    programs = triton_ops.most_programs(torch.device("cuda", torch.cuda.current_device()))
     values = operands(case, pair, ((2 * programs + 1) * TILE + 5,))
-    check(case, values, by_kernel(triton_kernels, case, values, "cuda"))
+    check(case, values, by_kernel(triton_ops, case, values, "cuda"))
 
 
 @pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=pair_id)
-def test_deterministic_norms_on_a_gpu(deterministic, pair):
+def test_deterministic_squares_on_a_gpu(deterministic, pair):
     case = Case("reverse_update_")
     values = operands(case, pair, (3_000_001,))
-    first = by_kernel(triton_kernels, case, values, "cuda")
+    first = by_kernel(triton_ops, case, values, "cuda")
     check(case, values, first)
     for _ in range(5):
-        assert torch.equal(by_kernel(triton_kernels, case, values, "cuda")["norms"], first["norms"])
+        assert torch.equal(by_kernel(triton_ops, case, values, "cuda")["squares"], first["squares"])
 
 
 @pytest.mark.gpu
@@ -245,7 +246,7 @@ def test_every_16_bit_value_is_rounded_as_torch_does():
         patterns = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)  # NaNs, infinities and subnormals too
         for f in (patterns[torch.randperm(2**16)], patterns.roll(1)):
             out = torch.empty_like(patterns, device="cuda")
-            triton_kernels.forward_step(patterns.cuda(), f.cuda(), 0.5, out)
+            triton_ops.forward_step(ForwardStepOperands(patterns.cuda(), f.cuda(), 0.5), out)
             expected = patterns.float().add(f.float(), alpha=0.5).to(dtype)
             numbers = ~expected.isnan()
             assert torch.equal(out.cpu().isnan(), ~numbers)
@@ -258,12 +259,12 @@ def test_runs_on_the_current_stream():
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         x, out = torch.ones(1 << 20, device="cuda"), torch.empty(1 << 20, device="cuda")
-        triton_kernels.forward_step(x, x, 0.5, out)  # compiled before the race
+        triton_ops.forward_step(ForwardStepOperands(x, x, 0.5), out)  # compiled before the race
         torch.cuda._sleep(50_000_000)  # a kernel on another stream would read x before this fill
         x.fill_(2.0)
-        triton_kernels.forward_step(x, x, 0.5, out)
+        triton_ops.forward_step(ForwardStepOperands(x, x, 0.5), out)
     torch.cuda.current_stream().wait_stream(stream)
-    assert torch.equal(out, reference.forward_step(x, x, 0.5))
+    assert torch.equal(out, reference.forward_step(ForwardStepOperands(x, x, 0.5)))
 
 
 @pytest.mark.gpu
@@ -274,11 +275,11 @@ def test_offsets_beyond_32_bits():
         pytest.skip("needs 20 GiB of free GPU memory")
     x, y, f = (torch.zeros(n, dtype=torch.float16, device="cuda") for _ in range(3))
     x[-9:] = f[-9:] = 1.0
-    triton_kernels.forward_step(x, f, 1.0, y)
+    triton_ops.forward_step(ForwardStepOperands(x, f, 1.0), y)
     assert torch.equal(y[-9:], torch.full_like(y[-9:], 2.0))
     assert y[:-9].count_nonzero() == 0
-    norms = torch.zeros(2, device="cuda")
-    triton_kernels.reverse_update_(x, y, f, None, -1.0, norms, None, None, None, 1.0, 1.0)
+    squares = torch.zeros(2, device="cuda")
+    triton_ops.reverse_update_(ReverseUpdateOperands(x, y, f, None, -1.0, squares, None, None, None, 1.0, 1.0))
     assert torch.equal(x[-9:], y[-9:])
     assert x[:-9].count_nonzero() == 0
-    assert norms.tolist() == [0.0, 36.0]
+    assert squares.tolist() == [0.0, 36.0]

@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from resode_cuda.ops import triton as triton_kernels
+from resode_cuda.ops import triton as triton_ops
 from tests.support.kernel_cases import CASES, DTYPE_PAIRS, Case, operands, pair_id
 
 BUDGET = Path(__file__).parents[1] / "budgets" / "pointwise.json"
@@ -100,22 +100,21 @@ def compiling(gpu):
 
     with (
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(triton_kernels, "most_programs", return_value=PROGRAMS),
+        mock.patch.object(triton_ops, "most_programs", return_value=PROGRAMS),
     ):
         yield kernels
 
 
 def compiled(configuration, n=4096, offset=0, **scalars):
     """The kernels of a configuration; tensors start so many values after a 16-byte boundary."""
-    values = {**operands(configuration.case, configuration.pair, (n + offset,)), **scalars}
-    if "out" in configuration.case.written:
-        values["out"] = torch.empty_like(values["x"])
-    arguments = (v[offset:] if isinstance(v, torch.Tensor) and len(v) > 2 else v for v in values.values())
+    values = operands(configuration.case, configuration.pair, (n + offset,))._replace(**scalars)
+    values = values._make(v[offset:] if isinstance(v, torch.Tensor) and len(v) > 2 else v for v in values)
+    out = [torch.empty(n + offset, dtype=values[0].dtype)[offset:]] if "out" in configuration.case.written else []
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(configuration.deterministic)
     try:
         with compiling(configuration.gpu) as kernels:
-            getattr(triton_kernels, configuration.case.op)(*arguments)
+            getattr(triton_ops, configuration.case.op)(values, *out)
     finally:
         torch.use_deterministic_algorithms(before)
     return kernels

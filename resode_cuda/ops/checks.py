@@ -1,0 +1,93 @@
+"""What the ops' tensors must be, and how they are handed to a kernel.
+
+Fakes and implementations make the same checks, so compiled code raises alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..dtypes import DTYPES, dtype_name, dtype_names, fits, square_dtype
+
+Named = Iterable[tuple[str, Tensor | None]]
+
+
+def check_stream(op: str, x: Tensor, stages: Named) -> None:
+    """Check a residual stream x and the outputs of blocks that are added to it.
+
+    Raises:
+        TypeError: if x is not floating point, or a stage's dtype is neither x's nor a narrower one.
+        ValueError: if a stage's shape or device is not x's.
+    """
+    dtype, shape, device = x.dtype, x.shape, x.device
+    if dtype not in DTYPES:
+        raise TypeError(f"{op}: x must be one of {dtype_names(DTYPES)}, got {dtype_name(dtype)}; convert x")
+    for name, stage in stages:
+        if stage is None:
+            continue
+        if not fits(stage.dtype, dtype):
+            raise TypeError(
+                f"{op}: {name} must have x's dtype or a narrower floating one, got {dtype_name(stage.dtype)} with x "
+                f"{dtype_name(dtype)}; convert {name} to {dtype_name(dtype)}"
+            )
+        if stage.shape != shape or stage.device != device:
+            raise _misplaced(op, x, name, stage)
+
+
+def check_like(op: str, x: Tensor, others: Named) -> None:
+    """Check tensors that must have the shape, dtype and device of the residual stream x.
+
+    Raises:
+        TypeError: if one's dtype is not x's.
+        ValueError: if one's shape or device is not x's.
+    """
+    dtype, shape, device = x.dtype, x.shape, x.device
+    for name, other in others:
+        if other is None:
+            continue
+        if other.dtype != dtype:
+            raise TypeError(
+                f"{op}: {name} must have x's dtype, got {dtype_name(other.dtype)} with x {dtype_name(dtype)}; "
+                f"convert {name}"
+            )
+        if other.shape != shape or other.device != device:
+            raise _misplaced(op, x, name, other)
+
+
+def check_squares(op: str, x: Tensor, squares: Tensor) -> None:
+    """Check the place where squared norms are added up.
+
+    Raises:
+        TypeError: if its dtype is not float64 for a float64 x, else float32.
+        ValueError: if it is not two contiguous values on x's device.
+    """
+    dtype = square_dtype(x.dtype)
+    if squares.dtype != dtype:
+        raise TypeError(
+            f"{op}: squares must be {dtype_name(dtype)} with x {dtype_name(x.dtype)}, got {dtype_name(squares.dtype)}"
+        )
+    if squares.shape != (2,) or not squares.is_contiguous() or squares.device != x.device:
+        raise ValueError(
+            f"{op}: squares must be two contiguous values on {x.device}, got shape {list(squares.shape)}, strides "
+            f"{list(squares.stride())} on {squares.device}"
+        )
+
+
+def of_one_dtype(k1: Tensor, k2: Tensor) -> tuple[Tensor, Tensor]:
+    """Both stages in the wider one's dtype."""
+    dtype = torch.promote_types(k1.dtype, k2.dtype)
+    return k1.to(dtype), k2.to(dtype)
+
+
+def _misplaced(op: str, x: Tensor, name: str, tensor: Tensor) -> ValueError:
+    if tensor.shape != x.shape:
+        return ValueError(
+            f"{op}: {name} must have x's shape, got {list(tensor.shape)} with x {list(x.shape)}; nothing is broadcast: "
+            f"expand {name}"
+        )
+    return ValueError(
+        f"{op}: {name} must be on x's device, got {tensor.device} with x on {x.device}; move {name} there"
+    )
