@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from resode_cuda import ResidualMLP, smooth_init_
 from resode_cuda.fused.activations import ACTIVATIONS
 from resode_cuda.fused.selection import causes, chosen
-from resode_cuda.fused.triton import passes as triton_backend
+from resode_cuda.fused.triton import passes as triton_passes
 
 from . import memory
 from .modes import set_mode
@@ -101,7 +101,7 @@ def fused_step(mlp: ResidualMLP, mode: str, backend: str = "auto") -> Step:
 
 
 def step_by(mlp: ResidualMLP, mode: str, backend: str) -> Callable[[Batch], None]:
-    """By a backend, and of Triton's forms by the one named behind it."""
+    """By a backend, and by the gradient form of Triton's that is named after it."""
     backend, _, form = backend.partition(" ")
     step = fused_step(mlp, mode, backend)
     if not form:
@@ -109,19 +109,19 @@ def step_by(mlp: ResidualMLP, mode: str, backend: str) -> Callable[[Batch], None
 
     def in_form(batch: Batch) -> None:
         # Not by unittest.mock, whose patches take longer than a small step.
-        chosen_by = triton_backend.form
-        triton_backend.form = lambda *_: form
+        by_time = triton_passes.gradient_form
+        triton_passes.gradient_form = lambda *_: form
         try:
             step(batch)
         finally:
-            triton_backend.form = chosen_by
+            triton_passes.gradient_form = by_time
 
     return in_form
 
 
-def triton_forms(mlp: ResidualMLP) -> list[str]:
+def triton_gradient_forms(mlp: ResidualMLP) -> list[str]:
     """As `step_by` takes them."""
-    return [f"triton {form}" for form in triton_backend.forms(mlp._network(), mlp.weight_in.device)]
+    return [f"triton {form}" for form in triton_passes.gradient_forms(mlp._network(), mlp.weight_in.device)]
 
 
 def unusable(mlp: ResidualMLP, mode: str) -> dict[str, str | None]:
@@ -131,16 +131,16 @@ def unusable(mlp: ResidualMLP, mode: str) -> dict[str, str | None]:
 
 
 def taken(mlp: ResidualMLP, mode: str, rows: int) -> str:
-    """The backend that "auto" takes, and behind it the form of Triton's adjoint."""
+    """The backend that "auto" takes, and after it the gradient form of Triton's adjoint."""
     set_mode(mlp, mode)
     x = mlp.weight_in.new_empty(1, 1).expand(rows, mlp.dim)
     solver = mlp.reverse if mlp.gradient == "adjoint" else None
     network = mlp._network()
     module = chosen("bench", "auto", network, x, solver)
     name: str = module.__name__.rpartition(".")[2].removesuffix("_backend")
-    if module is not triton_backend or solver is None:
+    if module is not triton_passes or solver is None:
         return name
-    return f"{name} {triton_backend.form(network, rows, x.device)}"
+    return f"{name} {triton_passes.gradient_form(network, rows, x.device)}"
 
 
 def peak_bytes(step: Step, batch: Batch, device: torch.device) -> int:

@@ -42,6 +42,10 @@ class Scratch(NamedTuple):
     cotangents: Tensor
     """c, of the layer's output, without the factor h or h/2."""
 
+    @property
+    def rows(self) -> int:
+        return self.layer_inputs.shape[1]
+
 
 class Boundary(NamedTuple):
     """A slab's states where a range of steps begins or ends: [rows, dim] each, float32."""

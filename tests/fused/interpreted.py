@@ -15,13 +15,13 @@ from triton.runtime import interpreter
 
 from resode_cuda.fused import slabs
 from resode_cuda.fused.reference import passes as torch_backend
-from resode_cuda.fused.triton import passes as triton_backend
+from resode_cuda.fused.triton import passes as triton_passes
 from resode_cuda.fused.triton import wide
 from resode_cuda.fused.triton.tiles import Tile, Tiles
 from resode_cuda.fused.triton.wide import WideTile
 from resode_cuda.ops import triton as triton_kernels
 from resode_cuda.reverse import Reverse
-from tests.support.fused_cases import CASES, Case, check, prefer_fused
+from tests.support.fused_cases import CASES, Case, check, prefer_one_pass
 from tests.support.fused_networks import Calls
 
 assert triton.knobs.runtime.interpret, "run this file with TRITON_INTERPRET=1"
@@ -39,18 +39,18 @@ def _reduce(self, kind, desc, value, indices):
 @pytest.fixture(autouse=True)
 def _like_a_small_gpu(monkeypatch):
     small = Tile(16, 16, 4)
-    monkeypatch.setattr(triton_backend, "capability_of", lambda device: (9, 0))
-    prefer_fused(monkeypatch)
+    monkeypatch.setattr(triton_passes, "capability_of", lambda device: (9, 0))
+    prefer_one_pass(monkeypatch)
     # The interpreter has no reductions by descriptor; here they are additions to memory, one after the other.
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_descriptor_reduce", _reduce, raising=False)
     # The weight-gradient pass has tiles of its own, and several ranges of rows.
-    monkeypatch.setattr(triton_backend, "tiles_for", lambda *_: Tiles(small, small, small, small, Tile(32, 16, 4)))
+    monkeypatch.setattr(triton_passes, "tiles_for", lambda *_: Tiles(small, small, small, small, Tile(32, 16, 4)))
     monkeypatch.setattr(triton_kernels, "most_programs", lambda device: 8 * triton_kernels.PROGRAMS_PER_PROCESSOR)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_the_specification(case):
-    check(triton_backend, case, torch.float32)
+    check(triton_passes, case, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_matches_the_specification(case):
     ids=str,
 )
 def test_float16(case):
-    check(triton_backend, case, torch.float16)
+    check(triton_passes, case, torch.float16)
 
 
 @pytest.mark.parametrize(
@@ -68,9 +68,9 @@ def test_float16(case):
     ids=str,
 )
 def test_gpus_without_a_copy_engine(monkeypatch, case):
-    monkeypatch.setattr(triton_backend, "capability_of", lambda device: (8, 0))
-    check(triton_backend, case, torch.float32)
-    check(triton_backend, case, torch.float16)
+    monkeypatch.setattr(triton_passes, "capability_of", lambda device: (8, 0))
+    check(triton_passes, case, torch.float32)
+    check(triton_passes, case, torch.float16)
 
 
 @pytest.mark.parametrize(
@@ -84,12 +84,12 @@ def test_slabs_of_rows_and_ranges_of_the_depth(monkeypatch, scheme, norm, revers
     for fitting_steps, length in ((4, 4), (3, 2)):
         monkeypatch.setattr(slabs, "SCRATCH_BYTES", 32 * fitting_steps * step_bytes)
         assert slabs.slabs(case.rows, case.steps, step_bytes, 64, unit=32) == (32, length)
-        check(triton_backend, case, torch.float32)
+        check(triton_passes, case, torch.float32)
 
 
 def test_ranges_of_rows_that_add_to_the_same_gradients():
     # Not deterministic, and beyond the dim of which gradients are reduced by the state pass.
-    check(triton_backend, Case(rows=50, dim=80, hidden=16, steps=1), torch.float32)
+    check(triton_passes, Case(rows=50, dim=80, hidden=16, steps=1), torch.float32)
 
 
 def test_gradients_are_repeated_bit_by_bit():
@@ -97,9 +97,9 @@ def test_gradients_are_repeated_bit_by_bit():
     network, x, g = case.operands(torch.float32)
     torch.use_deterministic_algorithms(True)
     try:
-        states = triton_backend.forward(network, x, 0, None)
+        states = triton_passes.forward(network, x, 0, None)
         first, second = (
-            triton_backend.adjoint(network, case.solver, None, g, *states, True, False)[1] for _ in range(2)
+            triton_passes.adjoint(network, case.solver, None, g, *states, True, False)[1] for _ in range(2)
         )
     finally:
         torch.use_deterministic_algorithms(False)
@@ -153,5 +153,5 @@ def test_products_of_wide_layers(reverse, products):
 
 
 def test_wide_layers_are_the_backends_beyond_what_fits_on_chip(monkeypatch):
-    monkeypatch.setitem(triton_backend.LARGEST_DIM, 4, 8)
-    check(triton_backend, Case(reverse="extrapolated", norm="layer"), torch.float32)
+    monkeypatch.setitem(triton_passes.LARGEST_DIM, 4, 8)
+    check(triton_passes, Case(reverse="extrapolated", norm="layer"), torch.float32)

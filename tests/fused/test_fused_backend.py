@@ -11,7 +11,7 @@ from bench import timings as made
 from resode_cuda.fused import selection as backend
 from resode_cuda.fused import timings as measured
 from resode_cuda.fused.timings import Size
-from resode_cuda.fused.triton import passes as triton_backend
+from resode_cuda.fused.triton import passes as triton_passes
 from tests.support.fused_cases import Case
 
 GPU = torch.device("cuda")
@@ -45,7 +45,9 @@ def table(gpu, monkeypatch, tmp_path):
 
 
 def size(rows, dim=64, hidden=128, capability=(9, 0), itemsize=2, **times):
-    return Size(capability, itemsize, dim, hidden, rows, {name.replace("_", " "): time for name, time in times.items()})
+    return Size(
+        capability, itemsize, dim, hidden, rows, {name.replace("_", " ", 1): time for name, time in times.items()}
+    )
 
 
 def network(dim=64, hidden=128, dtype=torch.bfloat16, **settings):
@@ -64,7 +66,7 @@ def test_where_nothing_was_measured_few_rows_are_those_that_do_not_fill_the_devi
 
 
 def test_the_fastest_measured_comes_first_and_what_was_not_measured_last(table):
-    table(size(64, torch=3.0, triton_fused=4.0, triton_split=2.0))
+    table(size(64, torch=3.0, triton_one_pass=4.0, triton_two_pass=2.0))
     assert order(64) == ["triton", "torch", "cuda"]
     assert order(64, dim=50, hidden=100) == ["triton", "torch", "cuda"]
     assert order(64, dtype=torch.float16) == ["triton", "torch", "cuda"]
@@ -79,26 +81,29 @@ def test_times_between_numbers_of_rows_lie_on_a_power(table):
     assert (order(400)[0], order(600)[0]) == ("cuda", "torch")
 
 
-def test_triton_takes_the_form_that_was_faster(table):
+def test_triton_takes_the_gradient_form_that_was_faster(table):
     here = network()
-    assert triton_backend.form(here, 64, GPU) == "split"
-    table(size(64, triton_fused=4.0, triton_split=2.0), size(4096, triton_fused=1.0, triton_split=2.0))
-    assert (triton_backend.form(here, 64, GPU), triton_backend.form(here, 4096, GPU)) == ("split", "fused")
-    assert triton_backend.form(network(dim=100), 4096, GPU) == "split"
-    assert triton_backend.form(network(dim=300), 64, GPU) == "wide"
+    assert triton_passes.gradient_form(here, 64, GPU) == "two_pass"
+    table(size(64, triton_one_pass=4.0, triton_two_pass=2.0), size(4096, triton_one_pass=1.0, triton_two_pass=2.0))
+    assert (triton_passes.gradient_form(here, 64, GPU), triton_passes.gradient_form(here, 4096, GPU)) == (
+        "two_pass",
+        "one_pass",
+    )
+    assert triton_passes.gradient_form(network(dim=100), 4096, GPU) == "two_pass"
+    assert triton_passes.gradient_form(network(dim=300), 64, GPU) == "wide"
     torch.use_deterministic_algorithms(True)
     try:
-        assert triton_backend.form(here, 4096, GPU) == "split"
+        assert triton_passes.gradient_form(here, 4096, GPU) == "two_pass"
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 def test_auto_passes_over_what_cannot_compute_it(table, monkeypatch):
-    table(size(64, torch=3.0, triton_fused=2.0, cuda=1.0))
+    table(size(64, torch=3.0, triton_one_pass=2.0, cuda=1.0))
     causes = {"cuda": "no", "triton": None, "torch": None}
     monkeypatch.setattr(backend, "_cause", lambda name, *_: causes[name])
     x = SimpleNamespace(numel=lambda: 64 * 64, shape=(64, 64), device=GPU)
-    assert backend.chosen("here", "auto", network(), x, None) is triton_backend
+    assert backend.chosen("here", "auto", network(), x, None) is triton_passes
     assert backend.causes(network(), x, None) == causes
 
 
@@ -106,7 +111,7 @@ def results(tmp_path, quick=False, **row):
     of_size = {"capability": [9, 0], "dim": 64, "hidden": 128, "depth": 10, "dtype": "bfloat16", "rows": 64, **row}
     rows = [
         {**of_size, "backend": "cuda", "seconds": [1e-3, 2e-3, 3e-3]},
-        {**of_size, "backend": "triton split", "seconds": None},
+        {**of_size, "backend": "triton two_pass", "seconds": None},
         {**of_size, "backend": "auto", "seconds": [1e-3]},
     ]
     environment = {**dict.fromkeys(made.SOURCE, "x"), "device": "Some GPU"}

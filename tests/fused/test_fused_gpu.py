@@ -10,7 +10,7 @@ from resode_cuda import ResidualMLP, Reverse, smooth_init_
 from resode_cuda.fused import slabs
 from resode_cuda.fused.reference import passes as torch_backend
 from resode_cuda.fused.reference import tile
-from resode_cuda.fused.triton import passes as triton_backend
+from resode_cuda.fused.triton import passes as triton_passes
 from tests.support.fused_cases import CASES, Case, check, moved, prefer_fused
 
 pytestmark = [
@@ -30,7 +30,7 @@ def _fused_where_it_can_be(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_the_specification(case, dtype):
-    check(triton_backend, case, dtype, "cuda")
+    check(triton_passes, case, dtype, "cuda")
 
 
 @pytest.mark.parametrize("is_split", [False, True])
@@ -38,8 +38,8 @@ def test_matches_the_specification(case, dtype):
 @pytest.mark.parametrize("reverse", ["paper", "corrected", "extrapolated"])
 def test_sizes_and_presets(reverse, dim, hidden, is_split):
     case = Case(reverse=reverse, dim=dim, hidden=hidden, rows=1000, steps=6, activation="gelu_tanh", is_split=is_split)
-    check(triton_backend, case, torch.bfloat16, "cuda")
-    check(triton_backend, replace(case, norm="rms"), torch.bfloat16, "cuda")
+    check(triton_passes, case, torch.bfloat16, "cuda")
+    check(triton_passes, replace(case, norm="rms"), torch.bfloat16, "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -47,8 +47,8 @@ def test_sizes_and_presets(reverse, dim, hidden, is_split):
 @pytest.mark.parametrize("scheme", ["euler", "heun"])
 def test_wide_layers(scheme, norm, dtype):
     case = Case(scheme, norm=norm, reverse="extrapolated", dim=300, hidden=520, rows=1100)
-    check(triton_backend, case, dtype, "cuda")
-    check(triton_backend, replace(case, reverse=Reverse("step", corrections=2), anchors=2), dtype, "cuda")
+    check(triton_passes, case, dtype, "cuda")
+    check(triton_passes, replace(case, reverse=Reverse("step", corrections=2), anchors=2), dtype, "cuda")
 
 
 def test_products_in_16_bits_are_added_to_wider_sums_by_the_product_itself():
@@ -66,16 +66,16 @@ def test_sanitize(dim):
     for is_split in (False, True):
         for scheme in ("euler", "heun"):
             case = Case(scheme, reverse="extrapolated", norm="layer", dim=dim, hidden=70, rows=133, is_split=is_split)
-            check(triton_backend, case, torch.bfloat16, "cuda")
+            check(triton_passes, case, torch.bfloat16, "cuda")
 
 
 @pytest.mark.parametrize("scheme", ["euler", "heun"])
 @pytest.mark.parametrize(("dim", "hidden"), [(64, 128), (200, 300)])
 def test_ranges_of_rows_that_add_to_the_same_gradients(monkeypatch, scheme, dim, hidden):
-    monkeypatch.setattr(triton_backend, "form", lambda *_: "split")
+    monkeypatch.setattr(triton_passes, "gradient_form", lambda *_: "two_pass")
     for norm in (None, "layer"):
         case = Case(scheme, reverse="extrapolated", norm=norm, dim=dim, hidden=hidden, rows=5000, steps=3)
-        check(triton_backend, case, torch.bfloat16, "cuda")
+        check(triton_passes, case, torch.bfloat16, "cuda")
 
 
 def test_slabs_and_ranges_of_the_depth(monkeypatch):
@@ -86,7 +86,7 @@ def test_slabs_and_ranges_of_the_depth(monkeypatch):
             case = Case(
                 scheme, reverse="extrapolated", dim=64, hidden=128, rows=1500, steps=20, is_split=True, anchors=7
             )
-            check(triton_backend, case, torch.bfloat16, "cuda")
+            check(triton_passes, case, torch.bfloat16, "cuda")
 
 
 def test_split_gradients_are_repeated_bit_by_bit():
@@ -94,8 +94,8 @@ def test_split_gradients_are_repeated_bit_by_bit():
     network, x, g = moved(network, torch.bfloat16, "cuda"), x.cuda(), g.cuda()
     torch.use_deterministic_algorithms(True)
     try:
-        states = triton_backend.forward(network, x, 0, None)
-        runs = [triton_backend.adjoint(network, Reverse("step"), None, g, *states, True, False)[1] for _ in range(5)]
+        states = triton_passes.forward(network, x, 0, None)
+        runs = [triton_passes.adjoint(network, Reverse("step"), None, g, *states, True, False)[1] for _ in range(5)]
     finally:
         torch.use_deterministic_algorithms(False)
     for run in runs[1:]:
@@ -183,11 +183,11 @@ def test_offsets_beyond_32_bits():
     network, *_ = Case(dim=dim, hidden=16, steps=1).operands(torch.bfloat16)
     network = moved(network, torch.bfloat16, "cuda")
     x = torch.randn(rows, dim, device="cuda")
-    x_last, *others = triton_backend.forward(network, x, 0, None)
+    x_last, *others = triton_passes.forward(network, x, 0, None)
     tail = slice(rows - 500, rows)
     expected, *_ = torch_backend.forward(network, x[tail].contiguous(), 0, None)
     torch.testing.assert_close(x_last[tail], expected, rtol=1e-2, atol=1e-2)
-    g_first, *_ = triton_backend.adjoint(network, Reverse("step"), None, x, x_last, *others, True, False)
+    g_first, *_ = triton_passes.adjoint(network, Reverse("step"), None, x, x_last, *others, True, False)
     expected, *_ = torch_backend.adjoint(
         network,
         Reverse("step"),

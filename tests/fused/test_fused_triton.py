@@ -1,6 +1,7 @@
 """The depth-fused ops by Triton: in Triton's interpreter, and compiled for GPUs that are not there."""
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -12,20 +13,34 @@ from pathlib import Path
 import pytest
 import torch
 
-from resode_cuda.fused import selection as backend
+from resode_cuda.fused import selection
+from resode_cuda.fused.activations import ACTIVATIONS
+from resode_cuda.fused.norms import NORMS
+from resode_cuda.fused.reference import passes as reference
 from resode_cuda.fused.schedule import schedule
 from resode_cuda.fused.slabs import SCRATCH_BYTES, slabs
-from resode_cuda.fused.triton import passes as triton_backend
+from resode_cuda.fused.triton import arguments
+from resode_cuda.fused.triton import passes as triton_passes
 from resode_cuda.reverse import Reverse
+from resode_cuda.schemes import SCHEMES
 from tests.support.fused_cases import Case
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 if HAS_TRITON:
+    from triton.backends.nvidia.driver import make_launcher
+
     from tests.support import fused_compiled
     from tests.support.fused_compiled import TESTED, Configuration
+
+    EVERY_KERNEL = [
+        Configuration(90, 64, "extrapolated", gradient_form="one_pass"),
+        Configuration(90, 64, "extrapolated"),
+        Configuration(80, 64, "checkpoint", scheme="heun", norm="rms"),
+        Configuration(90, 2048, "extrapolated", norm="layer"),
+    ]
 else:
-    TESTED = []
+    TESTED = EVERY_KERNEL = []
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,7 +104,7 @@ def test_every_program_fits_in_shared_memory():
 @pytest.mark.parametrize(
     ("configuration", "launches"),
     [
-        (Configuration(90, 64, "extrapolated", form="fused"), ["forward", "adjoint"]),
+        (Configuration(90, 64, "extrapolated", gradient_form="one_pass"), ["forward", "adjoint"]),
         (Configuration(90, 128, "corrected"), ["forward", "adjoint", "weight_gradient"]),
         (Configuration(90, 64, "extrapolated", deterministic=True), ["forward", "adjoint", "weight_gradient"]),
         (Configuration(90, 64, "checkpoint"), ["exact", "weight_gradient"]),
@@ -112,11 +127,11 @@ def test_bf16_products_are_warpgroup_instructions_on_hopper():
 
 @needs_triton
 @pytest.mark.parametrize("gpu", [90, 100])
-@pytest.mark.parametrize("form", ["fused", "split"])
-def test_the_copy_engine_adds_gradients_to_memory_in_the_fused_form(gpu, form):
-    kernels = dict(fused_compiled.compiled(Configuration(gpu, 64, "extrapolated", form=form)))
-    assert ("cp.reduce.async.bulk.tensor" in kernels["adjoint_kernel"].asm["ptx"]) == (form == "fused")
-    assert ("weight_gradient_kernel" in kernels) == (form == "split")
+@pytest.mark.parametrize("form", ["one_pass", "two_pass"])
+def test_the_copy_engine_adds_gradients_to_memory_in_one_pass(gpu, form):
+    kernels = dict(fused_compiled.compiled(Configuration(gpu, 64, "extrapolated", gradient_form=form)))
+    assert ("cp.reduce.async.bulk.tensor" in kernels["adjoint_kernel"].asm["ptx"]) == (form == "one_pass")
+    assert ("weight_gradient_kernel" in kernels) == (form == "two_pass")
 
 
 @needs_triton
@@ -131,7 +146,7 @@ def test_weights_come_16_bytes_at_a_time_where_there_is_no_copy_engine(reverse):
 
 
 @needs_triton
-def test_the_split_form_has_no_atomics_where_it_must_repeat():
+def test_two_passes_have_no_atomics_where_they_must_repeat():
     kernels = dict(fused_compiled.compiled(Configuration(90, 64, "extrapolated", deterministic=True)))
     for name, kernel in kernels.items():
         assert not re.findall(r"\b(?:atom|red)\.", kernel.asm["ptx"]), name
@@ -159,22 +174,69 @@ def test_slabs_keep_to_their_memory():
     assert slabs(262_144, 64, 0, 0, 128) == (262_144, 64)
 
 
-def causes_on_cuda(case, dtype, monkeypatch, capability=(9, 0), solver=None):
+def reason_on_cuda(case, dtype, monkeypatch, capability=(9, 0), solver=None):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(triton_backend.triton_kernels, "reason", lambda: None)
+    monkeypatch.setattr(triton_passes.triton_ops, "cause", lambda: None)
     network, *_ = case.operands(dtype)
-    return triton_backend.cause(network, torch.device("cuda"), solver)
+    return triton_passes.reason(network, torch.device("cuda"), solver)
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (
+            ("euler", "softplus", None),
+            "Triton's kernels have the activations identity, relu, gelu, gelu_tanh, silu, tanh, got 'softplus'",
+        ),
+        (("heun", "silu", "batch"), "Triton's kernels have the norms None, rms, layer, got 'batch'"),
+        (("midpoint", "silu", "rms"), "Triton's kernels have the schemes euler, heun, got 'midpoint'"),
+    ],
+)
+def test_formulas_that_the_kernels_lack_are_told(monkeypatch, names, reason):
+    assert arguments.reason_against(*names) == reason
+    scheme, activation, norm = names
+    network = replace(Case().operands(torch.float32)[0], scheme=scheme, activation=activation, norm=norm)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton_passes.triton_ops, "cause", lambda: None)
+    assert triton_passes.reason(network, torch.device("cuda"), None) == reason
+
+
+def test_the_kernels_have_every_formula_of_the_library():
+    for scheme, activation, norm in itertools.product(SCHEMES, ACTIVATIONS, NORMS):
+        assert arguments.reason_against(scheme, activation, norm) is None
+
+
+@needs_triton
+@pytest.mark.parametrize("configuration", EVERY_KERNEL, ids=str)
+def test_an_equal_config_finds_the_kernel_that_was_compiled(configuration):
+    first, second = (fused_compiled.launches(configuration) for _ in range(2))
+    assert [launch.key for launch in first] == [launch.key for launch in second]
+    for one, other in zip(first, second, strict=True):
+        assert one.config == other.config
+        assert one.config is not other.config
+        changed = {**one.constants, "CONFIG": replace(one.config, activation="relu")}
+        assert fused_compiled.key_of(one.kernel, one.values, changed, configuration.gpu) != one.key
+
+
+@needs_triton
+@pytest.mark.parametrize("configuration", EVERY_KERNEL, ids=str)
+def test_triton_can_launch_what_it_compiles(configuration):
+    """Triton 3.6 has no launcher for tensor descriptors inside of tuples, and compiles kernels that take them."""
+    for name, kernel in fused_compiled.compiled(configuration):
+        signature = dict(enumerate(kernel.src.signature.values()))
+        launcher = make_launcher(kernel.src.constants, signature, kernel.metadata.tensordesc_meta)
+        assert "cuLaunchKernelEx" in launcher, name
 
 
 def test_what_triton_cannot_compute_is_told(monkeypatch):
-    assert causes_on_cuda(Case(), torch.float32, monkeypatch) is None
-    assert "float64" in causes_on_cuda(Case(), torch.float64, monkeypatch)
-    assert causes_on_cuda(Case(dim=257), torch.float32, monkeypatch) is None
-    assert "capability 8.0, got 7.5" in causes_on_cuda(Case(), torch.float32, monkeypatch, (7, 5))
+    assert reason_on_cuda(Case(), torch.float32, monkeypatch) is None
+    assert "float64" in reason_on_cuda(Case(), torch.float64, monkeypatch)
+    assert reason_on_cuda(Case(dim=257), torch.float32, monkeypatch) is None
+    assert "capability 8.0, got 7.5" in reason_on_cuda(Case(), torch.float32, monkeypatch, (7, 5))
     accelerated = Reverse("step", corrections=2)
-    assert "accelerate" in causes_on_cuda(Case(), torch.float32, monkeypatch, solver=accelerated)
-    assert causes_on_cuda(Case(), torch.float32, monkeypatch, solver=replace(accelerated, accelerate=False)) is None
-    assert causes_on_cuda(Case(dim=257), torch.float32, monkeypatch, solver=accelerated) is None
+    assert "accelerate" in reason_on_cuda(Case(), torch.float32, monkeypatch, solver=accelerated)
+    assert reason_on_cuda(Case(), torch.float32, monkeypatch, solver=replace(accelerated, accelerate=False)) is None
+    assert reason_on_cuda(Case(dim=257), torch.float32, monkeypatch, solver=accelerated) is None
 
 
 def test_products_are_as_precise_as_torch_is_told_by_either_name():
@@ -183,11 +245,11 @@ def test_products_are_as_precise_as_torch_is_told_by_either_name():
     try:
         for value, told in (("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")):
             settings.fp32_precision = value
-            assert triton_backend.precision(torch.float32) == told
-            assert triton_backend.precision(torch.bfloat16) == "ieee"
+            assert triton_passes.precision(torch.float32) == told
+            assert triton_passes.precision(torch.bfloat16) == "ieee"
         for value, told in (("high", "tf32"), ("highest", "ieee")):
             torch.set_float32_matmul_precision(value)
-            assert triton_backend.precision(torch.float32) == told
+            assert triton_passes.precision(torch.float32) == told
     finally:
         torch.set_float32_matmul_precision("highest")
         settings.fp32_precision = before
@@ -206,21 +268,21 @@ def test_no_schedule_is_kept_on_the_device():
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 128), (torch.bfloat16, 256), (torch.float16, 256)])
 def test_wider_rows_than_fit_on_chip_go_layer_by_layer(monkeypatch, dtype, dim):
     on_chip, wide = (Case(dim=width).operands(dtype)[0] for width in (dim, dim + 1))
-    assert not triton_backend.is_wide(on_chip)
-    assert triton_backend.is_wide(wide)
+    assert not triton_passes.is_wide(on_chip)
+    assert triton_passes.is_wide(wide)
     for norm, scheme in ((None, "euler"), ("rms", "heun")):
         is_plain = norm is None and scheme == "euler"
         for gpu in ((8, 0), (8, 9), (9, 0), (10, 0), (11, 0), (12, 0)):
-            assert triton_backend.tiles_for(gpu, dim, dtype.itemsize, is_plain).chunk >= 16
+            assert triton_passes.tiles_for(gpu, dim, dtype.itemsize, is_plain).chunk >= 16
     accelerated = Reverse("step", corrections=2)
-    assert causes_on_cuda(Case(dim=dim + 1), dtype, monkeypatch, solver=accelerated) is None
-    assert "accelerate" in causes_on_cuda(Case(dim=dim), dtype, monkeypatch, solver=accelerated)
+    assert reason_on_cuda(Case(dim=dim + 1), dtype, monkeypatch, solver=accelerated) is None
+    assert "accelerate" in reason_on_cuda(Case(dim=dim), dtype, monkeypatch, solver=accelerated)
 
 
 def test_auto_takes_triton_where_it_runs_and_torch_elsewhere(monkeypatch):
     network, x, _ = Case().operands(torch.float32)
-    assert backend.chosen("here", "auto", network, x, None).__name__.endswith("torch_backend")
-    monkeypatch.setattr(triton_backend.triton_kernels, "reason", lambda: None)
-    assert backend.chosen("here", "auto", network, x.to("meta"), None).__name__.endswith("torch_backend")
-    monkeypatch.setattr(backend, "_cause", lambda name, *_: "no" if name == "cuda" else None)
-    assert backend.chosen("here", "auto", network, x, None).__name__.endswith("triton_backend")
+    assert selection.chosen("here", "auto", network, x, None) is reference
+    monkeypatch.setattr(triton_passes.triton_ops, "cause", lambda: None)
+    assert selection.chosen("here", "auto", network, x.to("meta"), None) is reference
+    monkeypatch.setattr(selection, "_cause", lambda name, *_: "no" if name == "cuda" else None)
+    assert selection.chosen("here", "auto", network, x, None) is triton_passes

@@ -12,7 +12,7 @@ import torch
 from resode_cuda.fused.op import PARAMETERS
 from resode_cuda.fused.reference import passes as reference
 from resode_cuda.fused.signature import SavedStates, Wanted
-from resode_cuda.fused.triton import passes as triton_backend
+from resode_cuda.fused.triton import passes as triton_passes
 from resode_cuda.reverse import PRESETS, Reverse
 from tests.support.stepped_network import SteppedNetwork
 
@@ -84,9 +84,13 @@ CASES = [
 ]
 
 
-def prefer_fused(monkeypatch):
+def prefer_one_pass(monkeypatch):
     """Triton's adjoint then adds gradients up in its state pass, except where a case is to be split."""
-    monkeypatch.setattr(triton_backend, "form", lambda network, rows, device: triton_backend.forms(network, device)[-1])
+
+    def last(network, rows, device):
+        return triton_passes.gradient_forms(network, device)[-1]
+
+    monkeypatch.setattr(triton_passes, "gradient_form", last)
 
 
 def moved(network, dtype, device):
@@ -127,7 +131,7 @@ def check(backend, case, dtype, device="cpu"):
     copies = [tensor.clone() for tensor in inputs]
     there = moved(network, dtype, device)
     before = torch.are_deterministic_algorithms_enabled()
-    # Besides choosing the split form, it fills memory that is not initialised with NaN.
+    # Besides choosing two passes, it fills memory that is not initialised with NaN.
     torch.use_deterministic_algorithms(case.is_split)
     try:
         results = results_of(backend, case, there, *inputs[:2], SavedStates(*inputs[2:]))

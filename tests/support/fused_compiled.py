@@ -18,11 +18,15 @@ from tempfile import TemporaryDirectory
 from unittest import mock
 
 import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
 
 from resode_cuda.fused.network import Network
-from resode_cuda.fused.triton import passes as triton_backend
+from resode_cuda.fused.triton import passes as triton_passes
+from resode_cuda.ops import triton as triton_ops
 from resode_cuda.reverse import PRESETS, Reverse
-from tests.support.triton_compiled import compiling, resources
+from tests.support.triton_compiled import PROGRAMS, compiling, resources
 
 BUDGET = Path(__file__).parents[1] / "budgets" / "fused.json"
 GPUS = (80, 90, 100)
@@ -45,17 +49,64 @@ class Configuration:
     norm: str | None = None
     dtype: torch.dtype = torch.bfloat16
     deterministic: bool = False
-    form: str = "split"
+    gradient_form: str = "two_pass"
 
     def __str__(self):
         dtype = str(self.dtype).removeprefix("torch.")
         parts = [f"sm_{self.gpu}", str(self.dim), self.reverse, self.scheme, self.activation, self.norm, dtype]
-        parts += [self.form if self.form != "split" else None, "deterministic" if self.deterministic else None]
+        parts += [
+            self.gradient_form if self.gradient_form != "two_pass" else None,
+            "deterministic" if self.deterministic else None,
+        ]
         return "-".join([part for part in parts if part])
 
 
 def compiled(configuration):
     """Name and kernel of each launch."""
+    with compiling(configuration.gpu) as kernels:
+        names = _train(configuration)
+    return list(zip(names, kernels, strict=True))
+
+
+@dataclass
+class Launch:
+    """What a kernel would be launched with. key: what Triton would look it up by among those that it has compiled."""
+
+    kernel: JITFunction
+    values: tuple
+    constants: dict
+    key: str
+
+    @property
+    def config(self):
+        return self.constants["CONFIG"]
+
+
+def launches(configuration):
+    """The launches themselves."""
+    found = []
+
+    def run(self, *args, grid, warmup, **kwargs):
+        found.append(Launch(self, args, kwargs, key_of(self, args, kwargs, configuration.gpu)))
+
+    with mock.patch.object(JITFunction, "run", run):
+        _train(configuration)
+    return found
+
+
+def key_of(kernel, values, constants, gpu):
+    backend = make_backend(GPUTarget("cuda", gpu, 32))
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    _, specialization, options = binder(*values, **constants)
+    return compute_cache_key(_KEYS, specialization, options)
+
+
+_KEYS = {}
+"""Triton's own first look: by hash and equality of all that a kernel is specialised on."""
+
+
+def _train(configuration):
+    """Launch a training step's kernels, by `JITFunction.run`; their names."""
     c = configuration
     steps, rows, hidden = STEPS, 256, SIZES[c.dim]
     layers = steps + (c.scheme == "heun")
@@ -73,21 +124,21 @@ def compiled(configuration):
     torch.use_deterministic_algorithms(c.deterministic)
     try:
         with (
-            compiling(c.gpu) as kernels,
-            mock.patch.object(triton_backend, "capability_of", return_value=divmod(c.gpu, 10)),
-            mock.patch.object(triton_backend, "form", return_value=c.form),
-            mock.patch("triton.runtime.jit.JITFunction.__getitem__", getitem),
+            mock.patch.object(triton_passes, "capability_of", return_value=divmod(c.gpu, 10)),
+            mock.patch.object(triton_passes, "gradient_form", return_value=c.gradient_form),
+            mock.patch.object(triton_ops, "most_programs", return_value=PROGRAMS),
+            mock.patch.object(JITFunction, "__getitem__", getitem),
         ):
             if c.reverse == "checkpoint":
-                triton_backend.exact_adjoint(network, x, x, True)
+                triton_passes.exact_adjoint(network, x, x, True)
             else:
                 solver: Reverse = PRESETS[c.reverse]
                 kept = 2 if solver.extrapolates else 0
-                states = triton_backend.forward(network, x, kept, None)
-                triton_backend.adjoint(network, solver, None, x, *states, True, False)
+                states = triton_passes.forward(network, x, kept, None)
+                triton_passes.adjoint(network, solver, None, x, *states, True, False)
     finally:
         torch.use_deterministic_algorithms(before)
-    return list(zip(names, kernels, strict=True))
+    return names
 
 
 def used_by(configuration):
@@ -100,7 +151,7 @@ def _tested():
         yield Configuration(gpu, dim, "extrapolated")
         yield Configuration(gpu, dim, "checkpoint")
     for gpu, dim in itertools.product(GPUS[1:], (16, 64)):
-        yield Configuration(gpu, dim, "extrapolated", form="fused")
+        yield Configuration(gpu, dim, "extrapolated", gradient_form="one_pass")
     for dim in (64, 128):
         yield Configuration(120, dim, "extrapolated")
     for gpu in (86, 120):  # with the least shared memory

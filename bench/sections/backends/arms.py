@@ -12,7 +12,7 @@ from resode_cuda import ResidualMLP
 from resode_cuda.fused.selection import NAMES
 
 from ...harness.arms import NO_TIME, Arm, described, take_turns
-from ...harness.mlp_networks import Batches, Size, fused_step, step_by, taken, triton_forms, unusable
+from ...harness.mlp_networks import Batches, Size, fused_step, step_by, taken, triton_gradient_forms, unusable
 from ...harness.timing import clock_of
 from ...options import Options
 
@@ -42,7 +42,9 @@ def usable(mlp: ResidualMLP, mode: str) -> list[str]:
 def backend_arms(mlp: ResidualMLP, batches: Batches, rows: int) -> list[Arm]:
     """A step by each backend that can run, in each of its forms, and by what "auto" takes."""
     names = [
-        name for backend in usable(mlp, MODE) for name in (triton_forms(mlp) if backend == "triton" else [backend])
+        name
+        for backend in usable(mlp, MODE)
+        for name in (triton_gradient_forms(mlp) if backend == "triton" else [backend])
     ]
     arms = [Arm("fused", MODE, batches.on_current(step_by(mlp, MODE, name)), name) for name in names]
     auto = batches.on_current(fused_step(mlp, MODE, "auto"))

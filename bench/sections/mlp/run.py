@@ -36,7 +36,7 @@ from ...harness.mlp_networks import (
     peak_bytes,
     step_by,
     taken,
-    triton_forms,
+    triton_gradient_forms,
 )
 from ...harness.modes import BASELINE, MODES
 from ...harness.timing import clock_of, ratios
@@ -164,7 +164,7 @@ def _arms(job: Job, mlp: ResidualMLP, batches: Batches, compiler: str, size: int
     if taken(mlp, "extrapolated", job.rows).startswith("triton"):
         arms += [
             Arm("fused", f"extrapolated, {name}", on_current(step_by(mlp, "extrapolated", name)), name)
-            for name in triton_forms(mlp)
+            for name in triton_gradient_forms(mlp)
             if name != taken(mlp, "extrapolated", job.rows)
         ]
     arms += [Arm("eager", mode, on_current(layers.step(mode))) for mode in PLAIN]

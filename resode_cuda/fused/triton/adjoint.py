@@ -1,150 +1,116 @@
-"""The depth-fused adjoint that rebuilds the states, by Triton; `triton_tile.py` says how memory is laid out.
+"""The depth-fused adjoint that rebuilds the states, by Triton; `memory.py` says how memory is laid out.
 
     from x_last and g_last to x_first and g_first over a range of steps
 
 y, where a step's product is taken, is the reverse step or x_{n+1} less the increment expected, a d1 - b d2, of which d1
-and d2 are those of the two steps behind. The last two steps are predicted by the increments that the forward pass has
-kept, d2 with a = 0 and b = -1. Increments are held in the parameters' dtype: y is rounded to that anyway.
-Must match `torch_backend.adjoint`.
+and d2 are those of the next two steps. The last two steps are predicted by the increments that the forward pass has
+saved, d2 with a = 0 and b = -1. Increments are held in the parameters' dtype: y is rounded to that anyway.
+Must match `adjoint` of `reference/passes.py`.
 """
 
 import triton
 import triton.language as tl
 
+from .arguments import Boundary, Gradients, Scratch, Weights
 from .forward import add_increment
-from .layer import add_layer, normalize, pull_layer, rounded
-from .memory import inside_of, keep, load_tile, store_tile
+from .layer import add_layer, layer_vjp, normalize, rounded
+from .memory import inside_of, load_tile, store_scratch, store_tile
 
 
 @triton.jit(
-    do_not_specialize=["count", "rows", "d_last_rows", "scratch_rows", "first", "last", "steps", "anchors"],
+    do_not_specialize=["count", "anchored_rows", "increments_rows", "scratch_rows", "first", "last", "steps", "anchors"]
 )
 def adjoint_kernel(
-    x_last: tl.tensor,
-    g_last: tl.tensor,
-    d_last: tl.tensor,
-    x_first: tl.tensor,
-    g_first: tl.tensor,
-    d_first: tl.tensor,
+    boundary: Boundary,
     anchored: tl.tensor,
-    norms: tl.tensor,
-    us: tl.tensor,
-    cs: tl.tensor,
-    dw1: tl.tensor,
+    squares: tl.tensor,
+    scratch: Scratch,
+    dw1: tl.tensor_descriptor,
     db1: tl.tensor,
-    dw2: tl.tensor,
+    dw2: tl.tensor_descriptor,
     db2: tl.tensor,
     schedule: tl.tensor,
     w1: tl.tensor_descriptor,
     b1: tl.tensor,
     w2: tl.tensor_descriptor,
     b2: tl.tensor,
+    hidden: tl.int32,
     count: tl.int64,
-    rows: tl.int64,
-    d_last_rows: tl.int64,
+    anchored_rows: tl.int64,
+    increments_rows: tl.int64,
     scratch_rows: tl.int64,
     first: tl.int32,
     last: tl.int32,
     steps: tl.int32,
     anchors: tl.int32,
-    HIDDEN: tl.int32,
-    EXTRAPOLATES: tl.constexpr,
-    CORRECTIONS: tl.constexpr,
-    REUSES: tl.constexpr,
-    FUSED: tl.constexpr,
-    HEUN: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    NORM: tl.constexpr,
-    EPSILON: tl.constexpr,
-    DIM: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    C: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SCALE_FIRST: tl.constexpr,
+    SOLVER: tl.constexpr,
+    CONFIG: tl.constexpr,
 ) -> None:
-    """A tile per program, of `count` rows, over the steps from last - 1 down to first.
+    """Take a tile per program, of `count` rows, through the steps from last - 1 down to first, by a `Reverse` solver.
 
-    d_last, d_first: d2 and d1 before and after the range, d_last_rows and count rows apart; those that the forward pass
-    has kept stand newest first. anchored: its states are `rows` apart. x_first, d_first: None where nobody goes on from
-    there.
+    Increments come `increments_rows` rows apart, d2 before d1, those that the forward pass has saved newest first, and
+    leave `count` rows apart; anchored states are `anchored_rows` apart. Gradients are added to if dw1 is there, and u
+    and c go to scratch memory if that is.
     """
+    weights = Weights(w1, b1, w2, b2, hidden)
+    gradients = Gradients(dw1, db1, dw2, db2)
     tile = tl.program_id(0).to(tl.int64)
-    row = tile * ROWS
-    inside = inside_of(row, count, DIM, ROWS, D)
-    x = load_tile(x_last, row, inside, DIM, ROWS, D)
-    g = load_tile(g_last, row, inside, DIM, ROWS, D)
-    if EXTRAPOLATES:
-        d2 = rounded(load_tile(d_last, row, inside, DIM, ROWS, D), w1)
-        d1 = rounded(load_tile(d_last + d_last_rows * DIM, row, inside, DIM, ROWS, D), w1)
+    row = tile * CONFIG.rows
+    inside = inside_of(row, count, CONFIG)
+    x = load_tile(boundary.x_last, row, inside, CONFIG)
+    g = load_tile(boundary.g_last, row, inside, CONFIG)
+    if SOLVER.extrapolates:
+        increments = boundary.increments_in
+        d2 = rounded(load_tile(increments, row, inside, CONFIG), weights)
+        d1 = rounded(load_tile(increments + increments_rows * CONFIG.dim, row, inside, CONFIG), weights)
     for i in range(last - first):
         n = last - 1 - i
         h = tl.load(schedule + 3 * n)
-        if EXTRAPOLATES:
+        if SOLVER.extrapolates:
             a, b = tl.load(schedule + 3 * n + 1), tl.load(schedule + 3 * n + 2)
             y = x - (a * d1.to(tl.float32) - b * d2.to(tl.float32))
-        elif HEUN:
-            y = add_increment(
-                *(x, x, -h, 1, n + 1, n, w1, b1, w2, b2, HIDDEN, HEUN, ACTIVATION, NORM, EPSILON),
-                *(DIM, D, C, STAGES, PRECISION, SCALE_FIRST),
-            )
+        elif CONFIG.is_heun:
+            y = add_increment(x, x, -h, 1, n + 1, n, weights, CONFIG)
         else:
-            y = add_layer(
-                *(x, x, -h, n, w1, b1, w2, b2, HIDDEN, ACTIVATION, NORM, EPSILON),
-                *(DIM, D, C, STAGES, PRECISION, SCALE_FIRST),
-            )
-        for _ in range(CORRECTIONS):
-            y = add_increment(
-                *(x, y, h, -1, n, n + 1, w1, b1, w2, b2, HIDDEN, HEUN, ACTIVATION, NORM, EPSILON),
-                *(DIM, D, C, STAGES, PRECISION, SCALE_FIRST),
-            )
+            y = add_layer(x, x, -h, n, weights, CONFIG)
+        for _ in range(SOLVER.corrections):
+            y = add_increment(x, y, h, -1, n, n + 1, weights, CONFIG)
         if anchored is not None:
             is_anchored = n % anchors == 0
-            exact = load_tile(anchored + (n // anchors) * rows * DIM, row, inside & is_anchored, DIM, ROWS, D)
-            y = tl.where(is_anchored, exact, y)
+            at = anchored + (n // anchors) * anchored_rows * CONFIG.dim
+            y = tl.where(is_anchored, load_tile(at, row, inside & is_anchored, CONFIG), y)
         # Rows beyond the end must stay finite: their cotangents are zero.
         y = tl.where(inside, y, 0)
 
         p = tl.zeros_like(x)
-        if HEUN:
-            middle = add_layer(
-                *(y, y, h, n, w1, b1, w2, b2, HIDDEN, ACTIVATION, NORM, EPSILON),
-                *(DIM, D, C, STAGES, PRECISION, SCALE_FIRST),
-            )
-            if REUSES:
+        if CONFIG.is_heun:
+            middle = add_layer(y, y, h, n, weights, CONFIG)
+            if SOLVER.reuse:
                 p = 0.5 * (middle - y)
-            u, r = normalize(middle, NORM, DIM, D, EPSILON)
-            u, c = rounded(u, w1), rounded(g, w1)
-            if us is not None:
-                keep(us, u, 2 * (n - first) + 1, row, scratch_rows, ROWS, D)
-                keep(cs, c, 2 * (n - first) + 1, row, scratch_rows, ROWS, D)
+            u, r = normalize(middle, CONFIG)
+            u, c = rounded(u, weights), rounded(g, weights)
+            if scratch.layer_inputs is not None:
+                store_scratch(scratch.layer_inputs, u, 2 * (n - first) + 1, row, scratch_rows, CONFIG)
+                store_scratch(scratch.cotangents, c, 2 * (n - first) + 1, row, scratch_rows, CONFIG)
             # (h/2) (df_{n+1}/dx)^T g
-            through, p = pull_layer(
-                *(tl.zeros_like(g), p, u, r, c, 0.5 * h, n + 1, w1, b1, w2, b2, dw1, db1, dw2, db2, HIDDEN),
-                *(REUSES, FUSED, ACTIVATION, NORM, DIM, D, C, STAGES, PRECISION, SCALE_FIRST),
+            through, p = layer_vjp(
+                tl.zeros_like(g), p, u, r, c, 0.5 * h, n + 1, weights, gradients, SOLVER.reuse, CONFIG
             )
-            u, r = normalize(y, NORM, DIM, D, EPSILON)
-            u, c = rounded(u, w1), rounded(g + 2 * through, w1)
-            if us is not None:
-                keep(us, u, 2 * (n - first), row, scratch_rows, ROWS, D)
-                keep(cs, c, 2 * (n - first), row, scratch_rows, ROWS, D)
-            g, p = pull_layer(
-                *(g + through, p, u, r, c, 0.5 * h, n, w1, b1, w2, b2, dw1, db1, dw2, db2, HIDDEN),
-                *(False, FUSED, ACTIVATION, NORM, DIM, D, C, STAGES, PRECISION, SCALE_FIRST),
-            )
+            u, r = normalize(y, CONFIG)
+            u, c = rounded(u, weights), rounded(g + 2 * through, weights)
+            if scratch.layer_inputs is not None:
+                store_scratch(scratch.layer_inputs, u, 2 * (n - first), row, scratch_rows, CONFIG)
+                store_scratch(scratch.cotangents, c, 2 * (n - first), row, scratch_rows, CONFIG)
+            g, p = layer_vjp(g + through, p, u, r, c, 0.5 * h, n, weights, gradients, False, CONFIG)
         else:
-            u, r = normalize(y, NORM, DIM, D, EPSILON)
-            u, c = rounded(u, w1), rounded(g, w1)
-            if us is not None:
-                keep(us, u, n - first, row, scratch_rows, ROWS, D)
-                keep(cs, c, n - first, row, scratch_rows, ROWS, D)
-            g, p = pull_layer(
-                *(g, p, u, r, c, h, n, w1, b1, w2, b2, dw1, db1, dw2, db2, HIDDEN),
-                *(REUSES, FUSED, ACTIVATION, NORM, DIM, D, C, STAGES, PRECISION, SCALE_FIRST),
-            )
+            u, r = normalize(y, CONFIG)
+            u, c = rounded(u, weights), rounded(g, weights)
+            if scratch.layer_inputs is not None:
+                store_scratch(scratch.layer_inputs, u, n - first, row, scratch_rows, CONFIG)
+                store_scratch(scratch.cotangents, c, n - first, row, scratch_rows, CONFIG)
+            g, p = layer_vjp(g, p, u, r, c, h, n, weights, gradients, SOLVER.reuse, CONFIG)
 
-        if REUSES:
+        if SOLVER.reuse:
             x = x - p
         else:
             x = y
@@ -152,19 +118,19 @@ def adjoint_kernel(
         if anchored is not None:
             x = tl.where(is_anchored, y, x)
             measured = inside & (n % anchors != 0)
-        if REUSES and EXTRAPOLATES:
+        if SOLVER.reuse and SOLVER.extrapolates:
             d2 = d1
-            d1 = rounded(p, w1)
-        place = norms + (tile * steps + n) * 2
-        if REUSES:
+            d1 = rounded(p, weights)
+        at_step = squares + (tile * steps + n) * 2
+        if SOLVER.reuse:
             e = tl.where(measured, y - x, 0)
-            tl.store(place, tl.sum(e * e))
+            tl.store(at_step, tl.sum(e * e))
         x_measured = tl.where(measured, x, 0)
-        tl.store(place + 1, tl.sum(x_measured * x_measured))
-    store_tile(g_first, g, row, inside, DIM, ROWS, D)
-    if x_first is not None:
-        store_tile(x_first, x, row, inside, DIM, ROWS, D)
-    if EXTRAPOLATES:
-        if d_first is not None:
-            store_tile(d_first, d2, row, inside, DIM, ROWS, D)
-            store_tile(d_first + count * DIM, d1, row, inside, DIM, ROWS, D)
+        tl.store(at_step + 1, tl.sum(x_measured * x_measured))
+    store_tile(boundary.g_first, g, row, inside, CONFIG)
+    if boundary.x_first is not None:
+        store_tile(boundary.x_first, x, row, inside, CONFIG)
+    if SOLVER.extrapolates:
+        if boundary.increments_out is not None:
+            store_tile(boundary.increments_out, d2, row, inside, CONFIG)
+            store_tile(boundary.increments_out + count * CONFIG.dim, d1, row, inside, CONFIG)

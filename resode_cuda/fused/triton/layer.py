@@ -2,26 +2,22 @@
 
     f(x) = W2 s(W1 u + b1) + b2,  u = norm(x)
 
-A tile has ROWS rows. States x, adjoints g and sums of products are float32 in registers, [ROWS, D]; operands of matrix
-products are rounded to the parameters' dtype. The hidden dimension is walked through in chunks of C: a chunk of W1,
-[C, D], and one of W2, [D, C], come by descriptor, on GPUs before 9.0 by pointer, and the compiler runs these loads
-ahead of the products. D is dim, padded to a power of two, hidden is padded to a multiple of C, both with zeros, which
-every activation maps to zero.
+Capital letters are as in `memory.py`: a tile has ROWS rows. States x, adjoints g and sums of products are float32 in
+registers, [ROWS, D]; operands of matrix products are rounded to the parameters' dtype. The hidden dimension is walked
+through in chunks of C: a chunk of W1, [C, D], and one of W2, [D, C], come by descriptor, on GPUs before 9.0 by pointer,
+and the compiler runs these loads ahead of the products. D is dim, padded to a power of two, hidden is padded to a
+multiple of C, both with zeros, which every activation maps to zero.
 
 Products are scaled by h before they are rounded, so that the residual update is the accumulator of the matrix product;
-in float16, which would lose small ones, after it (SCALE_FIRST).
+in float16, which would lose small ones, after it (CONFIG.scales_first).
 
-Must match `tile.Tile`.
+Must match `Tile` of `reference/tile.py`.
 """
 
 import triton
 import triton.language as tl
 
-
-@triton.constexpr_function
-def _has_mean(NORM: str) -> bool:
-    return NORM == "layer"
-
+from .arguments import Activated, Gradients, Weights
 
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -61,165 +57,131 @@ def tanh(z: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def activate(z: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
-    """(s(z), s'(z)); the compiler drops what is not used."""
-    if ACTIVATION == "identity":
-        return z, tl.full(z.shape, 1, z.dtype)
-    elif ACTIVATION == "relu":
-        return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL), tl.where(z <= 0, 0.0, 1.0)  # NaN goes through
-    elif ACTIVATION == "gelu":
+def activate(z: tl.tensor, CONFIG: tl.constexpr) -> Activated:
+    """s(z) and s'(z) of CONFIG.activation, one of `arguments.ACTIVATIONS`; the compiler drops what is not used."""
+    if CONFIG.activation == "identity":
+        return Activated(z, tl.full(z.shape, 1, z.dtype))
+    elif CONFIG.activation == "relu":
+        # NaN goes through.
+        return Activated(tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL), tl.where(z <= 0, 0.0, 1.0))
+    elif CONFIG.activation == "gelu":
         probability = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
         density = 0.3989422804014327 * exponential(-0.5 * z * z)
-        return z * probability, probability + z * density
-    elif ACTIVATION == "gelu_tanh":
+        return Activated(z * probability, probability + z * density)
+    elif CONFIG.activation == "gelu_tanh":
         # (1 + tanh(v)) / 2 = sigmoid(2 v),  v = sqrt(2 / pi) (z + 0.044715 z^3)
         square = z * z
         p = sigmoid(1.5957691216057308 * z * (1 + 0.044715 * square))
-        return z * p, p + z * p * (1 - p) * (1.5957691216057308 * (1 + 0.134145 * square))
-    elif ACTIVATION == "silu":
+        return Activated(z * p, p + z * p * (1 - p) * (1.5957691216057308 * (1 + 0.134145 * square)))
+    elif CONFIG.activation == "silu":
         p = sigmoid(z)
-        return z * p, p + z * p * (1 - p)
+        return Activated(z * p, p + z * p * (1 - p))
     else:
-        tl.static_assert(ACTIVATION == "tanh")
+        tl.static_assert(CONFIG.activation == "tanh", "activate lacks a name of arguments.ACTIVATIONS; add its formula")
         a = tanh(z)
-        return a, 1 - a * a
+        return Activated(a, 1 - a * a)
 
 
 @triton.jit
-def normalize(x: tl.tensor, NORM: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, EPSILON: tl.constexpr) -> tl.tensor:
+def normalize(x: tl.tensor, CONFIG: tl.constexpr) -> tl.tensor:
     """(u, r) of `norms.py`, r of shape [ROWS]; without a norm (x, 0). Padding stays zero."""
-    if NORM is None:
+    if CONFIG.norm is None:
         return x, tl.zeros([x.shape[0]], tl.float32)
     else:
-        if NORM == "layer":
-            x = x - (tl.sum(x, 1) / DIM)[:, None]
-            if DIM < D:
-                x = tl.where(tl.arange(0, D)[None, :] < DIM, x, 0)
-        r = tl.rsqrt(tl.sum(x * x, 1) / DIM + EPSILON)
+        if CONFIG.norm == "layer":
+            x = without_mean(x, CONFIG)
+        r = tl.rsqrt(tl.sum(x * x, 1) / CONFIG.dim + CONFIG.epsilon)
         return x * r[:, None], r
 
 
 @triton.jit
-def pull_back(
-    c: tl.tensor, u: tl.tensor, r: tl.tensor, NORM: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr
-) -> tl.tensor:
+def norm_vjp(c: tl.tensor, u: tl.tensor, r: tl.tensor, CONFIG: tl.constexpr) -> tl.tensor:
     """The cotangent of x from c, that of u. Padding of c is zero, and stays so."""
-    along = tl.sum(c * u, 1) / DIM
-    if NORM == "layer":
-        c = c - (tl.sum(c, 1) / DIM)[:, None]
-        if DIM < D:
-            c = tl.where(tl.arange(0, D)[None, :] < DIM, c, 0)
+    along = tl.sum(c * u, 1) / CONFIG.dim
+    if CONFIG.norm == "layer":
+        c = without_mean(c, CONFIG)
     return (c - u * along[:, None]) * r[:, None]
 
 
 @triton.jit
-def load_w1(
-    w1: tl.tensor_descriptor, layer: tl.tensor, j: tl.tensor, HIDDEN: tl.tensor, D: tl.constexpr, C: tl.constexpr
-) -> tl.tensor:
-    """W1 [C, D] of a chunk; w1 is a descriptor, or a pointer where there is no copy engine to use it."""
-    if isinstance(w1, tl.tensor_descriptor):
-        return w1.load([layer * HIDDEN + j, 0])
-    else:
-        start = (tl.full([], layer, tl.int64) * HIDDEN + j) * D
-        return tl.load(w1 + start + (tl.arange(0, C)[:, None] * D + tl.arange(0, D)[None, :]))
+def without_mean(x: tl.tensor, CONFIG: tl.constexpr) -> tl.tensor:
+    """Each row less its mean. Padding stays zero."""
+    x = x - (tl.sum(x, 1) / CONFIG.dim)[:, None]
+    if CONFIG.dim < CONFIG.padded_dim:
+        x = tl.where(tl.arange(0, CONFIG.padded_dim)[None, :] < CONFIG.dim, x, 0)
+    return x
 
 
 @triton.jit
-def load_w2(
-    w2: tl.tensor_descriptor, layer: tl.tensor, j: tl.tensor, HIDDEN: tl.tensor, D: tl.constexpr, C: tl.constexpr
-) -> tl.tensor:
-    """W2 [D, C] of a chunk, as `load_w1`."""
-    if isinstance(w2, tl.tensor_descriptor):
-        return w2.load([layer * D, j])
+def load_w1(weights: Weights, layer: tl.tensor, j: tl.tensor, CONFIG: tl.constexpr) -> tl.tensor:
+    """W1 [C, D] of a layer's chunk from j on."""
+    if isinstance(weights.w1, tl.tensor_descriptor):
+        return weights.w1.load([layer * weights.hidden + j, 0])
     else:
-        start = tl.full([], layer, tl.int64) * D * HIDDEN + j
-        return tl.load(w2 + start + (tl.arange(0, D)[:, None] * HIDDEN + tl.arange(0, C)[None, :]))
+        D: tl.constexpr = CONFIG.padded_dim
+        start = (tl.full([], layer, tl.int64) * weights.hidden + j) * D
+        return tl.load(weights.w1 + start + (tl.arange(0, CONFIG.chunk)[:, None] * D + tl.arange(0, D)[None, :]))
 
 
 @triton.jit
-def rounded(x: tl.tensor, w: tl.tensor_descriptor) -> tl.tensor:
-    """In the dtype of weights."""
-    if isinstance(w, tl.tensor_descriptor):
-        return x.to(w.dtype)
+def load_w2(weights: Weights, layer: tl.tensor, j: tl.tensor, CONFIG: tl.constexpr) -> tl.tensor:
+    """W2 [D, C] of a layer's chunk from j on."""
+    if isinstance(weights.w2, tl.tensor_descriptor):
+        return weights.w2.load([layer * CONFIG.padded_dim, j])
     else:
-        return x.to(w.dtype.element_ty)
+        D: tl.constexpr = CONFIG.padded_dim
+        start = tl.full([], layer, tl.int64) * D * weights.hidden + j
+        C: tl.constexpr = CONFIG.chunk
+        return tl.load(weights.w2 + start + (tl.arange(0, D)[:, None] * weights.hidden + tl.arange(0, C)[None, :]))
 
 
 @triton.jit
-def hidden(
-    u: tl.tensor, w1: tl.tensor, b1: tl.tensor, at: tl.tensor, C: tl.constexpr, PRECISION: tl.constexpr
+def rounded(x: tl.tensor, weights: Weights) -> tl.tensor:
+    """x in the dtype of the weights."""
+    if isinstance(weights.w1, tl.tensor_descriptor):
+        return x.to(weights.w1.dtype)
+    else:
+        return x.to(weights.w1.dtype.element_ty)
+
+
+@triton.jit
+def preactivation(
+    u: tl.tensor, w1_chunk: tl.tensor, weights: Weights, layer: tl.tensor, j: tl.tensor, CONFIG: tl.constexpr
 ) -> tl.tensor:
-    """z of a chunk, W1 u + b1."""
-    z = tl.dot(u, w1.T, input_precision=PRECISION)
-    if b1 is not None:
-        z += tl.load(b1 + at + tl.arange(0, C)).to(tl.float32)[None, :]
+    """z = W1 u + b1 of a layer's chunk from j on."""
+    unit = layer * weights.hidden + j
+    z = tl.dot(u, w1_chunk.T, input_precision=CONFIG.precision)
+    if weights.b1 is not None:
+        z += tl.load(weights.b1 + unit + tl.arange(0, CONFIG.chunk)).to(tl.float32)[None, :]
     return z
 
 
 @triton.jit
 def add_layer(
-    acc: tl.tensor,
-    x: tl.tensor,
-    scale: tl.tensor,
-    layer: tl.tensor,
-    w1: tl.tensor_descriptor,
-    b1: tl.tensor,
-    w2: tl.tensor_descriptor,
-    b2: tl.tensor,
-    HIDDEN: tl.tensor,
-    ACTIVATION: tl.constexpr,
-    NORM: tl.constexpr,
-    EPSILON: tl.constexpr,
-    DIM: tl.constexpr,
-    D: tl.constexpr,
-    C: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SCALE_FIRST: tl.constexpr,
+    acc: tl.tensor, x: tl.tensor, scale: tl.tensor, layer: tl.tensor, weights: Weights, CONFIG: tl.constexpr
 ) -> tl.tensor:
     """acc + scale f(x)."""
-    u = rounded(normalize(x, NORM, DIM, D, EPSILON)[0], w1)
-    return add_layer_at(acc, u, scale, layer, w1, b1, w2, b2, HIDDEN, ACTIVATION, D, C, STAGES, PRECISION, SCALE_FIRST)
-
-
-@triton.jit
-def add_layer_at(
-    acc: tl.tensor,
-    u: tl.tensor,
-    scale: tl.tensor,
-    layer: tl.tensor,
-    w1: tl.tensor_descriptor,
-    b1: tl.tensor,
-    w2: tl.tensor_descriptor,
-    b2: tl.tensor,
-    HIDDEN: tl.tensor,
-    ACTIVATION: tl.constexpr,
-    D: tl.constexpr,
-    C: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SCALE_FIRST: tl.constexpr,
-) -> tl.tensor:
-    """acc + scale f(x), given u."""
-    if SCALE_FIRST:
+    u = rounded(normalize(x, CONFIG)[0], weights)
+    if CONFIG.scales_first:
         total = acc
     else:
         total = tl.zeros_like(acc)
-    for c in tl.range(0, HIDDEN, C, num_stages=STAGES):
-        w1_chunk = load_w1(w1, layer, c, HIDDEN, D, C)
-        w2_chunk = load_w2(w2, layer, c, HIDDEN, D, C)
-        a = activate(hidden(u, w1_chunk, b1, layer * HIDDEN + c, C, PRECISION), ACTIVATION)[0]
-        if SCALE_FIRST:
+    for j in tl.range(0, weights.hidden, CONFIG.chunk, num_stages=CONFIG.stages):
+        w1_chunk = load_w1(weights, layer, j, CONFIG)
+        w2_chunk = load_w2(weights, layer, j, CONFIG)
+        a = activate(preactivation(u, w1_chunk, weights, layer, j, CONFIG), CONFIG).value
+        if CONFIG.scales_first:
             a = a * scale
-        total = tl.dot(rounded(a, w2), w2_chunk.T, total, input_precision=PRECISION)
-    if b2 is not None:
-        bias = tl.load(b2 + layer * D + tl.arange(0, D)).to(tl.float32)[None, :]
-        total += scale * bias if SCALE_FIRST else bias
-    return total if SCALE_FIRST else acc + scale * total
+        total = tl.dot(rounded(a, weights), w2_chunk.T, total, input_precision=CONFIG.precision)
+    if weights.b2 is not None:
+        D: tl.constexpr = CONFIG.padded_dim
+        bias = tl.load(weights.b2 + layer * D + tl.arange(0, D)).to(tl.float32)[None, :]
+        total += scale * bias if CONFIG.scales_first else bias
+    return total if CONFIG.scales_first else acc + scale * total
 
 
 @triton.jit
-def pull_layer(
+def layer_vjp(
     g: tl.tensor,
     p: tl.tensor,
     u: tl.tensor,
@@ -227,73 +189,61 @@ def pull_layer(
     c: tl.tensor,
     scale: tl.tensor,
     layer: tl.tensor,
-    w1: tl.tensor_descriptor,
-    b1: tl.tensor,
-    w2: tl.tensor_descriptor,
-    b2: tl.tensor,
-    dw1: tl.tensor,
-    db1: tl.tensor,
-    dw2: tl.tensor,
-    db2: tl.tensor,
-    HIDDEN: tl.tensor,
+    weights: Weights,
+    gradients: Gradients,
     WITH_P: tl.constexpr,
-    FUSED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    NORM: tl.constexpr,
-    DIM: tl.constexpr,
-    D: tl.constexpr,
-    C: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SCALE_FIRST: tl.constexpr,
+    CONFIG: tl.constexpr,
 ) -> tl.tensor:
     """(g + scale (df/dx)^T c, p + scale f(x)), given u and r of x, sharing what they compute.
 
-    u and c are in the parameters' dtype. p is returned as it is unless WITH_P. With FUSED the layer's gradients, times
-    scale, are added to memory, those of W1 (transposed) and W2 by the copy engine, chunk by chunk.
+    u and c are in the parameters' dtype. p is returned as it is unless WITH_P. If gradients are there, the layer's
+    products, times scale, are added to memory, those of W1 and W2 by the copy engine, chunk by chunk.
     """
-    if SCALE_FIRST:
+    D: tl.constexpr = CONFIG.padded_dim
+    ADDS_GRADIENTS: tl.constexpr = gradients.dw1 is not None
+    if CONFIG.scales_first:
         total = p
     else:
         total = tl.zeros_like(p)
-    if SCALE_FIRST and NORM is None:
+    if CONFIG.scales_first and CONFIG.norm is None:
         du = g
     else:
         du = tl.zeros_like(g)
-    for j in tl.range(0, HIDDEN, C, num_stages=STAGES):
-        w1_chunk = load_w1(w1, layer, j, HIDDEN, D, C)
-        w2_chunk = load_w2(w2, layer, j, HIDDEN, D, C)
-        a, slope = activate(hidden(u, w1_chunk, b1, layer * HIDDEN + j, C, PRECISION), ACTIVATION)
-        if SCALE_FIRST:
+    for j in tl.range(0, weights.hidden, CONFIG.chunk, num_stages=CONFIG.stages):
+        w1_chunk = load_w1(weights, layer, j, CONFIG)
+        w2_chunk = load_w2(weights, layer, j, CONFIG)
+        activated = activate(preactivation(u, w1_chunk, weights, layer, j, CONFIG), CONFIG)
+        a = activated.value
+        if CONFIG.scales_first:
             a = a * scale
-        a = rounded(a, w2)
+        a = rounded(a, weights)
         if WITH_P:
-            total = tl.dot(a, w2_chunk.T, total, input_precision=PRECISION)
-        if FUSED:
-            gradient = tl.dot(c.T, a, input_precision=PRECISION)
-            dw2.atomic_add([layer * D, j], gradient if SCALE_FIRST else gradient * scale)
-        dz = tl.dot(c, w2_chunk, input_precision=PRECISION) * slope
-        if SCALE_FIRST:
+            total = tl.dot(a, w2_chunk.T, total, input_precision=CONFIG.precision)
+        if ADDS_GRADIENTS:
+            product = tl.dot(c.T, a, input_precision=CONFIG.precision)
+            gradients.dw2.atomic_add([layer * D, j], product if CONFIG.scales_first else product * scale)
+        dz = tl.dot(c, w2_chunk, input_precision=CONFIG.precision) * activated.slope
+        if CONFIG.scales_first:
             dz = dz * scale
-        if FUSED and db1 is not None:
+        if ADDS_GRADIENTS and gradients.db1 is not None:
             sums = tl.sum(dz, 0)
-            place = layer * HIDDEN + j + tl.arange(0, C)
-            tl.atomic_add(db1 + place, sums if SCALE_FIRST else sums * scale, sem="relaxed")
-        dz = rounded(dz, w1)
-        du = tl.dot(dz, w1_chunk, du, input_precision=PRECISION)
-        if FUSED:
-            gradient = tl.dot(u.T, dz, input_precision=PRECISION)
-            dw1.atomic_add([layer * D, j], gradient if SCALE_FIRST else gradient * scale)
+            units = layer * weights.hidden + j + tl.arange(0, CONFIG.chunk)
+            tl.atomic_add(gradients.db1 + units, sums if CONFIG.scales_first else sums * scale, sem="relaxed")
+        dz = rounded(dz, weights)
+        du = tl.dot(dz, w1_chunk, du, input_precision=CONFIG.precision)
+        if ADDS_GRADIENTS:
+            product = tl.dot(u.T, dz, input_precision=CONFIG.precision)
+            gradients.dw1.atomic_add([layer * D, j], product if CONFIG.scales_first else product * scale)
     if WITH_P:
-        if b2 is not None:
-            bias = tl.load(b2 + layer * D + tl.arange(0, D)).to(tl.float32)[None, :]
-            total += scale * bias if SCALE_FIRST else bias
-        p = total if SCALE_FIRST else p + scale * total
-    if FUSED and db2 is not None:
-        tl.atomic_add(db2 + layer * D + tl.arange(0, D), scale * tl.sum(c.to(tl.float32), 0), sem="relaxed")
-    if NORM is None:
-        g = du if SCALE_FIRST else g + scale * du
+        if weights.b2 is not None:
+            bias = tl.load(weights.b2 + layer * D + tl.arange(0, D)).to(tl.float32)[None, :]
+            total += scale * bias if CONFIG.scales_first else bias
+        p = total if CONFIG.scales_first else p + scale * total
+    if ADDS_GRADIENTS and gradients.db2 is not None:
+        tl.atomic_add(gradients.db2 + layer * D + tl.arange(0, D), scale * tl.sum(c.to(tl.float32), 0), sem="relaxed")
+    if CONFIG.norm is None:
+        g = du if CONFIG.scales_first else g + scale * du
     else:
-        du = du if SCALE_FIRST else scale * du
-        g = g + pull_back(du, u.to(tl.float32), r, NORM, DIM, D)
+        du = du if CONFIG.scales_first else scale * du
+        g = g + norm_vjp(du, u.to(tl.float32), r, CONFIG)
     return g, p

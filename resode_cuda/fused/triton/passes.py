@@ -1,45 +1,52 @@
-"""The depth-fused ops by Triton: what the kernels of `triton_*.py` are launched with.
+"""The depth-fused ops by Triton: which kernels run, and with what.
 
-`passes.py` says in which order. On GPUs whose copy engine adds in memory the state pass adds up the gradients of narrow
-layers itself, and there is no weight-gradient pass.
+`driver.py` says in which order. On GPUs whose copy engine adds in memory the state pass may add up the gradients of
+narrow layers itself, and there is no weight-gradient pass.
 
-Rows of more than 256 values, in float32 128, do not fit: their layers are computed one by one, as `wide.py` says.
+Rows of more than 256 values, in float32 128, do not fit on chip: their layers are computed one by one, as `wide.py`
+says. Kernels need Triton; it is imported when the first one is launched.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...ops import triton as triton_kernels
-from ...reverse import Reverse
-from .. import timings as measured
-from ..driver import Boundary as Ends
-from ..driver import NetworkKernels as Kernels
-from ..driver import Scratch, padded_dim, rows_apart
-from ..driver import SlabDriver as Stacks
+from ...devices import capability_of
+from ...method import Method
+from ...ops import triton as triton_ops
+from ...schemes import Euler, Heun
+from .. import requirements, timings
+from ..driver import Boundary, NetworkKernels, Scratch, SlabDriver, padded_dim, rows_apart
 from ..network import Network
 from ..norms import EPSILON
-from ..reference import passes as torch_backend
-from ..signature import ParameterGradients as Gradients
-from .tiles import LARGEST_FUSED_DIM, Tile, tiles_for
+from ..reference import passes as reference
+from ..signature import AdjointResult, ParameterGradients, SavedStates, Wanted
+from . import arguments
+from .arguments import Gradients, KernelConfig, Weights
+from .tiles import LARGEST_ONE_PASS_DIM, Tile, tiles_for
 from .wide import WideTile
 
 LARGEST_DIM = {2: 256, 4: 128}
-"""That is kept on chip, by the bytes of a parameter."""
+"""Largest dim whose rows are kept on chip, by the bytes of a parameter."""
 COPYING = (9, 0)
 """Compute capability of the first GPUs with a copy engine for tiles."""
-FUSING = (9, 10)
+ADDING = (9, 10)
 """Major compute capabilities of GPUs with tiles for gradients that the copy engine adds up in memory."""
+RANGES_PER_PROCESSOR = 4
+"""Programs of the weight-gradient pass for each multiprocessor, where they may add to the same gradients."""
 
 
-def reason(network: Network, method: Any, device: torch.device) -> str | None:
-    """TEMPORARY"""
-    return "being rewritten"
+def reason(network: Network, method: Method, device: torch.device) -> str | None:
+    """Why Triton's kernels can't compute this; None if they can."""
+    return (
+        requirements.reason("Triton's kernels", network, method, device, accelerates=is_wide(network))
+        or arguments.reason_against(method.scheme.name, network.activation, network.norm)
+        or triton_ops.reason()
+    )
 
 
 def is_wide(network: Network) -> bool:
@@ -47,216 +54,196 @@ def is_wide(network: Network) -> bool:
     return network.dim > LARGEST_DIM.get(network.weight_in.itemsize, 0)
 
 
-def forms(network: Network, device: torch.device) -> tuple[str, ...]:
+def gradient_forms(network: Network, device: torch.device) -> tuple[str, ...]:
     """How the adjoint can be computed, the first choice first.
 
-    "split": the parameters' gradients take a pass of their own. "fused": the state pass adds them up. "wide": layer by
-    layer.
+    "two_pass": the parameters' gradients take a pass of their own. "one_pass": the state pass adds them up. "wide":
+    layer by layer.
     """
     if is_wide(network):
         return ("wide",)
-    is_narrow = padded_dim(network.dim) <= LARGEST_FUSED_DIM
-    if is_narrow and capability_of(device)[0] in FUSING and not torch.are_deterministic_algorithms_enabled():
-        return "split", "fused"
-    return ("split",)
+    is_narrow = padded_dim(network.dim) <= LARGEST_ONE_PASS_DIM
+    if is_narrow and capability_of(device)[0] in ADDING and not torch.are_deterministic_algorithms_enabled():
+        return "two_pass", "one_pass"
+    return ("two_pass",)
 
 
-def form(network: Network, rows: int, device: torch.device) -> str:
-    """The faster one where that was measured, else the first choice."""
-    possible = forms(network, device)
+def gradient_form(network: Network, rows: int, device: torch.device) -> str:
+    """The fastest form where that was measured, else the first choice."""
+    possible = gradient_forms(network, device)
     if len(possible) == 1:
         return possible[0]
-    times = measured.microseconds(network, rows, device)
-    return min(possible, key=lambda name: times.get(f"triton {name}", math.inf))
+    times = timings.microseconds(network, rows, device)
+    return min(possible, key=lambda form: times.get(f"triton {form}", math.inf))
 
 
-def forward(network: Network, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """As `torch_backend.forward`."""
+def forward(network: Network, method: Method, x: Tensor) -> SavedStates:
+    """As `forward` of `reference/passes.py`."""
     if is_wide(network):
-        return torch_backend.forward(network, *given, kind=WideTile)
-    return Stacks(TritonKernels).forward(network, *given)
+        return reference.forward(network, method, x, kind=WideTile)
+    return SlabDriver(TritonKernels).forward(network, method, x)
 
 
-def adjoint(network: Network, *given: Any) -> tuple[Tensor, Gradients | None, Tensor, Tensor | None]:
-    """As `torch_backend.adjoint`."""
+def adjoint(network: Network, method: Method, g: Tensor, states: SavedStates, wanted: Wanted) -> AdjointResult:
+    """As `adjoint` of `reference/passes.py`; layers that fit on chip by `TritonKernels.adjoint`."""
     if is_wide(network):
-        return torch_backend.adjoint(network, *given, kind=WideTile)
-    return Stacks(TritonKernels).adjoint(network, *given)
+        return reference.adjoint(network, method, g, states, wanted, kind=WideTile)
+    return SlabDriver(TritonKernels).adjoint(network, method, g, states, wanted)
 
 
-def exact_adjoint(network: Network, *given: Any) -> tuple[Tensor, Gradients | None]:
-    """As `torch_backend.exact_adjoint`."""
+def exact_adjoint(
+    network: Network, method: Method, g: Tensor, x_first: Tensor, wants_parameters: bool
+) -> tuple[Tensor, ParameterGradients | None]:
+    """As `exact_adjoint` of `reference/passes.py`; layers that fit on chip by `TritonKernels.exact`."""
     if is_wide(network):
-        return torch_backend.exact_adjoint(network, *given, kind=WideTile)
-    return Stacks(TritonKernels).exact_adjoint(network, *given)
+        return reference.exact_adjoint(network, method, g, x_first, wants_parameters, kind=WideTile)
+    return SlabDriver(TritonKernels).exact_adjoint(network, method, g, x_first, wants_parameters)
 
 
-class TritonKernels(Kernels):
-    """Kernels with the tiles chosen for a network and its GPU."""
+class TritonKernels(NetworkKernels):
+    """Kernels with the tiles that suit a network and its GPU."""
 
     sums_by_dim = True
 
-    def __init__(self, network: Network, extrapolates: bool) -> None:
-        capability = capability_of(network.weight_in.device)
-        dim, is_heun = padded_dim(network.dim), network.formulas.blocks_per_step == 2
-        is_plain = network.norm is None and not is_heun
+    def __init__(self, network: Network, method: Method) -> None:
+        is_plain = network.norm is None and method.scheme is Euler
+        dim, capability = padded_dim(network.dim), capability_of(network.weight_in.device)
         self.tiles = tiles_for(capability, dim, network.weight_in.itemsize, is_plain)
-        super().__init__(network, self.tiles.chunk, max(tile.rows for tile in self.tiles), extrapolates)
+        super().__init__(network, method, self.tiles.chunk, max(tile.rows for tile in self.tiles))
 
-    def is_split(self, rows: int) -> bool:
-        return form(self.network, rows, self.device) == "split"
+    def takes_two_passes(self, rows: int) -> bool:
+        return gradient_form(self.network, rows, self.device) == "two_pass"
 
-    def norms(self, rows: int) -> Tensor:
-        # A part for each tile of either form.
-        return self.schedule.new_zeros(
-            self.whole(rows) // min(self.tiles.adjoint.rows, self.tiles.fused.rows), len(self.network.steps), 2
-        )
+    def squares(self, rows: int) -> Tensor:
+        # A part for each tile, in either form.
+        tile_rows = min(self.tiles.two_pass.rows, self.tiles.one_pass.rows)
+        return self.schedule.new_zeros(self.whole(rows) // tile_rows, len(self.schedule), 2)
 
     def forward(
-        self,
-        x: Tensor,
-        x_last: Tensor | None,
-        increments: Tensor | None,
-        anchored: Tensor | None,
-        steps: int,
-        every: int,
+        self, x: Tensor, x_last: Tensor | None, increments: Tensor | None, anchored: Tensor | None, steps: int
     ) -> None:
+        from .forward import forward_kernel
+
         tile = self.tiles.forward
-        self._run(
-            "forward_kernel",
+        self._launch(
+            forward_kernel,
             (-(-len(x) // tile.rows),),
             tile,
             *(x, x_last, increments, anchored, self.schedule, *self._weights(tile)),
-            *(len(x), max(rows_apart(anchored), rows_apart(increments)), steps, every, self.hidden),
-            KEPT=0 if increments is None else len(increments),
-            **self._formulas,
+            *(len(x), max(rows_apart(anchored), rows_apart(increments)), steps),
+            SAVED_INCREMENTS=0 if increments is None else len(increments),
         )
 
     def adjoint(
         self,
-        ends: Ends,
-        norms: Tensor,
+        start: Boundary,
+        end: Boundary,
+        anchored: Tensor | None,
+        squares: Tensor,
         scratch: Scratch | None,
-        first: int,
-        last: int,
-        anchors: int | None,
-        solver: Reverse,
+        steps: range,
         adds_gradients: bool,
     ) -> None:
-        tile = self.tiles.fused if adds_gradients else self.tiles.adjoint
-        x, d = ends.x_last, ends.d_last
-        us, cs = scratch or (None, None)
-        self._run(
-            "adjoint_kernel",
-            (self.whole(len(x)) // tile.rows,),
+        from .adjoint import adjoint_kernel
+
+        tile = self.tiles.one_pass if adds_gradients else self.tiles.two_pass
+        rows = len(start.g)
+        self._launch(
+            adjoint_kernel,
+            (self.whole(rows) // tile.rows,),
             tile,
-            *(x, ends.g_last, d, ends.x_first, ends.g_first, ends.d_first, ends.anchored, norms, us, cs),
-            *(self._reduced(tile) if adds_gradients else (None,) * 4),
-            *(self.schedule, *self._weights(tile), len(x), rows_apart(ends.anchored), rows_apart(d)),
-            *(0 if us is None else us.shape[1], first, last, norms.shape[1], anchors or 1, self.hidden),
-            EXTRAPOLATES=solver.extrapolates,
-            CORRECTIONS=solver.corrections,
-            REUSES=solver.reuse,
-            FUSED=adds_gradients,
-            **self._formulas,
+            *(arguments.Boundary(*start, *end), anchored, squares),
+            arguments.Scratch(None, None, None) if scratch is None else _pointers(scratch, None),
+            *(self._reduced(tile) if adds_gradients else Gradients(None, None, None, None)),
+            *(self.schedule, *self._weights(tile)),
+            *(rows, rows_apart(anchored), rows_apart(start.increments)),
+            *(0 if scratch is None else scratch.rows, steps.start, steps.stop, len(self.method)),
+            SOLVER=self.method.solver,
         )
 
     def exact(
-        self, x: Tensor, g_last: Tensor, g_first: Tensor, rs: Tensor | None, scratch: Scratch, first: int, last: int
+        self, x: Tensor, g_last: Tensor, g_first: Tensor, inverse_rms: Tensor | None, scratch: Scratch, steps: range
     ) -> None:
-        tile, us = self.tiles.exact, scratch.us
-        self._run(
-            "exact_kernel",
+        from .exact import exact_kernel
+
+        tile = self.tiles.exact
+        self._launch(
+            exact_kernel,
             (self.whole(len(x)) // tile.rows,),
             tile,
-            *(x, g_last, g_first, us, rs, scratch.cs, self.schedule, *self._weights(tile)),
-            *(len(x), us.shape[1], first, last, self.hidden),
-            **self._formulas,
+            *(x, g_last, g_first, _pointers(scratch, inverse_rms), self.schedule, *self._weights(tile)),
+            *(len(x), scratch.rows, steps.start, steps.stop),
         )
 
-    def add_gradients(self, scratch: Scratch, rows: int, first: int, last: int) -> None:
+    def add_gradients(self, scratch: Scratch, rows: int, steps: range) -> None:
+        from .gradients import weight_gradient_kernel
+
         tile = self.tiles.weights_for(self.hidden)
-        chunks, layers = self.hidden // tile.chunk, last - first + self.uses - 1
+        chunks, layers = self.hidden // tile.chunk, len(steps) + self.layer_calls - 1
         written = self.whole(rows)
-        programs = triton_kernels.most_programs(self.device) // triton_kernels.PROGRAMS_PER_PROCESSOR
+        programs = triton_ops.most_programs(self.device) // triton_ops.PROGRAMS_PER_PROCESSOR
         ranges = 1
         if not torch.are_deterministic_algorithms_enabled():
             ranges = max(1, min(-(-written // tile.rows), RANGES_PER_PROCESSOR * programs // (layers * chunks)))
         range_rows = -(-written // (ranges * tile.rows)) * tile.rows
         ranges = -(-written // range_rows)
-        self._run(
-            "weight_gradient_kernel",
+        self._launch(
+            weight_gradient_kernel,
             (layers * chunks, ranges),
             tile,
-            *(*scratch, *self.sums, self.schedule, *self._weights(tile)[:3]),
-            *(scratch.us.shape[1], written, range_rows, first, last, self.hidden),
+            *(_pointers(scratch, None), Gradients(*self.sums)),
+            *(self.schedule, *self._weights(tile)),
+            *(scratch.rows, written, range_rows, steps.start, steps.stop),
             ATOMIC=ranges > 1,
         )
 
-    def _reduced(self, tile: Tile) -> tuple[Any, ...]:
-        """The sums as a fused kernel takes them."""
+    def _reduced(self, tile: Tile) -> Gradients:
+        """The sums as the copy engine adds to them."""
         dw1, db1, dw2, db2 = self.sums
         block = [self.dim, tile.chunk]
-        return descriptor(dw1.view(-1, self.hidden), block), db1, descriptor(dw2.view(-1, self.hidden), block), db2
+        w1, w2 = (_descriptor(matrix.view(-1, self.hidden), block) for matrix in (dw1, dw2))
+        return Gradients(w1, db1, w2, db2)
 
-    def _weights(self, tile: Tile) -> tuple[Any, ...]:
+    def _weights(self, tile: Tile) -> Weights:
         if capability_of(self.device) < COPYING:
             # There descriptors become loads of single values.
-            return self.w1, self.b1, self.w2, self.b2
-        w1 = descriptor(self.w1.view(-1, self.dim), [tile.chunk, self.dim])
-        w2 = descriptor(self.w2.view(-1, self.hidden), [self.dim, tile.chunk])
-        return w1, self.b1, w2, self.b2
+            return Weights(self.w1, self.b1, self.w2, self.b2, self.hidden)
+        w1 = _descriptor(self.w1.view(-1, self.dim), [tile.chunk, self.dim])
+        w2 = _descriptor(self.w2.view(-1, self.hidden), [self.dim, tile.chunk])
+        return Weights(w1, self.b1, w2, self.b2, self.hidden)
 
-    @property
-    def _formulas(self) -> dict[str, Any]:
+    def _config(self, tile: Tile) -> KernelConfig:
         network = self.network
-        is_half = network.dtype == torch.float16
-        return {"EPSILON": EPSILON, "DIM": network.dim, "NORM": network.norm, "SCALE_FIRST": not is_half}
+        return KernelConfig(
+            is_heun=self.method.scheme is Heun,
+            activation=network.activation,
+            norm=network.norm,
+            epsilon=EPSILON,
+            dim=network.dim,
+            padded_dim=self.dim,
+            rows=tile.rows,
+            chunk=tile.chunk,
+            stages=tile.stages,
+            precision=precision(network.dtype),
+            scales_first=network.dtype != torch.float16,
+        )
 
-    def _run(self, name: str, grid: tuple[int, ...], tile: Tile, *values: Any, **constants: Any) -> None:
-        kernel = _kernel(name)
+    def _launch(self, kernel: Any, grid: tuple[int, ...], tile: Tile, *values: Any, **constants: Any) -> None:
         with torch.cuda.device_of(self.w1):
-            kernel[grid](
-                *values,
-                **constants,
-                HEUN=self.uses == 2,
-                ACTIVATION=self.network.activation,
-                D=self.dim,
-                ROWS=tile.rows,
-                C=tile.chunk,
-                STAGES=tile.stages,
-                PRECISION=precision(self.network.dtype),
-                num_warps=tile.warps,
-            )
+            kernel[grid](*values, **constants, CONFIG=self._config(tile), num_warps=tile.warps)
 
 
-RANGES_PER_PROCESSOR = 4
-"""Programs of the weight-gradient pass for each multiprocessor, where they may add to the same gradients."""
-
-
-def capability_of(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def _pointers(scratch: Scratch, inverse_rms: Tensor | None) -> arguments.Scratch:
+    return arguments.Scratch(scratch.layer_inputs, inverse_rms, scratch.cotangents)
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Of products of float32 operands, as torch is told; others ignore it."""
+    """Precision of products of float32 operands, as torch is told; others ignore it."""
     # torch.get_float32_matmul_precision() raises where this has been set by name.
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def descriptor(tensor: Tensor, block: list[int]) -> Any:
+def _descriptor(tensor: Tensor, block: list[int]) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor.from_tensor(tensor, block)
-
-
-@functools.cache
-def _kernel(name: str) -> Any:
-    # These modules import Triton.
-    from . import adjoint as triton_adjoint
-    from . import exact as triton_exact
-    from . import forward as triton_forward
-    from . import gradients as triton_gradients
-
-    modules = triton_forward, triton_adjoint, triton_exact, triton_gradients
-    return next(getattr(module, name) for module in modules if hasattr(module, name))

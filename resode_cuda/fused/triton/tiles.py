@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """Of one kernel: rows of a tile, chunk of the hidden dimension, warps of a program, chunks of weights in flight."""
+    """One kernel's tile: its rows, chunk of the hidden dimension, warps of a program, chunks of weights in flight."""
 
     rows: int
     chunk: int
@@ -23,26 +23,27 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
+    """The tiles of each kernel, of the adjoint's in either gradient form."""
+
     forward: Tile
-    adjoint: Tile
-    fused: Tile
-    """The adjoint that adds a tile's gradients to memory itself."""
+    two_pass: Tile
+    one_pass: Tile
     exact: Tile
-    weights: Tile
+    weight_gradient: Tile
     """Its u and c are read once for each chunk: the larger it is the better, but hidden is not padded for its sake."""
 
     @property
     def chunk(self) -> int:
-        """What hidden is padded to a multiple of; chunks are powers of two."""
-        return max(tile.chunk for tile in (self.forward, self.adjoint, self.fused, self.exact))
+        """Number that hidden is padded to a multiple of; chunks are powers of two."""
+        return max(tile.chunk for tile in (self.forward, self.two_pass, self.one_pass, self.exact))
 
     def weights_for(self, hidden: int) -> Tile:
         """The tile of the weight-gradient pass, of a padded hidden size."""
-        return self.weights._replace(chunk=math.gcd(self.weights.chunk, hidden))
+        return self.weight_gradient._replace(chunk=math.gcd(self.weight_gradient.chunk, hidden))
 
 
-LARGEST_FUSED_DIM = 64
-"""Up to which gradients are reduced in memory; beyond, a tile's weigh more than the scratch of the split form."""
+LARGEST_ONE_PASS_DIM = 64
+"""Largest padded dim whose gradients are reduced in memory; beyond, they weigh more than scratch does."""
 
 # By the largest padded dim that they serve. What holds more in registers than a plain Euler step counts for twice that.
 HOPPER = {
@@ -77,7 +78,7 @@ FLOAT32 = {
 
 
 def tiles_for(capability: tuple[int, int], dim: int, itemsize: int, is_plain: bool) -> Tiles:
-    """The tiles for a padded dim, of 16 to 256, or to 128 in float32.
+    """The tiles for a padded dim of 16 to 256, or to 128 in float32.
 
     Args:
         is_plain: an Euler step without a norm.

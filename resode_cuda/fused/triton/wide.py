@@ -1,13 +1,11 @@
 """Layers too wide to keep on chip: torch's matrix products, and Triton's kernels for all that lies between them.
 
-The tiles, the solver and the products are those of `torch_backend`; a pass over memory is what is saved. Compiled and
-interpreted, not yet run on a GPU.
+The tiles, the solver and the products are those of `reference/passes.py`; a pass over memory is what is saved. Compiled
+and interpreted, not yet run on a GPU.
 """
 
 from __future__ import annotations
 
-import functools
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,61 +13,64 @@ from torch import Tensor
 
 from ... import ops
 from ..norms import EPSILON
-from ..reference.tile import Point
-from ..reference.tile import RowTile as Tile
+from ..reference.tile import Point, RowTile
+from .arguments import WideConfig
 
 ROWS, COLUMNS = 32, 64
-"""Of the tiles in which cotangents go through the activation."""
+"""Size of the tiles in which cotangents go through the activation."""
 RANGE_ROWS = 128
 """Rows whose sums one program adds up: few enough for many programs, which keep memory busy."""
 
 
-class WideTile(Tile):
-    """`tile.Tile` with fewer passes over memory."""
+class WideTile(RowTile):
+    """`RowTile` of `reference/tile.py` with fewer passes over memory."""
 
     def _normalize(self, x: Tensor, point: Point) -> None:
-        assert self.norm is not None
+        from .wide_kernels import normalize_kernel
+
         rows, dim = x.shape
         point.r = x.new_empty(rows, 1)
-        constants = {"HAS_MEAN": self.norm == "layer", "EPSILON": EPSILON, "DIM": dim, "D": _padded(dim)}
-        _run("normalize_kernel", (rows,), _warps(dim), x.contiguous(), point.u, point.r, **constants)
+        self._launch(normalize_kernel, (rows,), _warps(dim), x.contiguous(), point.u, point.r)
 
     def _norm_vjp(self, out: Tensor, point: Point, cotangent: Tensor, scale: float) -> None:
-        assert self.norm is not None
+        from .wide_kernels import norm_vjp_kernel
+
         rows, dim = out.shape
-        constants = {"HAS_MEAN": self.norm == "layer", "DIM": dim, "D": _padded(dim)}
-        _run("pull_back_kernel", (rows,), _warps(dim), cotangent, point.u, point.r, out, scale, **constants)
+        self._launch(norm_vjp_kernel, (rows,), _warps(dim), cotangent, point.u, point.r, out, scale)
 
     def _activation_vjp(self, cotangent: Tensor, point: Point, bias: Tensor | None, scale: float) -> None:
+        from .wide_kernels import activation_vjp_kernel
+
         rows, hidden = cotangent.shape
         grid = -(-rows // RANGE_ROWS), -(-hidden // COLUMNS)
         sums = None if bias is None else cotangent.new_empty((grid[0], hidden), dtype=torch.float32)
-        _run(
-            "activation_backward_kernel",
-            grid,
-            4,
-            *(cotangent, point.z, sums, rows, RANGE_ROWS, hidden),
-            ACTIVATION=self.network.activation,
-            ROWS=ROWS,
-            COLUMNS=COLUMNS,
-        )
+        self._launch(activation_vjp_kernel, grid, 4, cotangent, point.z, sums, rows, RANGE_ROWS, hidden)
         if bias is not None and sums is not None:
             bias.add_(sums.sum(0), alpha=scale)
 
     def rebuild(
-        self, x: Tensor, y: Tensor, d: Tensor, d_next: Tensor, weights: tuple[float, float] | None, norms: Tensor
+        self, x: Tensor, y: Tensor, d: Tensor, d_next: Tensor, weights: tuple[float, float] | None, squares: Tensor
     ) -> tuple[Tensor, Tensor]:
         nothing: tuple[Any, ...] = (None, None, None, 1.0, 1.0)
         if weights is None:
-            ops.reverse_update_(x, y, d, None, 1.0, norms, *nothing)
+            ops.reverse_update_(x, y, d, None, 1.0, squares, *nothing)
         else:
-            ops.reverse_extrapolate_(x, y, d_next, d, None, 1.0, *weights, norms, *nothing)
+            ops.reverse_extrapolate_(x, y, d_next, d, None, 1.0, *weights, squares, *nothing)
         return d, d_next
 
-
-def _run(name: str, grid: tuple[int, ...], warps: int, *values: Any, **constants: Any) -> None:
-    with torch.cuda.device_of(values[0]):
-        getattr(_source(), name)[grid](*values, **constants, num_warps=warps)
+    def _launch(self, kernel: Any, grid: tuple[int, ...], warps: int, *values: Any) -> None:
+        network = self.network
+        config = WideConfig(
+            activation=network.activation,
+            norm=network.norm,
+            epsilon=EPSILON,
+            dim=network.dim,
+            padded_dim=_padded(network.dim),
+            rows=ROWS,
+            columns=COLUMNS,
+        )
+        with torch.cuda.device_of(values[0]):
+            kernel[grid](*values, CONFIG=config, num_warps=warps)
 
 
 def _padded(dim: int) -> int:
@@ -79,10 +80,3 @@ def _padded(dim: int) -> int:
 def _warps(dim: int) -> int:
     """16 values a thread, and no more than 16 warps."""
     return max(1, min(16, _padded(dim) // 512))
-
-
-@functools.cache
-def _source() -> ModuleType:
-    from . import wide_kernels as wide_source  # imports Triton
-
-    return wide_source

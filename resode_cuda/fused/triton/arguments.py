@@ -1,0 +1,128 @@
+"""What the depth-fused Triton kernels and their device functions take as structures. No Triton is needed here.
+
+A kernel is compiled once for all equal `KernelConfig`, those of layers too wide to keep on chip for equal `WideConfig`.
+Tuples of pointers reach a kernel whole. Tensor descriptors can't: Triton 3.6 compiles kernels that take them inside of
+tuples, and fails to launch them. So W1 and W2 and their gradients are arguments of their own, and a kernel puts them
+into `Weights` and `Gradients` for the functions that it calls. Whether there is a structure is told by its fields: a
+tuple that has a None in it can't be compared with None.
+
+The names of schemes, activations and norms are those that the kernels have formulas of.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+SCHEMES = ("euler", "heun")
+ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu", "tanh")
+"""Those of `layer.activate`."""
+NORMS = (None, "rms", "layer")
+"""Those of `layer.normalize` and `layer.norm_vjp`."""
+
+
+def reason_against(scheme: str, activation: str, norm: str | None) -> str | None:
+    """Why Triton's kernels can't compute a network with formulas of these names; None if they can."""
+    formulas: tuple[tuple[str, str | None, tuple[str | None, ...]], ...] = (
+        ("schemes", scheme, SCHEMES),
+        ("activations", activation, ACTIVATIONS),
+        ("norms", norm, NORMS),
+    )
+    for kind, name, known in formulas:
+        if name not in known:
+            return f"Triton's kernels have the {kind} {', '.join(map(str, known))}, got {name!r}"
+    return None
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """What a kernel is compiled for: the formulas of a network, and the tile that a program takes.
+
+    Args:
+        is_heun: whether a step is Heun's, of two layers, or Euler's, of one.
+        dim, padded_dim: values of a row, and columns of its tile.
+        rows, chunk, stages: as in `tiles.Tile`.
+        precision: of products of float32 operands, "ieee" or "tf32".
+        scales_first: whether products are scaled by h before they are rounded.
+    """
+
+    is_heun: bool
+    activation: str
+    norm: str | None
+    epsilon: float
+    dim: int
+    padded_dim: int
+    rows: int
+    chunk: int
+    stages: int
+    precision: str
+    scales_first: bool
+
+
+@dataclass(frozen=True)
+class WideConfig:
+    """What the kernels of `wide_kernels.py` are compiled for.
+
+    Args:
+        dim, padded_dim: values of a row, and of the power of two that a program holds.
+        rows, columns: of the tiles in which cotangents go through the activation.
+    """
+
+    activation: str
+    norm: str | None
+    epsilon: float
+    dim: int
+    padded_dim: int
+    rows: int
+    columns: int
+
+
+class Weights(NamedTuple):
+    """The padded parameters of all layers. w1, w2: descriptors, or pointers where there is no copy engine to use them.
+
+    hidden: the padded hidden size. b1, b2: None without biases.
+    """
+
+    w1: Any
+    b1: Any
+    w2: Any
+    b2: Any
+    hidden: Any
+
+
+class Gradients(NamedTuple):
+    """What gradients are added to, float32, W1's transposed. dw1, dw2: descriptors where the copy engine adds."""
+
+    dw1: Any
+    db1: Any
+    dw2: Any
+    db2: Any
+
+
+class Scratch(NamedTuple):
+    """What a state pass leaves of each layer call: u, r and c. inverse_rms: None without a norm, or if not needed."""
+
+    layer_inputs: Any
+    inverse_rms: Any
+    cotangents: Any
+
+
+class Boundary(NamedTuple):
+    """Where an adjoint pass starts, x_last, g_last and the increments d2 and d1, and where it leaves what it ends with.
+
+    None for what the solver does not need, and in the last segment of the depth, which needs no end state.
+    """
+
+    x_last: Any
+    g_last: Any
+    increments_in: Any
+    x_first: Any
+    g_first: Any
+    increments_out: Any
+
+
+class Activated(NamedTuple):
+    """s(z) and s'(z)."""
+
+    value: Any
+    slope: Any
