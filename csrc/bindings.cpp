@@ -1,59 +1,89 @@
 // The Python module resode_cuda._kernels: launches kernels on raw addresses. It knows nothing of torch; allocation, checks, autograd
-// and registration are in resode_cuda/ops. An exception of a launcher arrives as RuntimeError or ValueError.
+// and registration are in resode_cuda/ops. An exception of a launcher arrives as RuntimeError, ValueError or TypeError.
 // Operands keep the names and the order of resode_cuda/ops/reference.py; 0 stands for one that is absent.
 #include <pybind11/pybind11.h>
 
+#include <vector>
+
 #include "common/attributes.h"
-#include "pointwise/forward_step.h"
+#include "common/from_tuple.h"
+#include "mlp/adjoint.h"
 #include "mlp/bindings.h"
+#include "mlp/exact.h"
+#include "mlp/forward.h"
+#include "mlp/gradients.h"
+#include "pointwise/forward_step.h"
 #include "pointwise/reverse_update.h"
 
 #ifdef RESODE_HOST
-#include "schedule.h"
+#include "host_functions.h"
 #endif
 
 namespace py = pybind11;
 
 namespace {
-using Address = uintptr_t;  // tensor.data_ptr(), stream.cuda_stream
+struct ForwardStep {
+  const void* x;
+  const void* f;
+  double h;
+  void* out;
+  int64_t n;
+  DType x_dtype, f_dtype;
+  void* stream;
+};
 
-void* pointer(Address address) { return reinterpret_cast<void*>(address); }
-
-void forward_step(Address x, Address f, double h, Address out, int64_t n, int x_dtype, int f_dtype, Address stream) {
-  launch_step("forward_step", pointer(x), pointer(f), nullptr, pointer(out), h, n, DType{x_dtype}, DType{f_dtype},
-              pointer(stream));
+void forward_step(const ForwardStep& given) {
+  const auto& [x, f, h, out, n, x_dtype, f_dtype, stream] = given;
+  launch_step("forward_step", {x, f, nullptr, h, out, n, x_dtype, f_dtype, stream});
 }
 
-void heun_step(Address x, Address k1, Address k2, double h, Address out, int64_t n, int x_dtype, int k_dtype, Address stream) {
-  launch_step("heun_step", pointer(x), pointer(k1), pointer(k2), pointer(out), 0.5 * h, n, DType{x_dtype}, DType{k_dtype},
-              pointer(stream));
+void heun_step(const StepOperands& given) {
+  StepOperands operands = given;
+  operands.weight = 0.5 * given.weight;  // given h
+  launch_step("heun_step", operands);
 }
 
-void reverse_update_(Address x, Address y, Address k1, Address k2, double weight, Address norms, Address g, Address v1, Address v2,
-                     double g_scale, double v_scale, Address partial_norms, int64_t n, int x_dtype, int k_dtype, Address stream) {
-  const ReverseOperands operands = {pointer(x), pointer(y),  nullptr,     pointer(k1), pointer(k2), pointer(g), pointer(v1),
-                                    pointer(v2), weight, 0, 0, g_scale, v_scale};
-  launch_reverse("reverse_update_", operands, pointer(norms), pointer(partial_norms), n, DType{x_dtype}, DType{k_dtype},
-                 pointer(stream));
+struct ReverseUpdate {
+  void* x;
+  void* y;
+  const void* k1;
+  const void* k2;
+  double weight;
+  void* squares;
+  void* g;
+  const void* v1;
+  const void* v2;
+  double g_scale, v_scale;
+  void* partial_squares;
+  int64_t n;
+  DType x_dtype, k_dtype;
+  void* stream;
+};
+
+void reverse_update(const ReverseUpdate& given) {
+  const auto& [x, y, k1, k2, weight, squares, g, v1, v2, g_scale, v_scale, partial_squares, n, x_dtype, k_dtype, stream] = given;
+  launch_reverse("reverse_update_", {x, y, nullptr, k1, k2, weight, 0, 0, squares, g, v1, v2, g_scale, v_scale, partial_squares, n,
+                                     x_dtype, k_dtype, stream});
 }
 
-void reverse_extrapolate_(Address x, Address y, Address d, Address k1, Address k2, double weight, double a, double b,
-                          Address norms, Address g, Address v1, Address v2, double g_scale, double v_scale,
-                          Address partial_norms, int64_t n, int x_dtype, int k_dtype, Address stream) {
-  const ReverseOperands operands = {pointer(x), pointer(y),  pointer(d),  pointer(k1), pointer(k2), pointer(g), pointer(v1),
-                                    pointer(v2), weight, a, b, g_scale, v_scale};
-  launch_reverse("reverse_extrapolate_", operands, pointer(norms), pointer(partial_norms), n, DType{x_dtype}, DType{k_dtype},
-                 pointer(stream));
+void reverse_extrapolate(const ReverseOperands& given) { launch_reverse("reverse_extrapolate_", given); }
+
+// Calls the launcher with its operands, which are the call's arguments by position: names would cost as much as the rest of a call.
+template <class Operands>
+void define(py::module_& module, const char* name, void (*launch)(const Operands&)) {
+  module.def(name, [name, launch](const py::args& arguments) {
+    const auto operands = from_tuple<Operands>(name, arguments);
+    const py::gil_scoped_release release;  // a launch can wait for room in the device's queue
+    launch(operands);
+  });
 }
 
-void adjoint_update_(Address g, Address v1, Address v2, double g_scale, double v_scale, int64_t n, int dtype, Address stream) {
-  ReverseOperands operands{};
-  operands.g = pointer(g);
-  operands.v1 = pointer(v1);
-  operands.v2 = pointer(v2);
-  operands.g_scale = g_scale;
-  operands.v_scale = v_scale;
-  launch_adjoint_update(operands, n, DType{dtype}, pointer(stream));
+std::vector<Kernel> all_kernels() {
+  std::vector<Kernel> kernels = step_kernels();
+  for (const auto& more : {reverse_kernels(), mlp_forward_kernels(), mlp_adjoint_kernels(), mlp_exact_kernels(),
+                           mlp_gradients_kernels()})
+    kernels.insert(kernels.end(), more.begin(), more.end());
+  return kernels;
 }
 
 py::list kernel_attributes() {
@@ -86,17 +116,14 @@ PYBIND11_MODULE(_kernels, module) {
   module.attr("architectures") = RESODE_ARCHITECTURES;
   module.attr("compiler") = RESODE_COMPILER;
 
-  // Arguments go by position: names would cost as much as the rest of a call. A launch can wait for room in the device's queue,
-  // so other Python threads go on meanwhile.
-  const py::call_guard<py::gil_scoped_release> release;
-  module.def("forward_step", &forward_step, release);
-  module.def("heun_step", &heun_step, release);
-  module.def("reverse_update_", &reverse_update_, release);
-  module.def("reverse_extrapolate_", &reverse_extrapolate_, release);
-  module.def("adjoint_update_", &adjoint_update_, release);
+  define(module, "forward_step", &forward_step);
+  define(module, "heun_step", &heun_step);
+  define(module, "reverse_update_", &reverse_update);
+  define(module, "reverse_extrapolate_", &reverse_extrapolate);
+  define(module, "adjoint_update_", &launch_adjoint_update);
   define_mlp(module);
   module.def("most_reverse_blocks", &most_reverse_blocks,
-             "Blocks of a reverse kernel on the current device, at most; partial_norms needs room for two values of each.");
+             "Blocks of a reverse kernel on the current device, at most; partial_squares needs room for two values of each.");
   module.def("kernel_attributes", &kernel_attributes,
              "For each kernel, on the current device: its name, threads of a block, registers of a thread, bytes of shared memory of "
              "a block and of local memory of a thread, and how many blocks a multiprocessor holds.");

@@ -1,5 +1,5 @@
 #pragma once
-#include <vector>
+#include <cstddef>
 
 #include "common/kernel.h"
 
@@ -10,9 +10,6 @@ struct KernelAttributes {
   size_t local;              // bytes of a thread: arrays that do not fit in registers, and spills
   int blocks_per_processor;  // that a multiprocessor holds at a time
 };
-
-// All kernels of the module.
-std::vector<Kernel> all_kernels();
 
 // Throws, with cudart's message, where there is no device. Not on the host.
 KernelAttributes attributes_of(const Kernel& kernel);

@@ -93,11 +93,11 @@ __device__ __forceinline__ void load_matrices(uint32_t (&out)[2], const void* ro
 
 constexpr int kLanes = 32;  // threads of a warp
 
-// Sums over the lanes whose numbers differ in the bits from kFirst up to below kBehind alone, both powers of two: the same for all
+// Sums over the lanes whose numbers differ in the bits from kFirst up to below kStop alone, both powers of two: the same for all
 // of them. By default over the warp. All lanes must come here.
-template <int kFirst = 1, int kBehind = kLanes, class T>
+template <int kFirst = 1, int kStop = kLanes, class T>
 __device__ __forceinline__ T sum_over_lanes(T value) {
 #pragma unroll
-  for (int bit = kBehind / 2; bit >= kFirst; bit /= 2) value += __shfl_xor_sync(~0u, value, bit);
+  for (int bit = kStop / 2; bit >= kFirst; bit /= 2) value += __shfl_xor_sync(~0u, value, bit);
   return value;
 }

@@ -6,56 +6,56 @@
 // R_n is the scheme run backwards, and a Heun step is written by its middle y + h f_n(y):
 //     c2 = g,  through = h/2 (df_{n+1})^T c2,  c1 = g + 2 through,  g_n = g + through + h/2 (df_n)^T c1
 // A row group keeps its 16 rows of x, y, g and of the last two increments d1 and d2 in registers, fp32; u, c, a and dz, the
-// operands of products, and two chunks of weights are in shared memory (mlp_layer.h). What the gradients of a layer need, its u
-// and c less the factor h or h/2, goes to scratch memory for mlp_gradients.cu. A use is a step's only layer, or with Heun its
-// first (2 i) or second (2 i + 1), i counting from the range's first step.
-// Must match torch_backend.Walk.
+// operands of products, and two chunks of weights are in shared memory (layer.h). What the gradients of a layer need, its u
+// and c less the factor h or h/2, goes to scratch memory for gradients.cu. Layer call i is that of a step's only layer, or with
+// Heun that of its first (2 i) or second (2 i + 1), i counting from the range's first step.
+// Must match ReverseSweep of resode_cuda/fused/reference/passes.py.
 //
 // State: compiled for sm_80 to sm_120 and executed on a CPU (tests/fused/test_fused_cuda.py). It has not run on a GPU yet.
 #include "mlp/adjoint.h"
 
 #include "common/launch.h"
-#include "mlp/dispatch.h"
+#include "mlp/dispatch_shape.h"
 #include "mlp/layer.h"
 
 namespace {
 template <class T, int kDim>
 __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
-    mlp_adjoint_kernel(const Network<T> network, const MlpAdjoint states) {
+    mlp_adjoint_kernel(const Network<T> network, const MlpAdjoint operands) {
   using Shape = MlpShape<T, kDim>;
   using State = Values<Shape::kTiles>;
   DYN_SHARED(memory);
-  Layers<T, kDim> layers(network, memory, true, states.rows);
+  Layers<T, kDim> layers(network, memory, true, operands.rows);
   auto& tile = layers.tile;
   const bool is_heun = network.is_heun;
-  const int corrections = states.corrections, second = is_heun;
-  const auto is_anchored = [&](int n) { return states.anchored && n % states.anchors == 0; };
+  const int corrections = operands.corrections, second = is_heun;
+  const auto is_anchored = [&](int n) { return operands.anchored && n % operands.anchors == 0; };
   // The layer that step n starts with.
-  const auto entry = [&](int n) { return !is_heun || states.extrapolates || is_anchored(n) ? n : n + 1; };
-  layers.fetch(entry(states.last - 1), 0);
+  const auto entry = [&](int n) { return !is_heun || operands.extrapolates || is_anchored(n) ? n : n + 1; };
+  layers.fetch(entry(operands.last - 1), 0);
 
-  State x = tile.load(states.x_last), g = tile.load(states.g_last), d1{}, d2{};
-  if (states.carried) {
-    d2 = tile.load(states.carried);
-    d1 = tile.load(states.carried + states.rows * network.dim);
-  } else if (states.extrapolates) {
-    d2 = tile.load(static_cast<const T*>(states.kept_newest));
-    if (states.kept_before) d1 = tile.load(static_cast<const T*>(states.kept_before));
+  State x = tile.load(operands.x_last), g = tile.load(operands.g_last), d1{}, d2{};
+  if (operands.increments_in) {
+    d2 = tile.load(operands.increments_in);
+    d1 = tile.load(operands.increments_in + operands.rows * network.dim);
+  } else if (operands.extrapolates) {
+    d2 = tile.load(static_cast<const T*>(operands.last_increment));
+    if (operands.increment_before) d1 = tile.load(static_cast<const T*>(operands.increment_before));
   }
-  Schedule ahead = schedule_of(network, states.last - 1);
-  for (int n = states.last - 1; n >= states.first; n--) {
+  Schedule ahead = schedule_of(network, operands.last - 1);
+  for (int n = operands.last - 1; n >= operands.first; n--) {
     const float h = ahead.h, a = ahead.a, b = ahead.b;
-    if (n > states.first) ahead = schedule_of(network, n - 1);
+    if (n > operands.first) ahead = schedule_of(network, n - 1);
     State y = x, point, f;
     if (is_anchored(n)) {
-      y = tile.load(states.anchored + n / states.anchors * states.anchored_rows * network.dim);
-    } else if (states.extrapolates) {
+      y = tile.load(operands.anchored + n / operands.anchors * operands.anchored_rows * network.dim);
+    } else if (operands.extrapolates) {
       y = tile.inside(map([=](float x, float d1, float d2) { return x - (a * d1 - b * d2); }, x, d1, d2));
     }
 
     // Evaluations: 0 predicts by the scheme run backwards, 1 to `corrections` correct, and one more takes Heun to its middle.
     const int evaluations = corrections + 1 + second;
-    for (int e = is_anchored(n) ? corrections + 1 : states.extrapolates; e < evaluations; e++) {
+    for (int e = is_anchored(n) ? corrections + 1 : operands.extrapolates; e < evaluations; e++) {
       const bool predicts = e == 0, is_middle = e > corrections;
       const float step = predicts ? -h : h, sign = predicts ? 1 : -1;
       point = y;
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
         tile.normalize(network.norm, network.epsilon, u);
         tile.put(tile.u, Shape::kDimPitch, u);
         const bool is_upper = is_heun && predicts == (k == 0), is_last = k == second || is_middle;
-        // Behind a step's last evaluation comes the product, which starts with its last layer.
+        // After a step's last evaluation comes the product, which starts with its last layer.
         const int next = !is_last ? n + !is_upper : e + 1 < evaluations ? n : n + second;
         f = layers.evaluate(n + is_upper, next);
         if (k < second) {
@@ -86,28 +86,28 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
       const auto c = map([](float g, float through) { return g + 2 * through; }, g, through);
       tile.put(tile.u, Shape::kDimPitch, u);
       tile.put(tile.c, Shape::kDimPitch, c);
-      if (states.us) {
-        const int64_t use = (n - states.first) * layers_per_step(network) + k;
-        const int64_t at = (use * states.scratch_rows + tile.first_row) * kDim;
-        tile.put(static_cast<T*>(states.us) + at, kDim, u);
-        tile.put(static_cast<T*>(states.cs) + at, kDim, c);
+      if (operands.layer_inputs) {
+        const int64_t layer_call = (n - operands.first) * layers_per_step(network) + k;
+        const int64_t at = (layer_call * operands.scratch_rows + tile.first_row) * kDim;
+        tile.put(static_cast<T*>(operands.layer_inputs) + at, kDim, u);
+        tile.put(static_cast<T*>(operands.cotangents) + at, kDim, c);
       }
-      const bool wants_f = states.reuses && k == second;
-      const int next = k > 0 ? n : n > states.first ? entry(n - 1) : kNoLayer;
+      const bool wants_f = operands.reuses && k == second;
+      const int next = k > 0 ? n : n > operands.first ? entry(n - 1) : kNoLayer;
       if (k > 0) p = map([](float point, float y) { return 0.5f * (point - y); }, point, y);
-      layers.pull(n + k, next, wants_f, f, du);
+      layers.vjp(n + k, next, wants_f, f, du);
       if (wants_f) p = map([scale](float p, float f) { return p + scale * f; }, p, f);
-      const auto pulled = tile.pull_back(network.norm, r, map([scale](float du) { return scale * du; }, du));
+      const auto through_norm = tile.norm_vjp(network.norm, r, map([scale](float du) { return scale * du; }, du));
       if (k > 0) {
-        through = pulled;
+        through = through_norm;
       } else {
-        g = map([](float g, float through, float pulled) { return g + through + pulled; }, g, through, pulled);
+        g = map([](float g, float through, float through_norm) { return g + through + through_norm; }, g, through, through_norm);
       }
     }
 
-    const bool rebuilds = states.reuses && !is_anchored(n);
+    const bool rebuilds = operands.reuses && !is_anchored(n);
     x = rebuilds ? tile.inside(map([](float x, float p) { return x - p; }, x, p)) : y;
-    if (states.extrapolates) {
+    if (operands.extrapolates) {
       d2 = d1;
       d1 = p;
     }
@@ -122,35 +122,35 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
     size = sum_over_lanes(size);
     if (threadIdx.x % 32 == 0) {
       const int64_t of_warp = tile.first_row / kGroupRows * Shape::kWarps + tile.warp;
-      float* norms = states.norms + (of_warp * states.steps + n) * 2;
-      norms[0] = rebuilds ? defect : 0;
-      norms[1] = is_anchored(n) ? 0 : size;
+      float* squares = operands.squares + (of_warp * operands.steps + n) * 2;
+      squares[0] = rebuilds ? defect : 0;
+      squares[1] = is_anchored(n) ? 0 : size;
     }
   }
-  tile.store(states.g_first, g);
-  if (states.x_first) tile.store(states.x_first, x);
-  if (states.carries) {
-    tile.store(states.carries, d2);
-    tile.store(states.carries + states.rows * network.dim, d1);
+  tile.store(operands.g_first, g);
+  if (operands.x_first) tile.store(operands.x_first, x);
+  if (operands.increments_out) {
+    tile.store(operands.increments_out, d2);
+    tile.store(operands.increments_out + operands.rows * network.dim, d1);
   }
 }
 }  // namespace
 
-void launch_mlp_adjoint(const Network<void>& network, const MlpAdjoint& states, const MlpLaunch& how) {
-  if (states.rows == 0) return;
-  dispatch_mlp("mlp_adjoint", how.dtype, how.padded_dim, [&](auto shape, auto type) {
+void launch_mlp_adjoint(const Network<void>& network, const MlpAdjoint& operands, const MlpLaunch& how) {
+  if (operands.rows == 0) return;
+  dispatch_shape("mlp_adjoint", how.dtype, how.padded_dim, [&](auto shape, auto type) {
     using Shape = decltype(shape);
     using T = typename decltype(type)::type;
     static_assert(Shape::shared(Shape::kGroups, true) <= kLeastShared);
-    const int64_t blocks = (states.rows - 1) / (how.groups * kGroupRows) + 1;
+    const int64_t blocks = (operands.rows - 1) / (how.groups * kGroupRows) + 1;
     launch("mlp_adjoint", mlp_adjoint_kernel<T, Shape::kDim>, blocks, how.groups * Shape::kGroupThreads,
-           Shape::shared(how.groups, true), how.stream, typed<T>(network), states);
+           Shape::shared(how.groups, true), how.stream, typed<T>(network), operands);
   });
 }
 
 std::vector<Kernel> mlp_adjoint_kernels() {
   std::vector<Kernel> kernels;
-  for_each_mlp([&](auto shape, auto type) {
+  for_each_shape([&](auto shape, auto type) {
     using Shape = decltype(shape);
     using T = typename decltype(type)::type;
     kernels.push_back({std::string("mlp_adjoint_kernel<") + type.name + ", " + std::to_string(Shape::kDim) + ">",

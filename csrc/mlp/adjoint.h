@@ -8,24 +8,24 @@
 struct MlpAdjoint {
   const float* x_last;
   const float* g_last;
-  float* x_first;  // null where nobody wants it
+  float* x_first;  // null where the last segment needs no end state
   float* g_first;
-  // The increments of the two steps behind the last one: newest_kept in the parameters' dtype, with kept_before, the one of the
-  // step before it, or null if there is none; or, between ranges of steps, carried [2, rows, dim] fp32: that of the step two
-  // behind, and that of the one behind.
-  const void* kept_newest;
-  const void* kept_before;
-  const float* carried;
-  float* carries;         // the same for the next range, or null
+  // The increments of the two steps after the range, where the solver extrapolates. After the stack's last step they are those
+  // that the forward pass has saved, in the parameters' dtype: of the last step, and of the one before it, null if there is none.
+  const void* last_increment;
+  const void* increment_before;
+  // Between ranges of steps they are [2, rows, dim] fp32: of step last + 1, then of step last.
+  const float* increments_in;
+  float* increments_out;  // the same for the next range, or null
   const float* anchored;  // null, or as the forward pass leaves them
-  float* norms;           // [groups' warps, steps, 2]: each warp's part of |y - x_n|^2 and |x_n|^2
-  void* us;               // null, or [uses, scratch_rows, D]: u and c of each layer's use, the parameters' dtype
-  void* cs;
+  float* squares;         // [groups' warps, steps, 2]: each warp's part of |y - x_n|^2 and |x_n|^2
+  void* layer_inputs;     // null, or [layer calls, scratch_rows, D]: u and c of each layer call, the parameters' dtype
+  void* cotangents;
   int64_t rows, anchored_rows, scratch_rows;
   int first, last, steps, anchors, corrections;
   bool extrapolates, reuses;
 };
 
-void launch_mlp_adjoint(const Network<void>& network, const MlpAdjoint& states, const MlpLaunch& how);
+void launch_mlp_adjoint(const Network<void>& network, const MlpAdjoint& operands, const MlpLaunch& how);
 
 std::vector<Kernel> mlp_adjoint_kernels();

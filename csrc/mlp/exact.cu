@@ -1,49 +1,49 @@
 // The exact adjoint of a residual MLP stack over a range of its depth, one launch: each row group goes forward from the exact state,
-// as in mlp_forward.cu, and back,
+// as in forward.cu, and back,
 //     g_n = g_{n+1} + (dPhi_n/dx_n)^T g_{n+1}
-// with Heun's product as in mlp_adjoint.cu. u of each layer's use, and r of its norm, wait for the way back in scratch memory,
-// where c, the cotangent of the layer's output less the factor h or h/2, joins them for mlp_gradients.cu. x and g are in
-// registers, what products take and the weights in shared memory (mlp_layer.h).
-// Must match torch_backend.exact_adjoint.
+// with Heun's product as in adjoint.cu. u of each layer call, and r of its norm, wait for the way back in scratch memory, where c,
+// the cotangent of the layer's output less the factor h or h/2, joins them for gradients.cu. x and g are in registers, the
+// operands of products and the weights in shared memory (layer.h).
+// Must match exact_adjoint of resode_cuda/fused/reference/passes.py.
 //
 // State: compiled for sm_80 to sm_120 and executed on a CPU (tests/fused/test_fused_cuda.py). It has not run on a GPU yet.
 #include "mlp/exact.h"
 
 #include "common/launch.h"
-#include "mlp/dispatch.h"
+#include "mlp/dispatch_shape.h"
 #include "mlp/layer.h"
 
 namespace {
 template <class T, int kDim>
 __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
-    mlp_exact_kernel(const Network<T> network, const MlpExact states) {
+    mlp_exact_kernel(const Network<T> network, const MlpExact operands) {
   using Shape = MlpShape<T, kDim>;
   using State = Values<Shape::kTiles>;
   DYN_SHARED(memory);
-  Layers<T, kDim> layers(network, memory, true, states.rows);
+  Layers<T, kDim> layers(network, memory, true, operands.rows);
   auto& tile = layers.tile;
   const int second = network.is_heun;
-  const auto row_of_use = [&](int n, int k) {
-    return ((n - states.first) * layers_per_step(network) + k) * states.scratch_rows + tile.first_row;
+  const auto row_of_call = [&](int n, int k) {
+    return ((n - operands.first) * layers_per_step(network) + k) * operands.scratch_rows + tile.first_row;
   };
-  layers.fetch(states.first, 0);
+  layers.fetch(operands.first, 0);
 
-  State x = tile.load(states.x_first);
-  Schedule ahead = schedule_of(network, states.first);
-  for (int n = states.first; n < states.last; n++) {
+  State x = tile.load(operands.x_first);
+  Schedule ahead = schedule_of(network, operands.first);
+  for (int n = operands.first; n < operands.last; n++) {
     const float h = ahead.h, scale = network.is_heun ? 0.5f * h : h;
-    if (n + 1 < states.last) ahead = schedule_of(network, n + 1);
+    if (n + 1 < operands.last) ahead = schedule_of(network, n + 1);
     State point = x;
     for (int k = 0; k <= second; k++) {
       State u = point;
       const auto r = tile.normalize(network.norm, network.epsilon, u);
-      const int64_t at = row_of_use(n, k);
+      const int64_t at = row_of_call(n, k);
       tile.put(tile.u, Shape::kDimPitch, u);
-      tile.put(static_cast<T*>(states.us) + at * kDim, kDim, u);
-      if (states.rs && tile.warp == 0 && threadIdx.x % 4 == 0) {
-        for (int i = 0; i < 2; i++) states.rs[at + tile.row(2 * i)] = r.of[i];
+      tile.put(static_cast<T*>(operands.layer_inputs) + at * kDim, kDim, u);
+      if (operands.inverse_rms && tile.warp == 0 && threadIdx.x % 4 == 0) {
+        for (int i = 0; i < 2; i++) operands.inverse_rms[at + tile.row(2 * i)] = r.of[i];
       }
-      if (n + 1 == states.last && k == second) break;  // nobody needs the last state, and the way back starts with its layer
+      if (n + 1 == operands.last && k == second) break;  // the last state is not needed, and the way back starts with its layer
       const State f = layers.evaluate(n + k, n + 1);
       if (k < second) {
         point = map([h](float x, float f) { return x + h * f; }, x, f);
@@ -53,51 +53,51 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
     }
   }
 
-  __syncthreads();  // r is read by other threads than have written it
-  State g = tile.load(states.g_last);
-  for (int n = states.last - 1; n >= states.first; n--) {
+  __syncthreads();  // r is read by other threads than those that have written it
+  State g = tile.load(operands.g_last);
+  for (int n = operands.last - 1; n >= operands.first; n--) {
     const float h = ahead.h, scale = network.is_heun ? 0.5f * h : h;
-    if (n > states.first) ahead = schedule_of(network, n - 1);
+    if (n > operands.first) ahead = schedule_of(network, n - 1);
     State through{};
     for (int k = second; k >= 0; k--) {
-      const int64_t at = row_of_use(n, k);
+      const int64_t at = row_of_call(n, k);
       typename Tile<T, kDim>::Scales r = {0, 0};
-      if (states.rs) {
-        for (int i = 0; i < 2; i++) r.of[i] = states.rs[at + tile.row(2 * i)];
+      if (operands.inverse_rms) {
+        for (int i = 0; i < 2; i++) r.of[i] = operands.inverse_rms[at + tile.row(2 * i)];
       }
       const auto c = map([](float g, float through) { return g + 2 * through; }, g, through);
-      tile.put(tile.u, Shape::kDimPitch, tile.get(static_cast<const T*>(states.us) + at * kDim, kDim));
+      tile.put(tile.u, Shape::kDimPitch, tile.get(static_cast<const T*>(operands.layer_inputs) + at * kDim, kDim));
       tile.put(tile.c, Shape::kDimPitch, c);
-      tile.put(static_cast<T*>(states.cs) + at * kDim, kDim, c);
+      tile.put(static_cast<T*>(operands.cotangents) + at * kDim, kDim, c);
       State f, du;
-      const int next = k > 0 ? n : n > states.first ? n - 1 + second : kNoLayer;
-      layers.pull(n + k, next, false, f, du);
-      const auto pulled = tile.pull_back(network.norm, r, map([scale](float du) { return scale * du; }, du));
+      const int next = k > 0 ? n : n > operands.first ? n - 1 + second : kNoLayer;
+      layers.vjp(n + k, next, false, f, du);
+      const auto through_norm = tile.norm_vjp(network.norm, r, map([scale](float du) { return scale * du; }, du));
       if (k > 0) {
-        through = pulled;
+        through = through_norm;
       } else {
-        g = map([](float g, float through, float pulled) { return g + through + pulled; }, g, through, pulled);
+        g = map([](float g, float through, float through_norm) { return g + through + through_norm; }, g, through, through_norm);
       }
     }
   }
-  tile.store(states.g_first, g);
+  tile.store(operands.g_first, g);
 }
 }  // namespace
 
-void launch_mlp_exact(const Network<void>& network, const MlpExact& states, const MlpLaunch& how) {
-  if (states.rows == 0) return;
-  dispatch_mlp("mlp_exact", how.dtype, how.padded_dim, [&](auto shape, auto type) {
+void launch_mlp_exact(const Network<void>& network, const MlpExact& operands, const MlpLaunch& how) {
+  if (operands.rows == 0) return;
+  dispatch_shape("mlp_exact", how.dtype, how.padded_dim, [&](auto shape, auto type) {
     using Shape = decltype(shape);
     using T = typename decltype(type)::type;
-    const int64_t blocks = (states.rows - 1) / (how.groups * kGroupRows) + 1;
+    const int64_t blocks = (operands.rows - 1) / (how.groups * kGroupRows) + 1;
     launch("mlp_exact", mlp_exact_kernel<T, Shape::kDim>, blocks, how.groups * Shape::kGroupThreads,
-           Shape::shared(how.groups, true), how.stream, typed<T>(network), states);
+           Shape::shared(how.groups, true), how.stream, typed<T>(network), operands);
   });
 }
 
 std::vector<Kernel> mlp_exact_kernels() {
   std::vector<Kernel> kernels;
-  for_each_mlp([&](auto shape, auto type) {
+  for_each_shape([&](auto shape, auto type) {
     using Shape = decltype(shape);
     using T = typename decltype(type)::type;
     kernels.push_back({std::string("mlp_exact_kernel<") + type.name + ", " + std::to_string(Shape::kDim) + ">",

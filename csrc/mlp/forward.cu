@@ -1,38 +1,38 @@
 // The forward pass of a residual MLP stack through its whole depth, one launch:
 //     x_{n+1} = x_n + Phi_n(x_n),  Euler: Phi = h f_n(x);  Heun: Phi = (middle - x) / 2 + h/2 f_{n+1}(middle), middle = x + h f_n(x)
 // States [rows, dim] fp32; increments in the parameters' dtype. A row group keeps its 16 rows of x in registers; u and a, the
-// operands of products, and two chunks of weights are in shared memory (mlp_layer.h). Device memory is read for x_0 and for
+// operands of products, and two chunks of weights are in shared memory (layer.h). Device memory is read for x_0 and for
 // weights alone, and written for x_N, the last increments and the anchored states.
-// Must match torch_backend.forward.
+// Must match forward of resode_cuda/fused/reference/passes.py.
 //
 // State: compiled for sm_80 to sm_120 and executed on a CPU (tests/fused/test_fused_cuda.py). It has not run on a GPU yet.
 #include "mlp/forward.h"
 
 #include "common/launch.h"
-#include "mlp/dispatch.h"
+#include "mlp/dispatch_shape.h"
 #include "mlp/layer.h"
 
 namespace {
 template <class T, int kDim>
 __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
-    mlp_forward_kernel(const Network<T> network, const MlpForward states) {
+    mlp_forward_kernel(const Network<T> network, const MlpForward operands) {
   DYN_SHARED(memory);
-  Layers<T, kDim> layers(network, memory, false, states.rows);
+  Layers<T, kDim> layers(network, memory, false, operands.rows);
   auto& tile = layers.tile;
   layers.fetch(0, 0);
-  auto x = tile.load(states.x_first);
+  auto x = tile.load(operands.x_first);
   Schedule ahead = schedule_of(network, 0);
-  for (int n = 0; n < states.steps; n++) {
-    if (states.anchored && n % states.anchors == 0)
-      tile.store(states.anchored + n / states.anchors * states.anchored_rows * network.dim, x);
+  for (int n = 0; n < operands.steps; n++) {
+    if (operands.anchored && n % operands.anchors == 0)
+      tile.store(operands.anchored + n / operands.anchors * operands.anchored_rows * network.dim, x);
     const float h = ahead.h;
-    if (n + 1 < states.steps) ahead = schedule_of(network, n + 1);
+    if (n + 1 < operands.steps) ahead = schedule_of(network, n + 1);
     auto point = x, increment = x;
     for (int k = 0; k < layers_per_step(network); k++) {
       auto u = point;
       tile.normalize(network.norm, network.epsilon, u);
       tile.put(tile.u, MlpShape<T, kDim>::kDimPitch, u);
-      const bool is_last = n + 1 == states.steps && k + 1 == layers_per_step(network);
+      const bool is_last = n + 1 == operands.steps && k + 1 == layers_per_step(network);
       const auto f = layers.evaluate(n + k, is_last ? kNoLayer : n + 1);
       if (k + 1 < layers_per_step(network)) {
         point = map([h](float x, float f) { return x + h * f; }, x, f);
@@ -42,29 +42,29 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
       }
     }
     x = map([](float x, float increment) { return x + increment; }, x, increment);
-    const int newest = states.steps - 1 - n;
-    if (newest < states.kept)
-      tile.store(static_cast<T*>(states.increments) + newest * states.rows * network.dim, increment);
+    const int steps_after = operands.steps - 1 - n;
+    if (steps_after < operands.saved_increments)
+      tile.store(static_cast<T*>(operands.increments) + steps_after * operands.rows * network.dim, increment);
     x = tile.inside(x);
   }
-  if (states.x_last) tile.store(states.x_last, x);
+  if (operands.x_last) tile.store(operands.x_last, x);
 }
 }  // namespace
 
-void launch_mlp_forward(const Network<void>& network, const MlpForward& states, const MlpLaunch& how) {
-  if (states.rows == 0) return;
-  dispatch_mlp("mlp_forward", how.dtype, how.padded_dim, [&](auto shape, auto type) {
+void launch_mlp_forward(const Network<void>& network, const MlpForward& operands, const MlpLaunch& how) {
+  if (operands.rows == 0) return;
+  dispatch_shape("mlp_forward", how.dtype, how.padded_dim, [&](auto shape, auto type) {
     using Shape = decltype(shape);
     using T = typename decltype(type)::type;
-    const int64_t blocks = (states.rows - 1) / (how.groups * kGroupRows) + 1;
+    const int64_t blocks = (operands.rows - 1) / (how.groups * kGroupRows) + 1;
     launch("mlp_forward", mlp_forward_kernel<T, Shape::kDim>, blocks, how.groups * Shape::kGroupThreads,
-           Shape::shared(how.groups, false), how.stream, typed<T>(network), states);
+           Shape::shared(how.groups, false), how.stream, typed<T>(network), operands);
   });
 }
 
 std::vector<Kernel> mlp_forward_kernels() {
   std::vector<Kernel> kernels;
-  for_each_mlp([&](auto shape, auto type) {
+  for_each_shape([&](auto shape, auto type) {
     using Shape = decltype(shape);
     using T = typename decltype(type)::type;
     kernels.push_back({std::string("mlp_forward_kernel<") + type.name + ", " + std::to_string(Shape::kDim) + ">",

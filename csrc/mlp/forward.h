@@ -6,14 +6,14 @@
 
 struct MlpForward {
   const float* x_first;
-  float* x_last;     // null where nobody goes on from there
-  void* increments;  // [kept, rows, dim], the parameters' dtype, newest first
-  float* anchored;   // null, or [ceil(steps / anchors), rows, dim]
+  float* x_last;          // null where only the anchored states are wanted
+  void* increments;       // [saved_increments, rows, dim], the parameters' dtype, that of the last step first
+  float* anchored;        // null, or [ceil(steps / anchors), rows, dim]
   int64_t rows;
-  int64_t anchored_rows;  // that one anchored state is behind the one before
-  int steps, kept, anchors;
+  int64_t anchored_rows;  // from the start of one anchored state to that of the next
+  int steps, saved_increments, anchors;
 };
 
-void launch_mlp_forward(const Network<void>& network, const MlpForward& states, const MlpLaunch& how);
+void launch_mlp_forward(const Network<void>& network, const MlpForward& operands, const MlpLaunch& how);
 
 std::vector<Kernel> mlp_forward_kernels();

@@ -1,11 +1,11 @@
-// The parameters' gradients of a range of layers, from the u and c that mlp_adjoint.cu or mlp_exact.cu have left of each use:
+// The parameters' gradients of a range of layers, from the u and c that adjoint.cu or exact.cu has left of each layer call:
 //     z = W1 u + b1,  a = s(z),  dz = s'(z) W2^T c
 //     dW1 += scale dz u^T,  db1 += scale sum dz,  dW2 += scale c a^T,  db2 += scale sum c,  sums over rows
-// scale: h of the step, or h/2 with Heun, where an inner layer is used by two steps.
+// scale: h of the step, or h/2 with Heun, where an inner layer is called by two steps.
 // A block takes a chunk of a layer's hidden dimension over a range of the rows. Its weights stay in shared memory; tiles of rows
 // of u and c come by asynchronous copies, one ahead; a and dz are shared in the parameters' dtype; the sums are fp32, in
-// registers, dW2's transposed, and are added to memory by reductions that nobody waits for. With one range their order is fixed.
-// Must match tile.Tile._pull.
+// registers, dW2's transposed, and are added to memory by reductions that nothing waits for. With one range their order is fixed.
+// Must match Tile.layer_vjp of resode_cuda/fused/reference/tile.py.
 //
 // State: compiled for sm_80 to sm_120 and executed on a CPU (tests/fused/test_fused_cuda.py). It has not run on a GPU yet.
 #include "mlp/gradients.h"
@@ -13,10 +13,10 @@
 #include <algorithm>
 
 #include "common/launch.h"
-#include "mlp/activation.h"
-#include "mlp/dispatch.h"
-#include "mlp/tile.h"
 #include "common/processors.h"
+#include "mlp/activation.h"
+#include "mlp/dispatch_shape.h"
+#include "mlp/tile.h"
 
 namespace {
 constexpr int kRangesPerProcessor = 4;  // blocks for each multiprocessor, where they may add to the same gradients
@@ -26,7 +26,7 @@ struct GradientShape {
   static constexpr int kRows = Shape::kIsNarrow ? 32 : 16;
   static constexpr int kWarps = Shape::kIsNarrow && Shape::kDim >= 64 ? 8 : 4;
   static constexpr int kThreads = 32 * kWarps;
-  // Of z a warp computes these columns; of the gradients 16 rows of the chunk at these columns of dim.
+  // A warp computes these columns of z, and of the gradients 16 rows of the chunk at these columns of dim.
   static constexpr int kHiddenTiles = Shape::kChunk / kMatrixColumns / kWarps;
   static constexpr int kSlices = Shape::kChunk / kGroupRows, kTiles = Shape::kDim / kMatrixColumns * kSlices / kWarps;
   // In values: weights as in a stage; two stages of u and c; a and dz.
@@ -50,8 +50,8 @@ __global__ void __launch_bounds__(GradientShape<MlpShape<T, kDim>>::kThreads, kD
   const int chunks = network.hidden / Shape::kChunk;
   const int range = blockIdx.x % ranges, chunk = blockIdx.x / ranges % chunks;
   const int layer = operands.first + blockIdx.x / ranges / chunks;
-  const int64_t start = range * range_rows, behind = start + range_rows;
-  const int64_t stop = behind < operands.rows ? behind : operands.rows;
+  const int64_t start = range * range_rows, range_end = start + range_rows;
+  const int64_t stop = range_end < operands.rows ? range_end : operands.rows;
   const int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
   const int first_hidden = warp * Own::kHiddenTiles * kMatrixColumns;
   const int slice = warp % Own::kSlices * kGroupRows, first_column = warp / Own::kSlices * Own::kTiles * kMatrixColumns;
@@ -66,16 +66,16 @@ __global__ void __launch_bounds__(GradientShape<MlpShape<T, kDim>>::kThreads, kD
                      i % kChunkPacks * kInPack);
   }
   copy_commit();
-  // Starts the copies of a tile of u and c. What lies beyond the rows is zero: its products are nothing.
-  const auto fetch = [&](int stage, int64_t use, int64_t at) {
+  // Starts the copies of a tile of u and c. Padding after the rows is zero, and so are its products.
+  const auto fetch = [&](int stage, int64_t layer_call, int64_t at) {
     T* const to = stages + stage * 2 * Own::kOperand;
     constexpr int kPacks = kDim / kInPack;
     for (int i = threadIdx.x; i < Own::kRows * kPacks; i += Own::kThreads) {
       T* const u = to + i / kPacks * Shape::kDimPitch + i % kPacks * kInPack;
       if (at + i / kPacks < stop) {
-        const int64_t from = (use * operands.scratch_rows + at) * kDim + i * kInPack;
-        copy_async16(u, static_cast<const T*>(operands.us) + from);
-        copy_async16(u + Own::kOperand, static_cast<const T*>(operands.cs) + from);
+        const int64_t from = (layer_call * operands.scratch_rows + at) * kDim + i * kInPack;
+        copy_async16(u, static_cast<const T*>(operands.layer_inputs) + from);
+        copy_async16(u + Own::kOperand, static_cast<const T*>(operands.cotangents) + from);
       } else {
         store<kInPack>(u, Pack<T, kInPack>{});
         store<kInPack>(u + Own::kOperand, Pack<T, kInPack>{});
@@ -90,20 +90,20 @@ __global__ void __launch_bounds__(GradientShape<MlpShape<T, kDim>>::kThreads, kD
     for (int i = 0; i < Own::kHiddenTiles * 2; i++)
       b1[i / 2][i % 2] = widen(network.b1[unit + first_hidden + i / 2 * kMatrixColumns + column + i % 2]);
   }
-  const int uses = layers_per_step(network);
+  const int calls_per_step = layers_per_step(network);
   // With Heun a layer is the first of its own step, and the second of the one before.
-  for (int k = 0; k < uses; k++) {
+  for (int k = 0; k < calls_per_step; k++) {
     const int n = layer - k;
     if (n < operands.first || n >= operands.last) continue;
-    const int64_t use = int64_t{n - operands.first} * uses + k;
+    const int64_t layer_call = int64_t{n - operands.first} * calls_per_step + k;
     const float h = network.schedule[3 * n], scale = network.is_heun ? 0.5f * h : h;
     float part1[Own::kTiles][4] = {}, part2[Own::kTiles][4] = {};
     int stage = 0;
-    fetch(0, use, start);
+    fetch(0, layer_call, start);
     for (int64_t at = start; at < stop; at += Own::kRows, stage ^= 1) {
       copy_wait<0>();
-      __syncthreads();  // the tile has landed, and nobody reads the other stage, a and dz any more
-      if (at + Own::kRows < stop) fetch(stage ^ 1, use, at + Own::kRows);
+      __syncthreads();  // the tile has landed, and no thread reads the other stage, a and dz any more
+      if (at + Own::kRows < stop) fetch(stage ^ 1, layer_call, at + Own::kRows);
       const T* const u = stages + stage * 2 * Own::kOperand;
       const T* const c = u + Own::kOperand;
       for (int r = 0; r < Own::kRows; r += kGroupRows) {
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(GradientShape<MlpShape<T, kDim>>::kThreads, kD
       add_product<Own::kRows, true, true>(part1, dz + slice, Shape::kChunkPitch, u + first_column, Shape::kDimPitch);
       add_product<Own::kRows, true, true>(part2, a + slice, Shape::kChunkPitch, c + first_column, Shape::kDimPitch);
     }
-    __syncthreads();  // the next use's first tile goes where the last one may still be read
+    __syncthreads();  // the next call's first tile goes where the last one may still be read
 #pragma unroll
     for (int i = 0; i < Own::kTiles * 4; i++) {
       const int64_t at = (unit + slice + row + i % 4 / 2 * 8) * kDim + first_column + i / 4 * kMatrixColumns + column + i % 2;
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(GradientShape<MlpShape<T, kDim>>::kThreads, kD
 
 void launch_mlp_gradients(const Network<void>& network, const MlpGradients& operands, const MlpLaunch& how) {
   if (operands.rows == 0) return;
-  dispatch_mlp("mlp_gradients", how.dtype, how.padded_dim, [&](auto shape, auto type) {
+  dispatch_shape("mlp_gradients", how.dtype, how.padded_dim, [&](auto shape, auto type) {
     using Shape = decltype(shape);
     using Own = GradientShape<Shape>;
     using T = typename decltype(type)::type;
@@ -169,7 +169,7 @@ void launch_mlp_gradients(const Network<void>& network, const MlpGradients& oper
 
 std::vector<Kernel> mlp_gradients_kernels() {
   std::vector<Kernel> kernels;
-  for_each_mlp([&](auto shape, auto type) {
+  for_each_shape([&](auto shape, auto type) {
     using Shape = decltype(shape);
     using Own = GradientShape<Shape>;
     using T = typename decltype(type)::type;

@@ -4,11 +4,11 @@
 #include "common/kernel.h"
 #include "mlp/network.h"
 
-// What the layers of the steps from first to last - 1 have left of their uses, and the sums that their gradients are added to:
+// u and c of each layer call of the steps from first to last - 1, and the sums that the layers' gradients are added to:
 // dW1 and dW2 (transposed) [layers, hidden, D], db1 [layers, hidden] and db2 [layers, D], fp32; db1 and db2 null without biases.
 struct MlpGradients {
-  const void* us;  // [uses, scratch_rows, D], the parameters' dtype
-  const void* cs;
+  const void* layer_inputs;  // [layer calls, scratch_rows, D], the parameters' dtype
+  const void* cotangents;
   float* dw1;
   float* db1;
   float* dw2;

@@ -1,20 +1,20 @@
-// One layer on a row group's tile, and the weights' way to it:
+// One layer on a row group's tile, and the weights' way into shared memory:
 //     f(x) = W2 s(W1 u + b1) + b2,  u = norm(x)
 //
 // A pass walks through the chunks of the layer's hidden dimension. A chunk's weights have come into one of two stages of shared
 // memory by asynchronous copies, which were started a chunk earlier; the last chunk of a pass starts the first one of the next
 // pass, which is why each pass is told the next one's layer. Of z = W1 u + b1 a warp computes its slice of the chunk; a = s(z) goes
 // to shared memory in the parameters' dtype; of W2 a it computes its own columns. So there are two barriers to a chunk:
-//     the chunk has landed, u and c are there, nobody reads the other stage any more
+//     the chunk has landed, u and c are there, no thread reads the other stage any more
 //     a and dz are there
-// u and c may be written again behind a pass's last barrier, that is, after the pass.
+// u and c may be written again after a pass's last barrier, that is, after the pass.
 //
-// Sums are fp32, in registers, and scaled by h after the product. Must match tile.Tile.
+// Sums are fp32, in registers, and scaled by h after the product. Must match resode_cuda/fused/reference/tile.py.
 #pragma once
 #include "mlp/activation.h"
 #include "mlp/tile.h"
 
-constexpr int kNoLayer = -1;  // for a pass that nothing follows
+constexpr int kNoLayer = -1;  // next after the last pass
 
 template <class T, int kDim>
 struct Layers {
@@ -28,12 +28,12 @@ struct Layers {
   T* dz;
   int stage;  // that the next chunk lands in, or has
 
-  // memory: Shape::shared(groups, pulls) bytes. rows: how many there are of the states in memory.
-  __device__ __forceinline__ Layers(const Network<T>& network, unsigned char* memory, bool pulls, int64_t rows)
+  // memory: Shape::shared(groups, has_vjp) bytes. rows: how many there are of the states in memory.
+  __device__ __forceinline__ Layers(const Network<T>& network, unsigned char* memory, bool has_vjp, int64_t rows)
       : network(network), stages(reinterpret_cast<T*>(memory)), stage(0) {
     const int groups = blockDim.x / Shape::kGroupThreads, group = threadIdx.x / Shape::kGroupThreads;
-    T* operands = stages + 2 * Shape::kStage + group * (pulls ? 2 : 1) * Shape::kOperands;
-    auto* row_sums = reinterpret_cast<float*>(stages + 2 * Shape::kStage + groups * (pulls ? 2 : 1) * Shape::kOperands);
+    T* operands = stages + 2 * Shape::kStage + group * (has_vjp ? 2 : 1) * Shape::kOperands;
+    auto* row_sums = reinterpret_cast<float*>(stages + 2 * Shape::kStage + groups * (has_vjp ? 2 : 1) * Shape::kOperands);
     tile.first_row = (int64_t{blockIdx.x} * groups + group) * kGroupRows;
     tile.rows = rows - tile.first_row < kGroupRows ? static_cast<int>(rows - tile.first_row) : kGroupRows;
     tile.dim = network.dim;
@@ -41,7 +41,7 @@ struct Layers {
     tile.warp = threadIdx.x % Shape::kGroupThreads / 32;
     tile.u = operands;
     a = operands + kGroupRows * Shape::kDimPitch;
-    tile.c = operands + Shape::kOperands;  // c and dz are there only where gradients are pulled back
+    tile.c = operands + Shape::kOperands;  // c and dz are there only for vector-Jacobian products
     dz = tile.c + kGroupRows * Shape::kDimPitch;
     tile.row_sums = row_sums + group * Shape::kRowSums;
     tile.is_odd = false;
@@ -79,8 +79,8 @@ struct Layers {
     return f;
   }
 
-  // du = (ds W2)^T c pulled through the layer up to u, and f, if it is wanted, as above; both share z.
-  __device__ __forceinline__ void pull(int layer, int next, bool wants_f, State& f, State& du) {
+  // du = W1^T (s'(z) W2^T c), the layer's vector-Jacobian product with c at u, and f, if it is wanted, as above; both share z.
+  __device__ __forceinline__ void vjp(int layer, int next, bool wants_f, State& f, State& du) {
     f = du = State{};
     for (int chunk = 0; chunk < network.hidden / Shape::kChunk; chunk++) {
       const T* weights = arrive(layer, chunk, next);

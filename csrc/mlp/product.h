@@ -2,13 +2,13 @@
 //     sums[16, 8 kTiles] += a[16, kDepth] b[kDepth, 8 kTiles]
 // 16-bit factors go through the tensor cores; fp32 factors through fused multiply-adds, since those products are to be IEEE's.
 // a is stored [16, kDepth] or transposed, [kDepth, 16]; b [8 kTiles, kDepth] or transposed, [kDepth, 8 kTiles]. A row starts a
-// pitch behind the one before; pitches and the address of the first value are multiples of 16 bytes.
+// pitch after the one before; pitches and the address of the first value are multiples of 16 bytes.
 // sums: lane 4 r + c holds columns 8 t + 2 c and + 1 of row r in sums[t][0], [1], and of row r + 8 in sums[t][2], [3].
 #pragma once
 #include "common/arithmetic.h"
 #include "common/device.h"
-#include "mlp/shape.h"
 #include "common/pack.h"
+#include "mlp/shape.h"
 
 template <class T>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

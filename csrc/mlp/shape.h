@@ -30,14 +30,14 @@ struct MlpShape {
   static constexpr int kPad = 16 / sizeof(T);
   static constexpr int kDimPitch = kDim + kPad, kChunkPitch = kChunk + kPad;
 
-  // Of a stage, in values: W1, W2, b1, b2.
+  // Parts of a stage, in values: W1, W2, b1, b2.
   static constexpr int kW2 = kChunk * kDimPitch, kB1 = kW2 + kDim * kChunkPitch, kB2 = kB1 + kChunk, kStage = kB2 + kDim;
-  // Of a row group, in values: u [16, kDim] and a [16, kChunk]; where gradients are pulled back, their cotangents c and dz too.
+  // Of a row group, in values: u [16, kDim] and a [16, kChunk]; for a vector-Jacobian product their cotangents c and dz, too.
   static constexpr int kOperands = kGroupRows * (kDimPitch + kChunkPitch);
-  // Of a row group, in floats: two buffers of each warp's part of two sums for each row.
+  // For a row group, in floats: two buffers of each warp's part of two sums for each row.
   static constexpr int kRowSums = 2 * kWarps * 2 * kGroupRows;
 
-  static constexpr size_t shared(int groups, bool pulls) {
-    return (2 * kStage + groups * (pulls ? 2 : 1) * kOperands) * sizeof(T) + groups * kRowSums * sizeof(float);
+  static constexpr size_t shared(int groups, bool has_vjp) {
+    return (2 * kStage + groups * (has_vjp ? 2 : 1) * kOperands) * sizeof(T) + groups * kRowSums * sizeof(float);
   }
 };

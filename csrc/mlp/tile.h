@@ -1,8 +1,10 @@
 // A row group's 16 rows of states, in registers of its warps, and what its warps tell each other about them.
 //
 // Lane 4 r + c of warp w holds columns 8 (w kTiles + t) + 2 c and + 1 of rows r and r + 8, as the sums of a product lie
-// (mlp_product.h). Columns from dim on are padding, zero; rows beyond the end are zero, too.
+// (product.h). Columns from dim on are padding, zero; rows beyond the end are zero, too.
 #pragma once
+#include <iterator>
+
 #include "common/arithmetic.h"
 #include "mlp/network.h"
 #include "mlp/product.h"
@@ -13,7 +15,7 @@ __device__ __forceinline__ int layers_per_step(const Network<T>& network) {
   return network.is_heun ? 2 : 1;
 }
 
-// Of a step: h, and the weights of the increments behind. Kernels read it a step before it is needed, or each step would wait.
+// h of a step, and the weights of the increments after it. Kernels read it a step before it is needed, or each step would wait.
 struct Schedule {
   float h, a, b;
 };
@@ -38,6 +40,8 @@ __device__ __forceinline__ Values<kTiles> map(Make make, const Values<kTiles>& f
   }
   return result;
 }
+
+static_assert(std::size(kNormNames) == 3, "a norm must have its formulas in Tile::normalize and norm_vjp");
 
 template <class T, int kDim>
 struct Tile {
@@ -85,7 +89,7 @@ struct Tile {
     }
   }
 
-  // Zeroes what is not a value of a row: rows beyond the end must stay finite, since their cotangents are zero.
+  // Zeroes the padding: rows beyond the end must stay finite, since their cotangents are zero.
   __device__ __forceinline__ State inside(State x) const {
 #pragma unroll
     for (int t = 0; t < Shape::kTiles; t++) {
@@ -117,7 +121,7 @@ struct Tile {
     return x;
   }
 
-  // Sums over each row, for all threads that hold values of it: of kSums quantities, the first kSums for row(0), then for row(2).
+  // Sums of kSums quantities over each row, for all threads that hold values of it: those of row(0), then those of row(2).
   // All threads of the block must come here.
   template <int kSums>
   __device__ __forceinline__ void sum_rows(float (&sums)[2 * kSums]) {
@@ -141,7 +145,7 @@ struct Tile {
     float of[2];
   };
 
-  // u = norm(x), and r.
+  // x <- u = norm(x), and r.
   __device__ __forceinline__ Scales normalize(Norm norm, float epsilon, State& x) {
     Scales r = {0, 0};
     if (norm == Norm::kNone) return r;
@@ -166,8 +170,8 @@ struct Tile {
     return r;
   }
 
-  // The cotangent of x from du, that of u; u is taken from shared memory.
-  __device__ __forceinline__ State pull_back(Norm norm, const Scales& r, const State& du) {
+  // The cotangent of x from du, that of u = norm(x). u is taken from shared memory.
+  __device__ __forceinline__ State norm_vjp(Norm norm, const Scales& r, const State& du) {
     if (norm == Norm::kNone) return du;
     const State point = get(u, Shape::kDimPitch);
     float sums[4] = {0, 0, 0, 0};  // of du u and of du

@@ -11,14 +11,14 @@
 #include "pointwise/forward_step.h"
 
 #include "common/arithmetic.h"
-#include "common/dispatch.h"
+#include "common/dispatch_dtype.h"
 #include "common/launch.h"
 #include "common/pack.h"
-#include "pointwise/plan.h"
 #include "common/processors.h"
+#include "pointwise/grid.h"
 
 namespace {
-// 1536 threads, 2 or 3 loads of 16 bytes each: 48 KB or more under way, where a multiprocessor of an H100 needs some 18 KB (its
+// 1536 threads, 2 or 3 loads of 16 bytes each: 48 KB or more on their way, where a multiprocessor of an H100 needs some 18 KB (its
 // share of 3.35 TB/s during 0.7 us). More blocks would leave 32 registers, too few on sm_100.
 constexpr int kBlocksPerProcessor = 6;
 
@@ -43,16 +43,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
 }
 }  // namespace
 
-void launch_step(const char* op, const void* x, const void* k1, const void* k2, void* out, double weight, int64_t n, DType x_dtype,
-                 DType k_dtype, void* stream) {
-  if (n == 0) return;
-  dispatch_stream(op, x_dtype, k_dtype, [&](auto x_type, auto k_type) {
+void launch_step(const char* op, const StepOperands& operands) {
+  if (operands.n == 0) return;
+  dispatch_stream(op, operands.x_dtype, operands.k_dtype, [&](auto x_type, auto k_type) {
     using X = typename decltype(x_type)::type;
     using F = typename decltype(k_type)::type;
-    const Plan to_do = plan(n, kValuesPerPack<X>, aligned_for_packs({x, k1, k2, out}),
-                            int64_t{kBlocksPerProcessor} * processor_count());
-    launch(op, step_kernel<X, F>, to_do.blocks, kThreads, 0, stream, static_cast<const X*>(x), static_cast<const F*>(k1),
-           static_cast<const F*>(k2), static_cast<X*>(out), static_cast<Wide<X>>(weight), to_do.packs, n);
+    const auto& [x, k1, k2, weight, out, n, x_dtype, k_dtype, stream] = operands;
+    const GridPlan grid = plan_grid(n, kValuesPerPack<X>, aligned_for_packs({x, k1, k2, out}),
+                                    int64_t{kBlocksPerProcessor} * processor_count());
+    launch(op, step_kernel<X, F>, grid.blocks, kThreads, 0, stream, static_cast<const X*>(x), static_cast<const F*>(k1),
+           static_cast<const F*>(k2), static_cast<X*>(out), static_cast<Wide<X>>(weight), grid.packs, n);
   });
 }
 

@@ -1,32 +1,32 @@
 // What a backward step does to the state, the adjoint and the prediction for the step before, in one pass and in place:
-//     x <- x - w (k1 + k2),  norms[0] += |y - x|^2,  norms[1] += |x|^2, with the new x     reverse_update_
+//     x <- x - w (k1 + k2),  squares[0] += |y - x|^2,  squares[1] += |x|^2, with the new x     reverse_update_
 //     y <- x - (a d' - b d),  d <- d' = w (k1 + k2), with the new x and the old d          reverse_extrapolate_, besides
 //     g <- s g + t (v1 + v2)                                                               both, where there is a g
 //     g <- s g + t (v1 + v2)                                                               adjoint_update_
 // x, y, d, k1, k2, g, v1, v2: n values each, consecutive and in the same order, of x's dtype, but k1 and k2, which share x's or a
 // narrower one. What is written overlaps nothing else. k2, g, v1, v2 may be absent (null).
-// norms: two values, fp64 for an fp64 stream, else fp32.
+// squares: two values, fp64 for an fp64 stream, else fp32.
 // Rounding: fp32 for fp32 and 16-bit streams, fp64 for fp64; k1 + k2, products and sums as written, of which a product and the
-// sum that takes it are one fused multiply-add. The norms and y take x as it is stored.
+// sum that takes it are one fused multiply-add. The squares and y take x as it is stored.
 // A thread holds one pack of each operand and its two sums of squares in registers, loads before it stores, and walks over packs
-// with the grid's stride. The warps' sums meet in shared memory; each block adds to the norms once, atomically, or, with
-// partial_norms, leaves its sums there ([2, blocks]) for a second kernel, of one block, that adds them in a fixed order.
+// with the grid's stride. The warps' sums meet in shared memory; each block adds to the squares once, atomically, or, with
+// partial_squares, leaves its sums there ([2, blocks]) for a second kernel, of one block, that adds them in a fixed order.
 // Must match reference.reverse_update_, reverse_extrapolate_ and adjoint_update_.
 //
 // State: compiled for sm_80 to sm_120 and executed on the host (tests/ops/test_cuda_kernels.py). It has not run on a GPU yet.
 #include "pointwise/reverse_update.h"
 
-#include "pointwise/adjoint_pack.h"
 #include "common/arithmetic.h"
-#include "common/block_sum.h"
-#include "common/dispatch.h"
+#include "common/dispatch_dtype.h"
 #include "common/launch.h"
 #include "common/pack.h"
-#include "pointwise/plan.h"
 #include "common/processors.h"
+#include "pointwise/adjoint_pack.h"
+#include "pointwise/block_sum.h"
+#include "pointwise/grid.h"
 
 namespace {
-// Up to 80 registers a thread; 3 to 8 operands under way at a time make up for fewer threads.
+// Up to 80 registers a thread; 3 to 8 operands on their way at a time make up for fewer threads.
 constexpr int kReverseBlocksPerProcessor = 3;
 constexpr int kAdjointBlocksPerProcessor = 6;  // as in forward_step.cu
 
@@ -42,10 +42,10 @@ struct State {
 
 template <bool kExtrapolate, class X, class F>
 __global__ void __launch_bounds__(kThreads, kReverseBlocksPerProcessor)
-    reverse_kernel(const State<X, F> state, const Adjoint<X> adjoint, Wide<X>* norms, Wide<X>* partial_norms, int64_t packs,
+    reverse_kernel(const State<X, F> state, const Adjoint<X> adjoint, Wide<X>* squares, Wide<X>* partial_squares, int64_t packs,
                    int64_t n) {
   DYN_SHARED(shared);
-  Pair<Wide<X>> squares = {0, 0};
+  Pair<Wide<X>> mine = {0, 0};
   for_each_pack<kValuesPerPack<X>>(packs, n, [&](auto count, int64_t at) {
     constexpr int kValues = decltype(count)::value;
     auto x = load<kValues>(state.x + at);
@@ -64,8 +64,8 @@ __global__ void __launch_bounds__(kThreads, kReverseBlocksPerProcessor)
       x.values[i] = narrow<X>(multiply_add(-state.weight, k, widen(x.values[i])));
       const Wide<X> stored = widen(x.values[i]);
       const Wide<X> defect = add(widen(y.values[i]), -stored);
-      squares.first = multiply_add(defect, defect, squares.first);
-      squares.second = multiply_add(stored, stored, squares.second);
+      mine.first = multiply_add(defect, defect, mine.first);
+      mine.second = multiply_add(stored, stored, mine.second);
       if constexpr (kExtrapolate) {
         const Wide<X> increment = multiply(state.weight, k);
         const Wide<X> change = multiply_add(-state.a, increment, multiply(state.b, widen(d.values[i])));
@@ -81,45 +81,45 @@ __global__ void __launch_bounds__(kThreads, kReverseBlocksPerProcessor)
     if (adjoint.g) update_adjoint(adjoint, at, g);
   });
 
-  const auto sums = sum_over_block(squares, shared);
+  const auto sums = sum_over_block(mine, shared);
   if (threadIdx.x == 0) {
-    if (partial_norms) {
-      partial_norms[blockIdx.x] = sums.first;
-      partial_norms[gridDim.x + blockIdx.x] = sums.second;
+    if (partial_squares) {
+      partial_squares[blockIdx.x] = sums.first;
+      partial_squares[gridDim.x + blockIdx.x] = sums.second;
     } else {
-      atomicAdd(norms, sums.first);
-      atomicAdd(norms + 1, sums.second);
+      atomicAdd(squares, sums.first);
+      atomicAdd(squares + 1, sums.second);
     }
   }
 }
 
-// norms[i] += the sum of partial_norms[i], of shape [2, blocks], in an order that `blocks` alone determines. One block.
+// squares[i] += the sum of partial_squares[i], of shape [2, blocks], in an order that `blocks` alone determines. One block.
 template <class T>
-__global__ void __launch_bounds__(kThreads) add_partial_norms_kernel(const T* partial_norms, T* norms, int64_t blocks) {
+__global__ void __launch_bounds__(kThreads) add_partial_squares_kernel(const T* partial_squares, T* squares, int64_t blocks) {
   DYN_SHARED(shared);
   Pair<T> mine = {0, 0};
   for (int64_t block = threadIdx.x; block < blocks; block += kThreads) {
-    mine.first += partial_norms[block];
-    mine.second += partial_norms[blocks + block];
+    mine.first += partial_squares[block];
+    mine.second += partial_squares[blocks + block];
   }
   const auto sums = sum_over_block(mine, shared);
   if (threadIdx.x == 0) {
-    norms[0] += sums.first;
-    norms[1] += sums.second;
+    squares[0] += sums.first;
+    squares[1] += sums.second;
   }
 }
 
 template <class X>
 __global__ void __launch_bounds__(kThreads, kAdjointBlocksPerProcessor)
-    adjoint_kernel(const Adjoint<X> adjoint, int64_t packs, int64_t n) {
+    adjoint_update_kernel(const Adjoint<X> adjoint, int64_t packs, int64_t n) {
   for_each_pack<kValuesPerPack<X>>(packs, n, [&](auto count, int64_t at) {
     auto pack = load_adjoint<decltype(count)::value>(adjoint, at);
     update_adjoint(adjoint, at, pack);
   });
 }
 
-template <class X>
-Adjoint<X> adjoint_of(const ReverseOperands& operands) {
+template <class X, class Operands>
+Adjoint<X> adjoint_of(const Operands& operands) {
   return {static_cast<X*>(operands.g), static_cast<const X*>(operands.v1), static_cast<const X*>(operands.v2),
           static_cast<Wide<X>>(operands.g_scale), static_cast<Wide<X>>(operands.v_scale)};
 }
@@ -127,34 +127,35 @@ Adjoint<X> adjoint_of(const ReverseOperands& operands) {
 
 int64_t most_reverse_blocks() { return int64_t{kReverseBlocksPerProcessor} * processor_count(); }
 
-void launch_reverse(const char* op, const ReverseOperands& operands, void* norms, void* partial_norms, int64_t n, DType x_dtype,
-                    DType k_dtype, void* stream) {
-  if (n == 0) return;
-  dispatch_stream(op, x_dtype, k_dtype, [&](auto x_type, auto k_type) {
+void launch_reverse(const char* op, const ReverseOperands& operands) {
+  if (operands.n == 0) return;
+  dispatch_stream(op, operands.x_dtype, operands.k_dtype, [&](auto x_type, auto k_type) {
     using X = typename decltype(x_type)::type;
     using F = typename decltype(k_type)::type;
-    const auto& [x, y, d, k1, k2, g, v1, v2, weight, a, b, g_scale, v_scale] = operands;
+    const auto& [x, y, d, k1, k2, weight, a, b, squares, g, v1, v2, g_scale, v_scale, partial_squares, n, x_dtype, k_dtype,
+                 stream] = operands;
     const State<X, F> state = {static_cast<X*>(x),        static_cast<X*>(y),        static_cast<X*>(d),
                                static_cast<const F*>(k1), static_cast<const F*>(k2), static_cast<Wide<X>>(weight),
                                static_cast<Wide<X>>(a),   static_cast<Wide<X>>(b)};
-    const Plan to_do =
-        plan(n, kValuesPerPack<X>, aligned_for_packs({x, y, d, k1, k2, g, v1, v2}), most_reverse_blocks());
-    auto* total = static_cast<Wide<X>*>(norms);
-    auto* partial = static_cast<Wide<X>*>(partial_norms);
+    const GridPlan grid =
+        plan_grid(n, kValuesPerPack<X>, aligned_for_packs({x, y, d, k1, k2, g, v1, v2}), most_reverse_blocks());
+    auto* total = static_cast<Wide<X>*>(squares);
+    auto* partial = static_cast<Wide<X>*>(partial_squares);
     constexpr size_t kShared = block_sum_bytes<Wide<X>>();
-    launch(op, d ? reverse_kernel<true, X, F> : reverse_kernel<false, X, F>, to_do.blocks, kThreads, kShared, stream, state,
-           adjoint_of<X>(operands), total, partial, to_do.packs, n);
-    if (partial) launch(op, add_partial_norms_kernel<Wide<X>>, 1, kThreads, kShared, stream, partial, total, to_do.blocks);
+    launch(op, d ? reverse_kernel<true, X, F> : reverse_kernel<false, X, F>, grid.blocks, kThreads, kShared, stream, state,
+           adjoint_of<X>(operands), total, partial, grid.packs, n);
+    if (partial) launch(op, add_partial_squares_kernel<Wide<X>>, 1, kThreads, kShared, stream, partial, total, grid.blocks);
   });
 }
 
-void launch_adjoint_update(const ReverseOperands& operands, int64_t n, DType dtype, void* stream) {
-  if (n == 0) return;
-  dispatch("adjoint_update_", dtype, [&](auto x_type) {
+void launch_adjoint_update(const AdjointOperands& operands) {
+  if (operands.n == 0) return;
+  dispatch_dtype("adjoint_update_", operands.dtype, [&](auto x_type) {
     using X = typename decltype(x_type)::type;
-    const Plan to_do = plan(n, kValuesPerPack<X>, aligned_for_packs({operands.g, operands.v1, operands.v2}),
-                            int64_t{kAdjointBlocksPerProcessor} * processor_count());
-    launch("adjoint_update_", adjoint_kernel<X>, to_do.blocks, kThreads, 0, stream, adjoint_of<X>(operands), to_do.packs, n);
+    const GridPlan grid = plan_grid(operands.n, kValuesPerPack<X>, aligned_for_packs({operands.g, operands.v1, operands.v2}),
+                                    int64_t{kAdjointBlocksPerProcessor} * processor_count());
+    launch("adjoint_update_", adjoint_update_kernel<X>, grid.blocks, kThreads, 0, operands.stream, adjoint_of<X>(operands),
+           grid.packs, operands.n);
   });
 }
 
@@ -172,13 +173,13 @@ std::vector<Kernel> reverse_kernels() {
     add("reverse_kernel<true, " + pair, reinterpret_cast<const void*>(reverse_kernel<true, X, F>), kShared);
   });
   for (DType dtype : kDTypes) {
-    dispatch("", dtype, [&](auto x_type) {
+    dispatch_dtype("", dtype, [&](auto x_type) {
       using X = typename decltype(x_type)::type;
-      add(std::string("adjoint_kernel<") + x_type.name + ">", reinterpret_cast<const void*>(adjoint_kernel<X>), 0);
+      add(std::string("adjoint_update_kernel<") + x_type.name + ">", reinterpret_cast<const void*>(adjoint_update_kernel<X>), 0);
     });
   }
-  add("add_partial_norms_kernel<float64>", reinterpret_cast<const void*>(add_partial_norms_kernel<double>),
+  add("add_partial_squares_kernel<float64>", reinterpret_cast<const void*>(add_partial_squares_kernel<double>),
       block_sum_bytes<double>());
-  add("add_partial_norms_kernel<float32>", reinterpret_cast<const void*>(add_partial_norms_kernel<float>), block_sum_bytes<float>());
+  add("add_partial_squares_kernel<float32>", reinterpret_cast<const void*>(add_partial_squares_kernel<float>), block_sum_bytes<float>());
   return kernels;
 }

@@ -1,6 +1,6 @@
-"""The depth-fused ops in CUDA C++: what the kernels of csrc/mlp_*.cu are launched with.
+"""The depth-fused ops in CUDA C++: the operands that the kernels of `csrc/mlp` are launched with.
 
-`passes.py` says in which order. The kernels are compiled and executed on a CPU by the tests; they have not run on a GPU
+`driver.py` says in which order. The kernels are compiled and executed on a CPU by the tests; they have not run on a GPU
 yet.
 """
 
@@ -16,173 +16,231 @@ import torch
 from torch import Tensor
 
 from .. import library
-from ..reverse import Reverse
-from .driver import Boundary as Ends
-from .driver import NetworkKernels as Kernels
-from .driver import Scratch, padded_dim, rows_apart
-from .driver import SlabDriver as Stacks
+from ..method import Method
+from ..schemes import Heun
+from . import requirements
+from .cuda_operands import (
+    AdjointOperands,
+    ExactOperands,
+    ForwardOperands,
+    GradientOperands,
+    LaunchOperands,
+    NetworkOperands,
+    addresses,
+)
+from .driver import Boundary, NetworkKernels, Scratch, SlabDriver, padded_dim, rows_apart
 from .network import Network
 from .norms import EPSILON
-from .signature import ParameterGradients as Gradients
+from .signature import AdjointResult, ParameterGradients, SavedStates, Wanted
 
+KERNELS = "kernels in CUDA C++"
 LARGEST_DIM = 128
+SCHEMES = ("euler", "heun")
 UNIT = 32
 """Rows that every launch takes in whole blocks."""
 
 
-def reason(network: Network, method: Any, device: torch.device) -> str | None:
-    """TEMPORARY"""
-    return "being rewritten"
+def reason(network: Network, method: Method, device: torch.device) -> str | None:
+    """Why the kernels in CUDA C++ can't compute this; None if they can."""
+    if network.dim > LARGEST_DIM:
+        return f"{KERNELS} keep rows of at most {LARGEST_DIM} values on chip, got dim {network.dim}"
+    return (
+        requirements.reason(KERNELS, network, method, device)
+        or library.build_info().reason
+        or unknown_name(library.require('backend="cuda"'), network, method)
+    )
 
 
-def forward(network: Network, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """As `torch_backend.forward`."""
-    return _stacks().forward(network, *given)
+def unknown_name(library: ModuleType, network: Network, method: Method) -> str | None:
+    """Which scheme, activation or norm of a network a library's kernels lack; None if they have all of them."""
+    for kind, known, name in (
+        ("schemes", SCHEMES, method.scheme.name),
+        ("activations", library.activation_codes, network.activation),
+        ("norms", library.norm_codes, network.norm),
+    ):
+        if name not in known:
+            return f"{KERNELS} have the {kind} {', '.join(map(str, known))}, got {name!r}"
+    return None
 
 
-def adjoint(network: Network, *given: Any) -> tuple[Tensor, Gradients | None, Tensor, Tensor | None]:
-    """As `torch_backend.adjoint`."""
-    return _stacks().adjoint(network, *given)
+def forward(network: Network, method: Method, x: Tensor) -> SavedStates:
+    """As `reference.passes.forward`, by `CudaKernels.forward`."""
+    return _driver().forward(network, method, x)
 
 
-def exact_adjoint(network: Network, *given: Any) -> tuple[Tensor, Gradients | None]:
-    """As `torch_backend.exact_adjoint`."""
-    return _stacks().exact_adjoint(network, *given)
+def adjoint(network: Network, method: Method, g: Tensor, states: SavedStates, wanted: Wanted) -> AdjointResult:
+    """As `reference.passes.adjoint`, by `CudaKernels.adjoint`."""
+    return _driver().adjoint(network, method, g, states, wanted)
 
 
-def stacks_of(library: ModuleType, stream: Callable[[int], int]) -> Stacks:
+def exact_adjoint(
+    network: Network, method: Method, g: Tensor, x_first: Tensor, wants_parameters: bool
+) -> tuple[Tensor, ParameterGradients | None]:
+    """As `reference.passes.exact_adjoint`, by `CudaKernels.exact`."""
+    return _driver().exact_adjoint(network, method, g, x_first, wants_parameters)
+
+
+def driver_of(library: ModuleType, stream: Callable[[int], int]) -> SlabDriver:
     """The ops by a compiled library.
 
     Args:
         library: the installed one, or its sources compiled for the host.
-        stream: from a device's index, the address of the stream to launch on.
+        stream: maps a device's index to the address of the stream to launch on.
     """
-    return Stacks(lambda network, extrapolates: CudaKernels(library, stream, network, extrapolates))
+    return SlabDriver(lambda network, method: CudaKernels(library, stream, network, method))
 
 
 @functools.cache
-def _stacks() -> Stacks:
-    return stacks_of(library.require('backend="cuda"'), torch._C._cuda_getCurrentRawStream)
+def _driver() -> SlabDriver:
+    return driver_of(library.require('backend="cuda"'), torch._C._cuda_getCurrentRawStream)
 
 
-class CudaKernels(Kernels):
+class CudaKernels(NetworkKernels):
     """A library's kernels on the addresses of tensors."""
 
     sums_by_dim = False
 
-    def __init__(self, library: ModuleType, stream: Callable[[int], int], network: Network, extrapolates: bool) -> None:
+    def __init__(self, library: ModuleType, stream: Callable[[int], int], network: Network, method: Method) -> None:
         self.library = library
         self.code = library.dtype_codes[str(network.dtype).removeprefix("torch.")]
         chunk, self.warps = library.mlp_shape(padded_dim(network.dim), self.code)
-        super().__init__(network, chunk, UNIT, extrapolates)
-        self.fields = (
-            *map(_address, (self.w1, self.b1, self.w2, self.b2, self.schedule)),
-            self.hidden,
-            network.dim,
-            self.uses == 2,
-            library.activation_codes[network.activation],
-            library.norm_codes[network.norm],
-            EPSILON,
-        )
+        super().__init__(network, method, chunk, UNIT)
         self.stream = stream(network.weight_in.get_device())
 
-    def step_bytes(self, is_split: bool) -> int:
-        of_norms = 2 * 4 * self.warps // self.library.mlp_group_rows
-        return of_norms + super().step_bytes(is_split)
+    def _network_operands(self) -> tuple[Any, ...]:
+        network = self.network
+        return addresses(
+            NetworkOperands(
+                w1=self.w1,
+                b1=self.b1,
+                w2=self.w2,
+                b2=self.b2,
+                schedule=self.schedule,
+                hidden=self.hidden,
+                dim=network.dim,
+                is_heun=self.method.scheme is Heun,
+                activation=self.library.activation_codes[network.activation],
+                norm=self.library.norm_codes[network.norm],
+                epsilon=EPSILON,
+            )
+        )
 
-    def norms(self, rows: int) -> Tensor:
+    def step_bytes(self, two_passes: bool) -> int:
+        of_squares = 2 * 4 * self.warps // self.library.mlp_group_rows
+        return of_squares + super().step_bytes(two_passes)
+
+    def squares(self, rows: int) -> Tensor:
         # A part for each warp.
         groups = self._groups(rows)
         parts = -(-rows // (groups * self.library.mlp_group_rows)) * groups * self.warps
-        return self.schedule.new_empty(parts, len(self.network.steps), 2)
+        return self.schedule.new_empty(parts, len(self.schedule), 2)
 
     def forward(
-        self,
-        x: Tensor,
-        x_last: Tensor | None,
-        increments: Tensor | None,
-        anchored: Tensor | None,
-        steps: int,
-        every: int,
+        self, x: Tensor, x_last: Tensor | None, increments: Tensor | None, anchored: Tensor | None, steps: int
     ) -> None:
-        kept = 0 if increments is None else len(increments)
-        with self._on_device():
-            self.library.mlp_forward(
-                self.fields,
-                self._how(len(x)),
-                *map(_address, (x, x_last, increments, anchored)),
-                *(len(x), rows_apart(anchored), steps, kept, every),
-            )
+        operands = ForwardOperands(
+            x_first=x,
+            x_last=x_last,
+            increments=increments,
+            anchored=anchored,
+            rows=len(x),
+            anchored_rows=rows_apart(anchored),
+            steps=steps,
+            saved_increments=0 if increments is None else len(increments),
+        )
+        self._launch(self.library.mlp_forward, operands)
 
     def adjoint(
         self,
-        ends: Ends,
-        norms: Tensor,
+        start: Boundary,
+        end: Boundary,
+        anchored: Tensor | None,
+        squares: Tensor,
         scratch: Scratch | None,
-        first: int,
-        last: int,
-        anchors: int | None,
-        solver: Reverse,
+        steps: range,
         adds_gradients: bool,
     ) -> None:
-        x, d = ends.x_last, ends.d_last
-        kept: list[Tensor | None] = [None, None]
-        carried = None
-        if d is not None and last == len(self.network.steps):
-            kept = [*d, None][:2]
-        else:
-            carried = d
-        us, cs = scratch or (None, None)
-        tensors = (
-            x,
-            ends.g_last,
-            ends.x_first,
-            ends.g_first,
-            *kept,
-            carried,
-            ends.d_first,
-            ends.anchored,
-            norms,
-            us,
-            cs,
+        count, solver = len(self.method), self.method.solver
+        last_increment = increment_before = None
+        increments_in = start.increments
+        if increments_in is not None and steps.stop == count:
+            last_increment, increment_before = increments_in[0], increments_in[1] if count > 1 else None
+            increments_in = None
+        layer_inputs, cotangents = scratch or (None, None)
+        operands = AdjointOperands(
+            x_last=start.x,
+            g_last=start.g,
+            x_first=end.x,
+            g_first=end.g,
+            last_increment=last_increment,
+            increment_before=increment_before,
+            increments_in=increments_in,
+            increments_out=end.increments,
+            anchored=anchored,
+            squares=squares,
+            layer_inputs=layer_inputs,
+            cotangents=cotangents,
+            rows=len(start.g),
+            anchored_rows=rows_apart(anchored),
+            scratch_rows=0 if scratch is None else scratch.rows,
+            first=steps.start,
+            last=steps.stop,
+            steps=count,
+            corrections=solver.corrections,
+            extrapolates=solver.extrapolates,
+            reuses=solver.reuse,
         )
-        with self._on_device():
-            self.library.mlp_adjoint(
-                self.fields,
-                self._how(len(x)),
-                *map(_address, tensors),
-                *(len(x), rows_apart(ends.anchored), 0 if us is None else us.shape[1]),
-                *(first, last, len(self.network.steps), anchors or 1),
-                *(solver.corrections, solver.extrapolates, solver.reuse),
-            )
+        self._launch(self.library.mlp_adjoint, operands)
 
     def exact(
-        self, x: Tensor, g_last: Tensor, g_first: Tensor, rs: Tensor | None, scratch: Scratch, first: int, last: int
+        self, x: Tensor, g_last: Tensor, g_first: Tensor, inverse_rms: Tensor | None, scratch: Scratch, steps: range
     ) -> None:
-        addresses = map(_address, (x, g_last, g_first, scratch.us, rs, scratch.cs))
-        with self._on_device():
-            self.library.mlp_exact(self.fields, self._how(len(x)), *addresses, len(x), scratch.us.shape[1], first, last)
+        layer_inputs, cotangents = scratch
+        operands = ExactOperands(
+            x_first=x,
+            g_last=g_last,
+            g_first=g_first,
+            layer_inputs=layer_inputs,
+            inverse_rms=inverse_rms,
+            cotangents=cotangents,
+            rows=len(x),
+            scratch_rows=scratch.rows,
+            first=steps.start,
+            last=steps.stop,
+        )
+        self._launch(self.library.mlp_exact, operands)
 
-    def add_gradients(self, scratch: Scratch, rows: int, first: int, last: int) -> None:
+    def add_gradients(self, scratch: Scratch, rows: int, steps: range) -> None:
+        layer_inputs, cotangents = scratch
+        dw1, db1, dw2, db2 = self.sums
+        operands = GradientOperands(
+            layer_inputs=layer_inputs,
+            cotangents=cotangents,
+            dw1=dw1,
+            db1=db1,
+            dw2=dw2,
+            db2=db2,
+            rows=rows,
+            scratch_rows=scratch.rows,
+            first=steps.start,
+            last=steps.stop,
+            is_deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+        self._launch(self.library.mlp_gradients, operands)
+
+    def _launch(
+        self,
+        launcher: Callable[..., None],
+        operands: ForwardOperands | AdjointOperands | ExactOperands | GradientOperands,
+    ) -> None:
+        how = LaunchOperands(self.dim, self.code, self._groups(operands.rows), self.stream)
         with self._on_device():
-            self.library.mlp_gradients(
-                self.fields,
-                self._how(rows),
-                *map(_address, (*scratch, *self.sums)),
-                *(rows, scratch.us.shape[1], first, last, torch.are_deterministic_algorithms_enabled()),
-            )
+            launcher(self._network_operands(), how, addresses(operands))
 
     def _groups(self, rows: int) -> int:
         with self._on_device():
             groups: int = self.library.mlp_groups(rows, self.dim, self.code)
         return groups
 
-    def _how(self, rows: int) -> tuple[int, int, int, int]:
-        return self.dim, self.code, self._groups(rows), self.stream
-
     def _on_device(self) -> AbstractContextManager[object]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

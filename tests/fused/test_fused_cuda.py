@@ -1,20 +1,23 @@
 """The depth-fused ops in CUDA C++: their own source executed on the CPU, and the same on a GPU."""
 
 import itertools
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
-from resode_cuda.fused import cuda as cuda_backend
-from resode_cuda.fused import selection as backend
-from resode_cuda.fused import slabs
-from resode_cuda.fused.cuda import stacks_of
-from resode_cuda.fused.reference import passes as torch_backend
+from resode_cuda.fused import cuda, cuda_operands, selection, slabs
+from resode_cuda.fused.cuda import driver_of
+from resode_cuda.fused.op import BACKENDS
+from resode_cuda.fused.reference import passes
+from resode_cuda.fused.signature import Wanted
+from resode_cuda.method import Method
 from resode_cuda.ops import build_info
 from resode_cuda.reverse import Reverse
 from tests.support.fused_cases import CASES, Case, check, moved
-from tests.support.host_build import load
+from tests.support.host_build import ROOT, load
+from tests.support.networks import Midpoint, pretend_to_have_a_gpu
 
 pytestmark = pytest.mark.usefixtures("off_the_kink")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,7 +38,7 @@ def kernels(host_build):
 def host(kernels):
     kernels.host_schedule(False, True)
     kernels.host_device(ONE_PROCESSOR)
-    yield stacks_of(kernels, lambda device: 0)
+    yield driver_of(kernels, lambda device: 0)
     kernels.host_schedule(False, True)
     kernels.host_device(ONE_PROCESSOR)
 
@@ -66,7 +69,7 @@ def test_every_order_of_threads_and_copies(kernels, host, processors, scheme, dt
     for dim, hidden in ((16, 130), (64, 70), (128, 70)):
         solver = Reverse("step", corrections=1)
         check(host, Case(scheme, reverse=solver, norm="rms", dim=dim, hidden=hidden, rows=19, steps=2), dtype)
-    check(host, Case(scheme, reverse="extrapolated", anchors=2, steps=4, hidden=60), dtype)
+    check(host, Case(scheme, reverse="extrapolated", anchors=(0, 2), steps=4, hidden=60), dtype)
 
 
 @pytest.mark.parametrize("activation", ["identity", "relu", "gelu", "gelu_tanh", "silu", "tanh"])
@@ -79,7 +82,7 @@ def test_activations_with_every_norm(host, activation, dtype):
 @pytest.mark.parametrize("scheme", ["euler", "heun"])
 def test_slabs_and_ranges_of_the_depth(monkeypatch, host, scheme):
     monkeypatch.setattr(slabs, "THINNEST_SLAB", 32)
-    case = Case(scheme, reverse="extrapolated", rows=75, steps=5, anchors=3, norm="rms")
+    case = Case(scheme, reverse="extrapolated", rows=75, steps=5, anchors=(0, 3), norm="rms")
     for fitting in (2**16, 2**14, 2**13):
         monkeypatch.setattr(slabs, "SCRATCH_BYTES", fitting)
         for is_split in (False, True):
@@ -90,15 +93,15 @@ def test_slabs_and_ranges_of_the_depth(monkeypatch, host, scheme):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_deterministic_gradients_do_not_depend_on_the_device(kernels, host, dtype):
     network, x, g = Case(rows=100, hidden=70).operands(dtype)
-    states = torch_backend.forward(network, x, 0, None)
+    states = passes.forward(network, network.method(), x)
     found = []
     torch.use_deterministic_algorithms(True)
     try:
         for device, greedy in ((ONE_PROCESSOR, False), (LARGE_GPU, True)):
             kernels.host_device(device)
             kernels.host_schedule(greedy, True)
-            g_first, gradients, *_ = host.adjoint(network, Reverse("step"), None, g, *states, True, False)
-            found.append((g_first, *gradients))
+            adjoint = host.adjoint(network, network.method(), g, states, Wanted(parameters=True))
+            found.append((adjoint.g, *adjoint.gradients))
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -107,8 +110,8 @@ def test_deterministic_gradients_do_not_depend_on_the_device(kernels, host, dtyp
 def test_products_of_floats_are_not_rounded(host):
     """They are IEEE's: a tf32 product would be off by 1e-3."""
     network, x, _ = Case(activation="identity", steps=1, dim=64, hidden=64).operands(torch.float32)
-    x_last, *_ = host.forward(network, x, 0, None)
-    expected, *_ = torch_backend.forward(network, x, 0, None)
+    x_last, *_ = host.forward(network, network.method(), x)
+    expected, *_ = passes.forward(network, network.method(), x)
     torch.testing.assert_close(x_last, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -116,7 +119,7 @@ def test_products_of_floats_are_not_rounded(host):
 def test_what_is_not_finite_stays_in_its_row(host, value):
     network, x, _ = Case(rows=20).operands(torch.bfloat16)
     x[3, 5] = value
-    x_last, *_ = host.forward(network, x, 0, None)
+    x_last, *_ = host.forward(network, network.method(), x)
     assert not x_last[3].isfinite().any() or x_last[3].isnan().any()
     others = torch.arange(20) != 3
     assert x_last[others].isfinite().all()
@@ -126,47 +129,97 @@ def test_bad_calls_of_the_launchers_are_refused(kernels):
     network = (0, 0, 0, 0, 0, 64, 16, False, 0, 0, 1e-5)
     states = (0, 0, 0, 0, 5, 5, 1, 0, 1)
     code = kernels.dtype_codes
+    how = (16, code["float32"], 1, 0)
     with pytest.raises(ValueError, match=r"^mlp_forward: the padded dim must be 16, 32, 64 or 128, got 48; pad it"):
-        kernels.mlp_forward(network, (48, code["float32"], 1, 0), *states)
+        kernels.mlp_forward(network, (48, *how[1:]), states)
     with pytest.raises(ValueError, match=r"^mlp_forward: parameters must be float32, .* got float64; use backend="):
-        kernels.mlp_forward(network, (16, code["float64"], 1, 0), *states)
-    with pytest.raises(ValueError, match=r"^mlp: activation and norm must be among .*, got 6 and 0; take the codes"):
-        kernels.mlp_forward((*network[:8], 6, 0, 1e-5), (16, code["float32"], 1, 0), *states)
+        kernels.mlp_forward(network, (16, code["float64"], 1, 0), states)
+    for activation, norm in ((6, 0), (-1, 0), (0, 3)):
+        unknown = (*network[:8], activation, norm, 1e-5)
+        with pytest.raises(ValueError, match=rf"^mlp_forward: activation and norm must be .*, got {activation} and"):
+            kernels.mlp_forward(unknown, how, states)
+    with pytest.raises(ValueError, match=r"^mlp_forward: must be given 9 operands, got 10; give them in the order"):
+        kernels.mlp_forward(network, how, (*states, 0))
+    with pytest.raises(TypeError, match=r"^mlp_forward: operands must be numbers that fit their types, got None;"):
+        kernels.mlp_forward(network, how, (None, *states[1:]))
 
 
-def cause_on_cuda(monkeypatch, case, dtype=torch.float32, capability=(9, 0), solver=None):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    return cuda_backend.cause(case.operands(dtype)[0], torch.device("cuda"), solver)
+STRUCTURES = {
+    "network.h": {"Network": cuda_operands.NetworkOperands, "MlpLaunch": cuda_operands.LaunchOperands},
+    "forward.h": {"MlpForward": cuda_operands.ForwardOperands},
+    "adjoint.h": {"MlpAdjoint": cuda_operands.AdjointOperands},
+    "exact.h": {"MlpExact": cuda_operands.ExactOperands},
+    "gradients.h": {"MlpGradients": cuda_operands.GradientOperands},
+}
+
+
+@pytest.mark.parametrize("header", STRUCTURES)
+def test_operands_have_the_fields_of_the_structures(header):
+    text = re.sub("//.*", "", (ROOT / "csrc" / "mlp" / header).read_text())
+    declared = dict(re.findall(r"^struct (\w+) \{(.*?)^\};", text, re.M | re.S))
+    assert declared.keys() == STRUCTURES[header].keys()
+    for name, operands in STRUCTURES[header].items():
+        fields = [re.search(r"\w+$", part)[0] for part in re.findall(r"[^;,]+(?=[;,])", declared[name])]
+        assert tuple(fields) == operands._fields
+
+
+def test_names_that_the_kernels_lack_are_told(kernels):
+    network = Case().operands(torch.float32)[0]
+    assert cuda.unknown_name(kernels, network, network.method()) is None
+    for change, told in (
+        ({"activation": "softplus"}, "activations identity, relu, gelu, gelu_tanh, silu, tanh, got 'softplus'"),
+        ({"norm": "batch"}, "norms None, rms, layer, got 'batch'"),
+    ):
+        told = f"kernels in CUDA C++ have the {told}"
+        assert cuda.unknown_name(kernels, replace(network, **change), network.method()) == told
+    told = "kernels in CUDA C++ have the schemes euler, heun, got 'midpoint'"
+    assert cuda.unknown_name(kernels, network, Method(Midpoint, network.steps)) == told
+
+
+def test_an_unknown_name_is_the_last_reason(monkeypatch, kernels):
+    network = replace(Case().operands(torch.float32)[0], activation="softplus")
+    pretend_to_have_a_gpu(monkeypatch)
+    monkeypatch.setattr(cuda.library, "_load", lambda: (None, "it is not there"))
+    assert cuda.reason(network, network.method(), torch.device("cuda")) == "it is not there"
+    monkeypatch.setattr(cuda.library, "_load", lambda: (kernels, None))
+    assert cuda.reason(network, network.method(), torch.device("cuda")).endswith("got 'softplus'")
+    assert cuda.reason(replace(network, activation="silu"), network.method(), torch.device("cuda")) is None
+
+
+def reason_on_cuda(monkeypatch, case, dtype=torch.float32, capability=(9, 0), solver=None):
+    pretend_to_have_a_gpu(monkeypatch, capability)
+    network = case.operands(dtype)[0]
+    return cuda.reason(network, network.method(solver), torch.device("cuda"))
 
 
 def test_what_the_kernels_cannot_compute_is_told(monkeypatch):
     missing = build_info().reason
-    assert cause_on_cuda(monkeypatch, Case()) == missing
-    assert "float64" in cause_on_cuda(monkeypatch, Case(), torch.float64)
-    assert "at most 128 values" in cause_on_cuda(monkeypatch, Case(dim=129))
-    too_old = cause_on_cuda(monkeypatch, Case(), capability=(7, 5))
+    assert reason_on_cuda(monkeypatch, Case()) == missing
+    assert "float64" in reason_on_cuda(monkeypatch, Case(), torch.float64)
+    assert "at most 128 values" in reason_on_cuda(monkeypatch, Case(dim=129))
+    too_old = reason_on_cuda(monkeypatch, Case(), capability=(7, 5))
     assert 'need compute capability 8.0, got 7.5; on this GPU backend="torch" computes all of it' in too_old
     accelerated = Reverse("step", corrections=2)
-    assert "accelerate" in cause_on_cuda(monkeypatch, Case(), solver=accelerated)
-    assert cause_on_cuda(monkeypatch, Case(), solver=replace(accelerated, accelerate=False)) == missing
+    assert "accelerate" in reason_on_cuda(monkeypatch, Case(), solver=accelerated)
+    assert reason_on_cuda(monkeypatch, Case(), solver=replace(accelerated, accelerate=False)) == missing
     network = Case().operands(torch.float32)[0]
-    assert "got tensors on cpu" in cuda_backend.cause(network, torch.device("cpu"), None)
+    assert "got tensors on cpu" in cuda.reason(network, network.method(), torch.device("cpu"))
 
 
 def test_a_missing_library_is_an_error_where_it_is_asked_for(monkeypatch):
-    monkeypatch.setattr(cuda_backend.library, "_load", lambda: (None, "it is not there"))
-    assert cause_on_cuda(monkeypatch, Case()) == "it is not there"
-    monkeypatch.setattr(backend, "_cause", lambda name, network, *_: cuda_backend.library.build_info().reason)
+    monkeypatch.setattr(cuda.library, "_load", lambda: (None, "it is not there"))
+    assert reason_on_cuda(monkeypatch, Case()) == "it is not there"
     network, x, _ = Case().operands(torch.float32)
+    monkeypatch.setattr(cuda, "reason", lambda *_: cuda.library.build_info().reason)
     with pytest.raises(ValueError, match=r"^here: backend='cuda' can't compute this: it is not there; use \"auto\""):
-        backend.chosen("here", "cuda", network, x, None)
+        selection.select("here", BACKENDS, "cuda", network, network.method(), x)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_the_specification_on_a_gpu(case, dtype):
-    check(cuda_backend, case, dtype, "cuda")
+    check(cuda, case, dtype, "cuda")
 
 
 @pytest.mark.gpu
@@ -177,8 +230,8 @@ def test_sizes_on_a_gpu(dim, hidden, dtype, rows):
     for reverse in ("corrected", "extrapolated"):
         for is_split in (False, True):
             case = Case(reverse=reverse, dim=dim, hidden=hidden, rows=rows, steps=6, is_split=is_split)
-            check(cuda_backend, case, dtype, "cuda")
-            check(cuda_backend, replace(case, scheme="heun", norm="layer"), dtype, "cuda")
+            check(cuda, case, dtype, "cuda")
+            check(cuda, replace(case, scheme="heun", norm="layer"), dtype, "cuda")
 
 
 @pytest.mark.gpu
@@ -188,7 +241,7 @@ def test_sanitize_on_a_gpu(dim):
     for dtype in DTYPES:
         for scheme in ("euler", "heun"):
             check(
-                cuda_backend,
+                cuda,
                 Case(scheme, reverse="extrapolated", norm="layer", dim=dim, hidden=70, rows=33),
                 dtype,
                 "cuda",
@@ -201,8 +254,9 @@ def test_deterministic_gradients_on_a_gpu():
     network, x, g = moved(network, torch.bfloat16, "cuda"), x.cuda(), g.cuda()
     torch.use_deterministic_algorithms(True)
     try:
-        states = cuda_backend.forward(network, x, 0, None)
-        runs = [cuda_backend.adjoint(network, Reverse("step"), None, g, *states, True, False)[1] for _ in range(5)]
+        method, wanted = network.method(), Wanted(parameters=True)
+        states = cuda.forward(network, method, x)
+        runs = [cuda.adjoint(network, method, g, states, wanted).gradients for _ in range(5)]
     finally:
         torch.use_deterministic_algorithms(False)
     for run in runs[1:]:

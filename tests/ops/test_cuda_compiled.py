@@ -15,7 +15,7 @@ ACCESSES = {
     "step_kernel": (1, 2, 1),
     "reverse_kernel<false": (5, 2, 2),
     "reverse_kernel<true": (6, 2, 4),
-    "adjoint_kernel": (3, 0, 1),
+    "adjoint_update_kernel": (3, 0, 1),
 }
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
 from resode_cuda import ResidualStack
+from resode_cuda.schemes import Heun, Stages
 
 DIM, HIDDEN, ROWS = 16, 32, 8
 
@@ -119,3 +121,28 @@ def pretend_to_capture(monkeypatch) -> None:
     """Tell the library that a CUDA graph is being captured."""
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+
+def pretend_to_have_a_gpu(monkeypatch, capability=(9, 0), processors=132):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    facts = SimpleNamespace(multi_processor_count=processors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+
+
+class Midpoint(Heun):
+    """A third scheme, as a contributor would add one."""
+
+    name = "midpoint"
+
+    @staticmethod
+    def weight(h: float) -> float:
+        return h
+
+    @staticmethod
+    def add(x: Tensor, stages: Stages, h: float) -> Tensor:
+        return x + h * stages.k2
+
+    @staticmethod
+    def stages(blocks: Sequence[Callable[[Tensor], Tensor]], x: Tensor, h: float) -> Stages:
+        return Stages(*Heun.stages(blocks, x, 0.5 * h))

@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "harness.h"
-#include "schedule.h"
+#include "host_functions.h"
 
 namespace {
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }

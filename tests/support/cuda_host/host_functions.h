@@ -5,13 +5,13 @@
 
 #include "host.h"
 #include "common/launch.h"
-#include "pointwise/plan.h"
+#include "pointwise/grid.h"
 
 inline std::pair<int64_t, int64_t> plan_of(int64_t n, int stream_bytes, const std::vector<uintptr_t>& addresses,
                                            int64_t most_blocks) {
   bool aligned = true;
   for (uintptr_t address : addresses) aligned &= aligned_for_packs({reinterpret_cast<const void*>(address)});
-  const Plan found = plan(n, kAccessBytes / stream_bytes, aligned, most_blocks);
+  const GridPlan found = plan_grid(n, kAccessBytes / stream_bytes, aligned, most_blocks);
   return {found.packs, found.blocks};
 }
 

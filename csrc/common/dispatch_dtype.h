@@ -15,7 +15,7 @@ struct Type {
 
 // Calls visit(Type{}) for the type that the code stands for.
 template <class Visit>
-void dispatch(const char* op, DType dtype, Visit visit) {
+void dispatch_dtype(const char* op, DType dtype, Visit visit) {
   switch (dtype) {
     case DType::kFloat64: return visit(Type<double, DType::kFloat64>{});
     case DType::kFloat32: return visit(Type<float, DType::kFloat32>{});
@@ -33,9 +33,9 @@ constexpr bool kServed = std::is_same_v<X, F> || sizeof(F) < sizeof(X);
 // Calls visit(Type of x, Type of k) for a residual stream x and what is added to it.
 template <class Visit>
 void dispatch_stream(const char* op, DType x, DType k, Visit visit) {
-  dispatch(op, x, [&](auto x_type) {
+  dispatch_dtype(op, x, [&](auto x_type) {
     using X = typename decltype(x_type)::type;
-    dispatch(op, k, [&](auto k_type) {
+    dispatch_dtype(op, k, [&](auto k_type) {
       if constexpr (kServed<X, typename decltype(k_type)::type>) {
         visit(x_type, k_type);
       } else {
@@ -51,9 +51,9 @@ template <class Visit>
 void for_each_stream(Visit visit) {
   for (DType x : kDTypes) {
     for (DType k : kDTypes) {
-      dispatch("", x, [&](auto x_type) {
+      dispatch_dtype("", x, [&](auto x_type) {
         using X = typename decltype(x_type)::type;
-        dispatch("", k, [&](auto k_type) {
+        dispatch_dtype("", k, [&](auto k_type) {
           if constexpr (kServed<X, typename decltype(k_type)::type>) visit(x_type, k_type);
         });
       });

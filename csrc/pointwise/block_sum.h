@@ -1,7 +1,7 @@
 // Sums over the threads of a block.
 #pragma once
 #include "common/device.h"
-#include "pointwise/plan.h"
+#include "pointwise/grid.h"
 
 static_assert(kThreads % kLanes == 0 && kThreads / kLanes <= kLanes, "the warps' sums must fit in one warp");
 

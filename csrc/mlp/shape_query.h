@@ -1,15 +1,15 @@
-// What Python has to know of the depth-fused kernels' tiles (mlp_shape.h).
+// What Python must know of the tiles that shape.h cuts, for a padded dim and a dtype known at run time.
 #pragma once
 #include <cstdint>
 
 #include "common/dtype_codes.h"
 
-struct MlpPlan {
+struct MlpTiles {
   int chunk;  // hidden is padded to a multiple of it
   int warps;  // of a row group
 };
 
-MlpPlan plan_mlp(int padded_dim, DType dtype);
+MlpTiles mlp_tiles(int padded_dim, DType dtype);
 
 // How many groups of 16 rows a block is to take, on the current device. A second group halves what the multiprocessors fetch of
 // the weights, and is in the way while there are not enough blocks for all of them. Neither has been timed yet.

@@ -1,4 +1,4 @@
-// How a pointwise kernel is spread over threads: packs of 16 bytes first, then what is left one value at a time.
+// How a pointwise kernel is spread over threads: packs of 16 bytes first, then the values after them one at a time.
 // Plain C++, which the tests call on the host.
 #pragma once
 #include <algorithm>
@@ -8,8 +8,8 @@
 constexpr int kThreads = 256;      // of a block
 constexpr int kAccessBytes = 16;   // the widest access of a thread
 
-struct Plan {
-  int64_t packs;  // the first packs * values_per_pack values go in packs, the others alone
+struct GridPlan {
+  int64_t packs;  // the first packs * values_per_pack values are accessed in packs, the others alone
   int64_t blocks;
 };
 
@@ -24,7 +24,7 @@ inline bool aligned_for_packs(std::initializer_list<const void*> operands) {
 }
 
 // n: at least 1. Threads stride over the packs, so few blocks serve any n, and no block starts without work.
-inline Plan plan(int64_t n, int values_per_pack, bool aligned, int64_t most_blocks) {
+inline GridPlan plan_grid(int64_t n, int values_per_pack, bool aligned, int64_t most_blocks) {
   const int64_t packs = aligned ? n / values_per_pack : 0;
   const int64_t accesses = std::max(packs, n - packs * values_per_pack);
   return {packs, std::min(most_blocks, (accesses - 1) / kThreads + 1)};

@@ -1,13 +1,13 @@
 // From a dtype code and a padded dim, known at run time, to the constants of a depth-fused kernel.
 #pragma once
-#include "common/dispatch.h"
+#include "common/dispatch_dtype.h"
 #include "mlp/network.h"
 #include "mlp/shape.h"
 
 // Calls visit(MlpShape{}, Type of the parameters).
 template <class Visit>
-void dispatch_mlp(const char* op, DType dtype, int padded_dim, Visit visit) {
-  dispatch(op, dtype, [&](auto type) {
+void dispatch_shape(const char* op, DType dtype, int padded_dim, Visit visit) {
+  dispatch_dtype(op, dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if constexpr (std::is_same_v<T, double>) {
       throw std::invalid_argument(std::string(op) + ": parameters must be float32, float16 or bfloat16, got float64; use " +
@@ -27,8 +27,8 @@ void dispatch_mlp(const char* op, DType dtype, int padded_dim, Visit visit) {
 
 // Calls visit for every pair that is served.
 template <class Visit>
-void for_each_mlp(Visit visit) {
+void for_each_shape(Visit visit) {
   for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
-    for (int padded_dim : {16, 32, 64, 128}) dispatch_mlp("", dtype, padded_dim, visit);
+    for (int padded_dim : {16, 32, 64, 128}) dispatch_shape("", dtype, padded_dim, visit);
   }
 }
