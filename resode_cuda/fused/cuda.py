@@ -156,7 +156,7 @@ class CudaKernels(NetworkKernels):
         end: Boundary,
         anchored: Tensor | None,
         squares: Tensor,
-        scratch: Scratch | None,
+        scratch: Scratch,
         steps: range,
         adds_gradients: bool,
     ) -> None:
@@ -166,7 +166,6 @@ class CudaKernels(NetworkKernels):
         if increments_in is not None and steps.stop == count:
             last_increment, increment_before = increments_in[0], increments_in[1] if count > 1 else None
             increments_in = None
-        layer_inputs, cotangents = scratch or (None, None)
         operands = AdjointOperands(
             x_last=start.x,
             g_last=start.g,
@@ -178,11 +177,11 @@ class CudaKernels(NetworkKernels):
             increments_out=end.increments,
             anchored=anchored,
             squares=squares,
-            layer_inputs=layer_inputs,
-            cotangents=cotangents,
+            layer_inputs=scratch.layer_inputs,
+            cotangents=scratch.cotangents,
             rows=len(start.g),
             anchored_rows=rows_apart(anchored),
-            scratch_rows=0 if scratch is None else scratch.rows,
+            scratch_rows=scratch.rows,
             first=steps.start,
             last=steps.stop,
             steps=count,
@@ -192,17 +191,14 @@ class CudaKernels(NetworkKernels):
         )
         self._launch(self.library.mlp_adjoint, operands)
 
-    def exact(
-        self, x: Tensor, g_last: Tensor, g_first: Tensor, inverse_rms: Tensor | None, scratch: Scratch, steps: range
-    ) -> None:
-        layer_inputs, cotangents = scratch
+    def exact(self, x: Tensor, g_last: Tensor, g_first: Tensor, scratch: Scratch, steps: range) -> None:
         operands = ExactOperands(
             x_first=x,
             g_last=g_last,
             g_first=g_first,
-            layer_inputs=layer_inputs,
-            inverse_rms=inverse_rms,
-            cotangents=cotangents,
+            layer_inputs=scratch.layer_inputs,
+            inverse_rms=scratch.inverse_rms,
+            cotangents=scratch.cotangents,
             rows=len(x),
             scratch_rows=scratch.rows,
             first=steps.start,
@@ -211,11 +207,10 @@ class CudaKernels(NetworkKernels):
         self._launch(self.library.mlp_exact, operands)
 
     def add_gradients(self, scratch: Scratch, rows: int, steps: range) -> None:
-        layer_inputs, cotangents = scratch
         dw1, db1, dw2, db2 = self.sums
         operands = GradientOperands(
-            layer_inputs=layer_inputs,
-            cotangents=cotangents,
+            layer_inputs=scratch.layer_inputs,
+            cotangents=scratch.cotangents,
             dw1=dw1,
             db1=db1,
             dw2=dw2,

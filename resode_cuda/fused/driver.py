@@ -37,14 +37,20 @@ class Scratch(NamedTuple):
     Shapes [layer calls, rows, dim], in the parameters' dtype. A step calls one layer, with Heun two.
     """
 
-    layer_inputs: Tensor
+    layer_inputs: Tensor | None
     """u, after the norm."""
-    cotangents: Tensor
+    inverse_rms: Tensor | None
+    """r of the norm, [layer calls, rows], float32, which the exact adjoint takes back from here; else None."""
+    cotangents: Tensor | None
     """c, of the layer's output, without the factor h or h/2."""
 
     @property
     def rows(self) -> int:
-        return self.layer_inputs.shape[1]
+        return 0 if self.layer_inputs is None else self.layer_inputs.shape[1]
+
+
+NO_SCRATCH = Scratch(None, None, None)
+"""Where the state pass adds up gradients itself, or none are wanted."""
 
 
 class Boundary(NamedTuple):
@@ -104,20 +110,15 @@ class NetworkKernels(ABC):
         end: Boundary,
         anchored: Tensor | None,
         squares: Tensor,
-        scratch: Scratch | None,
+        scratch: Scratch,
         steps: range,
         adds_gradients: bool,
     ) -> None:
         """Back through the steps, from `start`, after the last of them, to `end`. Fills scratch, or adds gradients."""
 
     @abstractmethod
-    def exact(
-        self, x: Tensor, g_last: Tensor, g_first: Tensor, inverse_rms: Tensor | None, scratch: Scratch, steps: range
-    ) -> None:
-        """From x, the first step's starting state, forward through the steps and back.
-
-        inverse_rms: [layer calls, rows], memory for r of the norms.
-        """
+    def exact(self, x: Tensor, g_last: Tensor, g_first: Tensor, scratch: Scratch, steps: range) -> None:
+        """From x, the first step's starting state, forward through the steps and back; fills scratch."""
 
     @abstractmethod
     def add_gradients(self, scratch: Scratch, rows: int, steps: range) -> None:
@@ -158,7 +159,7 @@ class NetworkKernels(ABC):
 
     def scratch(self, rows: int, steps: int) -> Scratch:
         shape = steps * self.layer_calls, self.whole(rows), self.dim
-        return Scratch(self.w1.new_empty(shape), self.w1.new_empty(shape))
+        return Scratch(self.w1.new_empty(shape), None, self.w1.new_empty(shape))
 
 
 class SlabDriver:
@@ -189,7 +190,7 @@ class SlabDriver:
         x_first = torch.empty_like(g) if wanted.input else None
         squares = g.new_zeros(count, 2)
         slab_rows, length = slabs(rows, count, kernels.step_bytes(two_passes), 0, kernels.unit)
-        scratch = kernels.scratch(min(slab_rows, rows), length) if two_passes else None
+        scratch = kernels.scratch(min(slab_rows, rows), length) if two_passes else NO_SCRATCH
         for begin in range(0, rows, slab_rows):
             slab = slice(begin, min(begin + slab_rows, rows))
             x = states.x_last[slab]
@@ -204,7 +205,7 @@ class SlabDriver:
                     end = Boundary(torch.empty_like(x), g_first[slab], d)
                 adds_gradients = wanted.parameters and not two_passes
                 kernels.adjoint(start, end, anchored, parts, scratch, steps, adds_gradients)
-                if scratch is not None:
+                if two_passes:
                     kernels.add_gradients(scratch, len(x), steps)
                 start = end
             squares += parts.sum(0)
@@ -220,7 +221,9 @@ class SlabDriver:
         slab_rows, length = slabs(rows, count, kernels.step_bytes(True), g.itemsize * network.dim, kernels.unit)
         most_rows = min(slab_rows, rows)
         scratch = kernels.scratch(most_rows, length)
-        inverse_rms = None if network.norm is None else g.new_empty(scratch.layer_inputs.shape[:2])
+        if network.norm is not None:
+            inverse_rms = g.new_empty(length * kernels.layer_calls, scratch.rows)
+            scratch = scratch._replace(inverse_rms=inverse_rms)
         begins = tuple(range(0, count, length))
         starts = g.new_empty((len(begins), most_rows, network.dim)) if len(begins) > 1 else None
         kernels.follow(replace(method, anchors=begins))
@@ -235,7 +238,7 @@ class SlabDriver:
             g_here, g_there = g[slab], g_first[slab]
             for state, first in reversed(list(zip(states, begins, strict=True))):
                 steps = range(first, min(first + length, count))
-                kernels.exact(state, g_here, g_there, inverse_rms, scratch, steps)
+                kernels.exact(state, g_here, g_there, scratch, steps)
                 if wants_parameters:
                     kernels.add_gradients(scratch, len(x), steps)
                 g_here = g_there

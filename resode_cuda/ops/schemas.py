@@ -35,8 +35,9 @@ Depth-fused ops (`fused/`), each a whole stack of residual perceptrons:
 
 The first is differentiable, by one of the other two, which are not. All are functional; a backward pass of mlp_stack
 fills its `squares`, if it has some, and nothing else is ever overwritten. `gradient` is "adjoint" or "checkpoint";
-`anchors` are ascending step numbers; `squares` have shape [steps, 2], |y - x_n|^2 and |x_n|^2 of each step. States have shape [*, dim] and the stream's
-dtype, float32 for 16-bit parameters, and results are contiguous. A result that is not asked for is empty.
+`anchors` are ascending step numbers; `squares` have shape [steps, 2], |y - x_n|^2 and |x_n|^2 of each step. States have
+shape [*, dim] and the stream's dtype, float32 for 16-bit parameters, and results are contiguous. A result that is not
+asked for is empty.
 """
 
 FORWARD_STEP = "forward_step(Tensor x, Tensor f, float h) -> Tensor"

@@ -1,6 +1,6 @@
 """The depth-fused adjoint that rebuilds the states, by Triton; `memory.py` says how memory is laid out.
 
-    from x_last and g_last to x_first and g_first over a range of steps
+    from x and g after a range of steps to x and g before it
 
 y, where a step's product is taken, is the reverse step or x_{n+1} less the increment expected, a d1 - b d2, of which d1
 and d2 are those of the next two steps. The last two steps are predicted by the increments that the forward pass has
@@ -21,7 +21,8 @@ from .memory import inside_of, load_tile, store_scratch, store_tile
     do_not_specialize=["count", "anchored_rows", "increments_rows", "scratch_rows", "first", "last", "steps", "anchors"]
 )
 def adjoint_kernel(
-    boundary: Boundary,
+    start: Boundary,
+    end: Boundary,
     anchored: tl.tensor,
     squares: tl.tensor,
     scratch: Scratch,
@@ -48,21 +49,20 @@ def adjoint_kernel(
 ) -> None:
     """Take a tile per program, of `count` rows, through the steps from last - 1 down to first, by a `Reverse` solver.
 
-    Increments come `increments_rows` rows apart, d2 before d1, those that the forward pass has saved newest first, and
-    leave `count` rows apart; anchored states are `anchored_rows` apart. Gradients are added to if dw1 is there, and u
-    and c go to scratch memory if that is.
+    start's increments are `increments_rows` rows apart, d2 before d1, those that the forward pass has saved newest
+    first; end's are `count` rows apart, anchored states `anchored_rows`. Gradients are added to if dw1 is there, and u
+    and c go to scratch memory if that is there.
     """
     weights = Weights(w1, b1, w2, b2, hidden)
     gradients = Gradients(dw1, db1, dw2, db2)
     tile = tl.program_id(0).to(tl.int64)
     row = tile * CONFIG.rows
     inside = inside_of(row, count, CONFIG)
-    x = load_tile(boundary.x_last, row, inside, CONFIG)
-    g = load_tile(boundary.g_last, row, inside, CONFIG)
+    x = load_tile(start.x, row, inside, CONFIG)
+    g = load_tile(start.g, row, inside, CONFIG)
     if SOLVER.extrapolates:
-        increments = boundary.increments_in
-        d2 = rounded(load_tile(increments, row, inside, CONFIG), weights)
-        d1 = rounded(load_tile(increments + increments_rows * CONFIG.dim, row, inside, CONFIG), weights)
+        d2 = rounded(load_tile(start.increments, row, inside, CONFIG), weights)
+        d1 = rounded(load_tile(start.increments + increments_rows * CONFIG.dim, row, inside, CONFIG), weights)
     for i in range(last - first):
         n = last - 1 - i
         h = tl.load(schedule + 3 * n)
@@ -127,10 +127,10 @@ def adjoint_kernel(
             tl.store(at_step, tl.sum(e * e))
         x_measured = tl.where(measured, x, 0)
         tl.store(at_step + 1, tl.sum(x_measured * x_measured))
-    store_tile(boundary.g_first, g, row, inside, CONFIG)
-    if boundary.x_first is not None:
-        store_tile(boundary.x_first, x, row, inside, CONFIG)
+    store_tile(end.g, g, row, inside, CONFIG)
+    if end.x is not None:
+        store_tile(end.x, x, row, inside, CONFIG)
     if SOLVER.extrapolates:
-        if boundary.increments_out is not None:
-            store_tile(boundary.increments_out, d2, row, inside, CONFIG)
-            store_tile(boundary.increments_out + count * CONFIG.dim, d1, row, inside, CONFIG)
+        if end.increments is not None:
+            store_tile(end.increments, d2, row, inside, CONFIG)
+            store_tile(end.increments + count * CONFIG.dim, d1, row, inside, CONFIG)

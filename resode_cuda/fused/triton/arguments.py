@@ -4,7 +4,7 @@ A kernel is compiled once for all equal `KernelConfig`, those of layers too wide
 Tuples of pointers reach a kernel whole. Tensor descriptors can't: Triton 3.6 compiles kernels that take them inside of
 tuples, and fails to launch them. So W1 and W2 and their gradients are arguments of their own, and a kernel puts them
 into `Weights` and `Gradients` for the functions that it calls. Whether there is a structure is told by its fields: a
-tuple that has a None in it can't be compared with None.
+tuple that has a None in it can't be compared with None. `driver.Boundary` and `driver.Scratch` are such tuples, too.
 
 The names of schemes, activations and norms are those that the kernels have formulas of.
 """
@@ -97,28 +97,6 @@ class Gradients(NamedTuple):
     db1: Any
     dw2: Any
     db2: Any
-
-
-class Scratch(NamedTuple):
-    """What a state pass leaves of each layer call: u, r and c. inverse_rms: None without a norm, or if not needed."""
-
-    layer_inputs: Any
-    inverse_rms: Any
-    cotangents: Any
-
-
-class Boundary(NamedTuple):
-    """Where an adjoint pass starts, x_last, g_last and the increments d2 and d1, and where it leaves what it ends with.
-
-    None for what the solver does not need, and in the last segment of the depth, which needs no end state.
-    """
-
-    x_last: Any
-    g_last: Any
-    increments_in: Any
-    x_first: Any
-    g_first: Any
-    increments_out: Any
 
 
 class Activated(NamedTuple):

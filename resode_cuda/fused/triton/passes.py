@@ -140,7 +140,7 @@ class TritonKernels(NetworkKernels):
         end: Boundary,
         anchored: Tensor | None,
         squares: Tensor,
-        scratch: Scratch | None,
+        scratch: Scratch,
         steps: range,
         adds_gradients: bool,
     ) -> None:
@@ -152,18 +152,15 @@ class TritonKernels(NetworkKernels):
             adjoint_kernel,
             (self.whole(rows) // tile.rows,),
             tile,
-            *(arguments.Boundary(*start, *end), anchored, squares),
-            arguments.Scratch(None, None, None) if scratch is None else _pointers(scratch, None),
+            *(start, end, anchored, squares, scratch),
             *(self._reduced(tile) if adds_gradients else Gradients(None, None, None, None)),
             *(self.schedule, *self._weights(tile)),
             *(rows, rows_apart(anchored), rows_apart(start.increments)),
-            *(0 if scratch is None else scratch.rows, steps.start, steps.stop, len(self.method)),
+            *(scratch.rows, steps.start, steps.stop, len(self.method)),
             SOLVER=self.method.solver,
         )
 
-    def exact(
-        self, x: Tensor, g_last: Tensor, g_first: Tensor, inverse_rms: Tensor | None, scratch: Scratch, steps: range
-    ) -> None:
+    def exact(self, x: Tensor, g_last: Tensor, g_first: Tensor, scratch: Scratch, steps: range) -> None:
         from .exact import exact_kernel
 
         tile = self.tiles.exact
@@ -171,7 +168,7 @@ class TritonKernels(NetworkKernels):
             exact_kernel,
             (self.whole(len(x)) // tile.rows,),
             tile,
-            *(x, g_last, g_first, _pointers(scratch, inverse_rms), self.schedule, *self._weights(tile)),
+            *(x, g_last, g_first, scratch, self.schedule, *self._weights(tile)),
             *(len(x), scratch.rows, steps.start, steps.stop),
         )
 
@@ -191,7 +188,7 @@ class TritonKernels(NetworkKernels):
             weight_gradient_kernel,
             (layers * chunks, ranges),
             tile,
-            *(_pointers(scratch, None), Gradients(*self.sums)),
+            *(scratch, Gradients(*self.sums)),
             *(self.schedule, *self._weights(tile)),
             *(scratch.rows, written, range_rows, steps.start, steps.stop),
             ATOMIC=ranges > 1,
@@ -231,10 +228,6 @@ class TritonKernels(NetworkKernels):
     def _launch(self, kernel: Any, grid: tuple[int, ...], tile: Tile, *values: Any, **constants: Any) -> None:
         with torch.cuda.device_of(self.w1):
             kernel[grid](*values, **constants, CONFIG=self._config(tile), num_warps=tile.warps)
-
-
-def _pointers(scratch: Scratch, inverse_rms: Tensor | None) -> arguments.Scratch:
-    return arguments.Scratch(scratch.layer_inputs, inverse_rms, scratch.cotangents)
 
 
 def precision(dtype: torch.dtype) -> str:
