@@ -17,11 +17,15 @@ import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, SetupError
 
 DEFAULT_ARCHITECTURES = ("80", "90", "100", "120")
+LICENSE = "Apache-2.0"
+OLDEST_WITH_EXPRESSIONS = 77
+"""Major version of the first setuptools that takes a license as an SPDX expression; older ones take any text."""
 WAY_OUT = "choose architectures with RESODE_CUDA_ARCHS=..., or install without CUDA with RESODE_SKIP_CUDA=1"
 
 
@@ -123,5 +127,15 @@ def extensions(environ: Mapping[str, str]) -> list[Extension]:
     return []
 
 
+def license_of(setuptools_version: str) -> dict[str, str]:
+    """The license as this version of setuptools takes it."""
+    takes_expressions = int(setuptools_version.split(".")[0]) >= OLDEST_WITH_EXPRESSIONS
+    return {"license_expression" if takes_expressions else "license": LICENSE}
+
+
 if __name__ == "__main__":
-    setup(ext_modules=extensions(os.environ), cmdclass={"build_ext": CMakeBuild})
+    setup(
+        ext_modules=extensions(os.environ),
+        cmdclass={"build_ext": CMakeBuild},
+        **license_of(setuptools.__version__),
+    )

@@ -3,10 +3,11 @@
 // Operands keep the names and the order of resode_cuda/ops/reference.py; 0 stands for one that is absent.
 #include <pybind11/pybind11.h>
 
+#include <utility>
 #include <vector>
 
 #include "common/attributes.h"
-#include "common/from_tuple.h"
+#include "common/python_values.h"
 #include "mlp/adjoint.h"
 #include "mlp/bindings.h"
 #include "mlp/exact.h"
@@ -68,14 +69,22 @@ void reverse_update(const ReverseUpdate& given) {
 
 void reverse_extrapolate(const ReverseOperands& given) { launch_reverse("reverse_extrapolate_", given); }
 
-// Calls the launcher with its operands, which are the call's arguments by position: names would cost as much as the rest of a call.
-template <class Operands>
-void define(py::module_& module, const char* name, void (*launch)(const Operands&)) {
-  module.def(name, [name, launch](const py::args& arguments) {
-    const auto operands = from_tuple<Operands>(name, arguments);
+template <size_t>
+using Argument = py::handle;
+
+template <class Operands, size_t... kFields>
+void define(py::module_& module, const char* name, void (*launch)(const Operands&), std::index_sequence<kFields...>) {
+  module.def(name, [name, launch](Argument<kFields>... arguments) {
+    const Operands operands = {PythonValue{name, arguments}...};
     const py::gil_scoped_release release;  // a launch can wait for room in the device's queue
     launch(operands);
   });
+}
+
+// A function of the operands' fields by position: names, or a tuple to unpack, would cost as much as the rest of a call.
+template <class Operands>
+void define(py::module_& module, const char* name, void (*launch)(const Operands&)) {
+  define(module, name, launch, std::make_index_sequence<field_count<Operands>()>());
 }
 
 std::vector<Kernel> all_kernels() {

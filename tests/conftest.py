@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.support.host_build import build
+from tests.support.once import once
 
 # The tensors are tiny: a second thread costs more than it brings, and much more on a busy machine.
 torch.set_num_threads(1)
@@ -38,7 +39,13 @@ def float64():
 
 
 @pytest.fixture(scope="session")
-def host_build(tmp_path_factory, worker_id):
-    """The folder of the CUDA sources' modules for the CPU."""
-    shared = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
-    return build(shared / "host_build")
+def shared_folder(tmp_path_factory, worker_id):
+    """A folder that all workers of a test run share."""
+    own = tmp_path_factory.getbasetemp()
+    return own if worker_id == "master" else own.parent
+
+
+@pytest.fixture(scope="session")
+def host_build(shared_folder):
+    """The folder of the CUDA sources' module for the CPU."""
+    return once(shared_folder / "host_build", build)

@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "common/from_tuple.h"
+#include "common/python_values.h"
 #include "mlp/adjoint.h"
 #include "mlp/exact.h"
 #include "mlp/forward.h"

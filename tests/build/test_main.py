@@ -72,7 +72,9 @@ def test_a_gpu_and_its_kernels(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
     monkeypatch.setattr(ops, "reasons", lambda device: {"torch": None})
     monkeypatch.setattr(ops, "build_info", lambda: LIBRARY)
-    monkeypatch.setattr(library, "require", lambda where: SimpleNamespace(kernel_attributes=lambda: [kernel]))
+    codes = {"activation_codes": {"relu": 0}, "norm_codes": {None: 0}}
+    kernels = SimpleNamespace(kernel_attributes=lambda: [kernel], **codes)
+    monkeypatch.setattr(library, "require", lambda where: kernels)
     text = printed(capsys)
     assert "cuda:1   Some GPU, compute capability 9.0, 80.0 GiB, 132 multiprocessors" in text
     assert "80-real 90" in text

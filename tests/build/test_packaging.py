@@ -95,6 +95,43 @@ def test_architectures_are_read_from_the_compiler(setup_py, tmp_path):
     assert setup_py.supported_architectures(nvcc) == ["90", "100"]
 
 
+@pytest.mark.parametrize(
+    ("setuptools_version", "expected"),
+    [
+        ("64.0.3", {"license": "Apache-2.0"}),
+        ("76.1", {"license": "Apache-2.0"}),
+        ("77.0.3", {"license_expression": "Apache-2.0"}),
+        ("84.2.1.post0", {"license_expression": "Apache-2.0"}),
+    ],
+)
+def test_license_as_each_setuptools_takes_it(setup_py, setuptools_version, expected):
+    assert setup_py.license_of(setuptools_version) == expected
+
+
+NOT_INSTALLED = """
+from importlib import metadata
+
+found = metadata.Distribution.from_name
+
+def without_the_package(name):
+    if name.replace("-", "_") == "resode_cuda":
+        raise metadata.PackageNotFoundError(name)
+    return found(name)
+
+metadata.Distribution.from_name = without_the_package
+import resode_cuda
+
+print(resode_cuda.__version__)
+"""
+
+
+def test_the_package_need_not_be_installed():
+    """Its sources on the path are enough, and have the version that a build reads."""
+    done = run(sys.executable, "-c", NOT_INSTALLED, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.splitlines()[-1] == "0.1.0"
+
+
 def test_a_failed_build_fails_the_install_and_says_the_way_out(checkout, tmp_path):
     for requirement in ("cmake", "ninja", "pybind11"):
         pytest.importorskip(requirement)

@@ -1,11 +1,13 @@
 """The CUDA kernels as nvcc compiles them: within their budget of registers, and by accesses of 16 bytes."""
 
+import functools
 import json
 import re
 
 import pytest
 
 from tests.support import cuda_compiled
+from tests.support.once import once
 
 pytestmark = pytest.mark.skipif(cuda_compiled.NVCC is None, reason="nvcc is not on PATH")
 
@@ -17,18 +19,27 @@ ACCESSES = {
     "reverse_kernel<true": (6, 2, 4),
     "adjoint_update_kernel": (3, 0, 1),
 }
-
-
 EIGHT_STATES = "mlp_adjoint_kernel<float, 128>"
-"""Of 16 values a thread each: 24 bytes of them at most wait in local memory on sm_80."""
+"""They have 16 values a thread each: 24 bytes of them at most wait in local memory on sm_80."""
 STEPS = {f"step_kernel<{pair}>" for pair in ("float, float", "double, float", "double, double")}
 """On sm_120 six blocks of them leave a thread 40 registers, of which the compiler wants a few more."""
 
 
+@pytest.fixture(scope="session")
+def compiled(shared_folder):
+    """From a source and a GPU, the folder with what nvcc makes of it, for all tests that ask for both."""
+
+    def folder_of(source, gpu):
+        folder = shared_folder / "cuda_compiled" / f"sm_{gpu}" / source
+        return once(folder, functools.partial(cuda_compiled.compile_source, source, gpu))
+
+    return folder_of
+
+
 @pytest.mark.parametrize("source", cuda_compiled.POINTWISE + cuda_compiled.FUSED)
 @pytest.mark.parametrize("gpu", cuda_compiled.GPUS)
-def test_kernels_stay_within_their_budget(gpu, source):
-    used = cuda_compiled.resources(gpu, [source])
+def test_kernels_stay_within_their_budget(compiled, gpu, source):
+    used = cuda_compiled.resources(compiled(source, gpu))
     budget = json.loads(cuda_compiled.BUDGET.read_text())[f"sm_{gpu}"]
     assert used
     assert set(used) <= set(budget)
@@ -46,9 +57,9 @@ def test_few_kernels_spill_registers():
 
 
 @pytest.mark.parametrize("source", cuda_compiled.POINTWISE)
-def test_accesses_are_wide(source):
+def test_accesses_are_wide(compiled, source):
     """Where all types have 16 bits the compiler can't tell packs of x from those of k: they count together."""
-    for name, ptx in cuda_compiled.bodies(source, 90).items():
+    for name, ptx in cuda_compiled.bodies(compiled(source, 90)).items():
         kind = next((kind for kind in ACCESSES if name.startswith(kind)), None)
         if kind is None:
             continue
@@ -62,7 +73,7 @@ def test_accesses_are_wide(source):
 
 
 @pytest.mark.parametrize("source", cuda_compiled.FUSED)
-def test_pairs_are_not_stored_by_bytes(source):
+def test_pairs_are_not_stored_by_bytes(compiled, source):
     """As they are where the compiler does not know how a pair is aligned."""
-    for name, ptx in cuda_compiled.bodies(source, 90).items():
+    for name, ptx in cuda_compiled.bodies(compiled(source, 90)).items():
         assert not re.findall(r"\bst\.[\w.]*(?:u8|b8|s8)\b", ptx), name

@@ -14,8 +14,8 @@ BLOCK = 128
 
 
 @pytest.fixture(scope="session")
-def harness(host_build):
-    return load(host_build, "_harness")
+def kernels(host_build):
+    return load(host_build, "_kernels")
 
 
 @pytest.fixture(params=[False, True], ids=["round-robin", "greedy"])
@@ -23,62 +23,62 @@ def greedy(request):
     return request.param
 
 
-def block_sums(harness, fault, greedy, blocks=3, rounds=4):
+def block_sums(kernels, fault, greedy, blocks=3, rounds=4):
     """What the kernel makes of random values, and what it should."""
-    harness.host_schedule(greedy, True)
+    kernels.host_schedule(greedy, True)
     values = torch.randint(-9, 9, (blocks, rounds * BLOCK)).float()  # whose sums are exact in any order
     out = torch.full((blocks, BLOCK), torch.nan)
-    harness.sum(fault, values.data_ptr(), out.data_ptr(), blocks, rounds)
+    kernels.harness_sum(fault, values.data_ptr(), out.data_ptr(), blocks, rounds)
     return out, values.sum(1, keepdim=True).expand(blocks, BLOCK)
 
 
-def test_threads_of_a_block_meet_at_barriers(harness, greedy):
-    got, expected = block_sums(harness, NONE, greedy)
+def test_threads_of_a_block_meet_at_barriers(kernels, greedy):
+    got, expected = block_sums(kernels, NONE, greedy)
     assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("fault", [READS_TOO_EARLY, OVERWRITES_TOO_EARLY])
-def test_a_forgotten_barrier_shows(harness, fault):
+def test_a_forgotten_barrier_shows(kernels, fault):
     shown = []
     for greedy in (False, True):
-        got, expected = block_sums(harness, fault, greedy)
+        got, expected = block_sums(kernels, fault, greedy)
         shown.append(not torch.equal(got, expected))
     assert any(shown)
 
 
-def test_a_barrier_that_some_threads_never_reach_is_a_deadlock(harness, greedy):
+def test_a_barrier_that_some_threads_never_reach_is_a_deadlock(kernels, greedy):
     with pytest.raises(RuntimeError, match=r"^deadlock: thread \d+ waits for others at the barrier of the block$"):
-        block_sums(harness, DIVERGENT_BARRIER, greedy)
+        block_sums(kernels, DIVERGENT_BARRIER, greedy)
 
 
-def copied(harness, fault, greedy, late):
+def copied(kernels, fault, greedy, late):
     """What the copy kernel makes of random values, and what it should: each thread takes what its neighbour copied."""
-    harness.host_schedule(greedy, late)
+    kernels.host_schedule(greedy, late)
     # Shared memory is 16-byte aligned, so must be the tensor.
     values = torch.randn(2, BLOCK, 4)
     out = torch.full_like(values, torch.nan)
-    harness.copy(fault, values.data_ptr(), out.data_ptr())
+    kernels.harness_copy(fault, values.data_ptr(), out.data_ptr())
     return out, values.roll(-1, 1)
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_asynchronous_copies_land_when_waited_for(harness, greedy, late):
-    got, expected = copied(harness, NONE, greedy, late)
+def test_asynchronous_copies_land_when_waited_for(kernels, greedy, late):
+    got, expected = copied(kernels, NONE, greedy, late)
     assert torch.equal(got, expected)
 
 
-def test_a_copy_that_nobody_waits_for_shows_when_it_is_late(harness, greedy):
-    got, expected = copied(harness, FORGETS_TO_WAIT, greedy, late=True)
+def test_a_copy_that_nobody_waits_for_shows_when_it_is_late(kernels, greedy):
+    got, expected = copied(kernels, FORGETS_TO_WAIT, greedy, late=True)
     assert not torch.equal(got, expected)
-    got, expected = copied(harness, FORGETS_TO_WAIT, greedy, late=False)
+    got, expected = copied(kernels, FORGETS_TO_WAIT, greedy, late=False)
     assert torch.equal(got, expected)
 
 
-def test_matrix_fragments_lie_as_on_a_device(harness, greedy):
-    harness.host_schedule(greedy, True)
+def test_matrix_fragments_lie_as_on_a_device(kernels, greedy):
+    kernels.host_schedule(greedy, True)
     a, b = torch.randint(-9, 9, (16, 16)).float(), torch.randint(-9, 9, (16, 8)).float()
     d = torch.full((16, 8), torch.nan)
-    harness.product(a.data_ptr(), b.data_ptr(), d.data_ptr())
+    kernels.harness_product(a.data_ptr(), b.data_ptr(), d.data_ptr())
     assert torch.equal(d, a @ b)
 
 
@@ -92,14 +92,14 @@ def test_matrix_fragments_lie_as_on_a_device(harness, greedy):
         (1, 32, 228 << 10, "233472 bytes of shared memory were refused: invalid argument"),
     ],
 )
-def test_what_a_device_refuses_is_refused(harness, blocks, threads, shared, why):
+def test_what_a_device_refuses_is_refused(kernels, blocks, threads, shared, why):
     with pytest.raises(RuntimeError, match=f"^nothing: .*{why}"):
-        harness.nothing(blocks, threads, shared)
+        kernels.harness_nothing(blocks, threads, shared)
 
 
-def test_as_much_as_a_device_takes(harness, greedy):
-    harness.host_schedule(greedy, True)
-    harness.nothing(3, 1024, 227 << 10)
+def test_as_much_as_a_device_takes(kernels, greedy):
+    kernels.host_schedule(greedy, True)
+    kernels.harness_nothing(3, 1024, 227 << 10)
 
 
 def test_bindings_need_no_cuda_compiler():

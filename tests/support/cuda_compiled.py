@@ -18,57 +18,61 @@ GPUS = (80, 90, 100, 120)
 NVCC = shutil.which("nvcc")
 
 
-def nvcc(source, gpu, kind, *options):
-    """The compiler's messages, and what it wrote, as text where it is text."""
-    with TemporaryDirectory() as folder:
-        out = Path(folder) / "out"
-        command = [
-            NVCC,
-            "-std=c++17",
-            "-O3",
-            f"-{kind}",
-            f"-arch=sm_{gpu}",
-            "-I",
-            CSRC,
-            *options,
-            CSRC / source,
-            "-o",
-            out,
-        ]
-        done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        assert done.returncode == 0, done.stdout
-        return done.stdout, out.read_text() if kind == "ptx" else None
+def compile_source(source, gpu, folder):
+    """Compile to machine code in a folder, with the compiler's messages in messages.txt and the PTX in kernels.ptx."""
+    command = (
+        *(NVCC, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{gpu}", "-I", CSRC, "-Xptxas", "-v"),
+        *("--keep", "--keep-dir", folder, CSRC / source, "-o", folder / "kernels.cubin"),
+    )
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout
+    (folder / "messages.txt").write_text(done.stdout)
+    (folder / Path(source).with_suffix(".ptx").name).rename(folder / "kernels.ptx")
 
 
-def named(symbol):
-    """A kernel's name as in the source, with its types: reverse_kernel<true, float, __half>."""
-    demangled = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout
-    name = re.search(r"\w+_kernel<(?:\([^)]*\)|[^>])*>", demangled)[0]
-    return name.replace("(bool)1", "true").replace("(bool)0", "false").replace("(int)", "")
+def kernel_names(symbols):
+    """By symbol, a kernel's name as in the source, with its types: reverse_kernel<true, float, __half>."""
+    done = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True)
+    names = [re.search(r"\w+_kernel<(?:\([^)]*\)|[^>])*>", line)[0] for line in done.stdout.splitlines()]
+    plain = [name.replace("(bool)1", "true").replace("(bool)0", "false").replace("(int)", "") for name in names]
+    return dict(zip(symbols, plain, strict=True))
 
 
-def resources(gpu, sources=POINTWISE + FUSED):
+def resources(folder):
     """By kernel: registers a thread, and bytes a thread of local memory, where spills go."""
+    messages = (folder / "messages.txt").read_text()
+    reports = dict(re.findall(r"Compiling entry function '(\w+)'(.*?Used \d+ registers)", messages, re.S))
+    names = kernel_names(list(reports))
     found = {}
-    for source in sources:
-        messages, _ = nvcc(source, gpu, "cubin", "-Xptxas", "-v")
-        for symbol, report in re.findall(r"Compiling entry function '(\w+)'(.*?Used \d+ registers)", messages, re.S):
-            stack, stores, loads = map(
-                int, re.search(r"(\d+) bytes stack.* (\d+) bytes spill s.* (\d+) bytes", report).groups()
-            )
-            registers = int(re.search(r"Used (\d+) registers", report)[1])
-            found[named(symbol)] = {"registers": registers, "local": stack + stores + loads}
+    for symbol, report in reports.items():
+        stack, stores, loads = map(
+            int, re.search(r"(\d+) bytes stack.* (\d+) bytes spill s.* (\d+) bytes", report).groups()
+        )
+        registers = int(re.search(r"Used (\d+) registers", report)[1])
+        found[names[symbol]] = {"registers": registers, "local": stack + stores + loads}
     return found
 
 
-def bodies(source, gpu):
+def bodies(folder):
     """The PTX of each kernel, by name."""
-    _, ptx = nvcc(source, gpu, "ptx")
-    return {named(part.split("(")[0].strip()): part for part in ptx.split(".entry ")[1:]}
+    parts = (folder / "kernels.ptx").read_text().split(".entry ")[1:]
+    symbols = [part.split("(")[0].strip() for part in parts]
+    names = kernel_names(symbols)
+    return {names[symbol]: part for symbol, part in zip(symbols, parts, strict=True)}
+
+
+def resources_on(gpu):
+    """Those of all sources."""
+    found = {}
+    for source in POINTWISE + FUSED:
+        with TemporaryDirectory() as folder:
+            compile_source(source, gpu, Path(folder))
+            found |= resources(Path(folder))
+    return found
 
 
 def main():
-    budget = {f"sm_{gpu}": resources(gpu) for gpu in GPUS}
+    budget = {f"sm_{gpu}": resources_on(gpu) for gpu in GPUS}
     for name in budget["sm_90"]:
         print(f"{name:45}", *(f"{gpu} {of[name]['registers']:3} registers" for gpu, of in budget.items()), sep="  ")
     figures = {

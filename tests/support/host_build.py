@@ -1,6 +1,5 @@
-"""Builds the CUDA sources for the CPU (CMake's RESODE_HOST), once for all workers of a test run."""
+"""Builds the CUDA sources for the CPU (CMake's RESODE_HOST)."""
 
-import fcntl
 import importlib.util
 import subprocess
 import sys
@@ -17,21 +16,14 @@ def run(*command):
 
 
 def build(folder):
-    """Into a folder that workers share: the first one builds, the others wait."""
     scripts = Path(sysconfig.get_path("scripts"))
     cmake = scripts / "cmake" if (scripts / "cmake").exists() else "cmake"
     pybind11 = run(sys.executable, "-m", "pybind11", "--cmakedir").strip()
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "built").exists():
-            run(
-                *(cmake, "-S", ROOT, "-B", folder, "-DRESODE_HOST=ON", f"-DPython_EXECUTABLE={sys.executable}"),
-                *(f"-Dpybind11_DIR={pybind11}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder}"),
-            )
-            run(cmake, "--build", folder, "--parallel", "2")
-            (folder / "built").touch()
-    return folder
+    run(
+        *(cmake, "-S", ROOT, "-B", folder, "-DRESODE_HOST=ON", f"-DPython_EXECUTABLE={sys.executable}"),
+        *(f"-Dpybind11_DIR={pybind11}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder}"),
+    )
+    run(cmake, "--build", folder, "--parallel", "2")
 
 
 def load(folder, name):

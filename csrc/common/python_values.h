@@ -1,4 +1,4 @@
-// Structures at the Python boundary: a tuple in the order of a structure's fields becomes the structure.
+// Structures at the Python boundary, filled with Python's values in the order of their fields.
 // Addresses are integers, 0 for an operand that is absent.
 #pragma once
 #include <pybind11/pybind11.h>
@@ -9,8 +9,8 @@
 #include <type_traits>
 #include <utility>
 
-// A value of a tuple, which becomes what the field is that it initialises.
-struct TupleValue {
+// Becomes a value of the type of the field that it initialises.
+struct PythonValue {
   const char* where;
   pybind11::handle value;
 
@@ -39,8 +39,8 @@ constexpr bool kTakes<Struct, void(Values...), std::void_t<decltype(Struct{std::
 // How many fields a structure has.
 template <class Struct, class... Values>
 constexpr size_t field_count() {
-  if constexpr (kTakes<Struct, void(Values..., TupleValue)>) {
-    return field_count<Struct, Values..., TupleValue>();
+  if constexpr (kTakes<Struct, void(Values..., PythonValue)>) {
+    return field_count<Struct, Values..., PythonValue>();
   } else {
     return sizeof...(Values);
   }
@@ -48,7 +48,7 @@ constexpr size_t field_count() {
 
 template <class Struct, size_t... kIndices>
 Struct filled(const char* where, const pybind11::tuple& values, std::index_sequence<kIndices...>) {
-  return {TupleValue{where, values[kIndices]}...};
+  return {PythonValue{where, PyTuple_GET_ITEM(values.ptr(), kIndices)}...};
 }
 
 template <class Struct>
