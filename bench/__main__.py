@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from .options import Options, parse
+from .section import SECTIONS, Figures
 
 if TYPE_CHECKING:
     import torch
-    from rich.progress import Progress
+    from rich.console import Console
 
-    from .harness.report import Table, Target
+    from .harness.tables import Table, Target
 
 
 def main() -> int:
     options = parse()
     import torch  # not before the options, so that --help comes at once
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from .harness import environment, results
 
@@ -41,17 +41,40 @@ def main() -> int:
     where = environment.one_line(record["environment"])
     console = Console()
     console.print(where, highlight=False)
+    tables, targets = _run_sections(options, device, record, console)
+    _show(tables, targets, options, console)
+    results.save_tables(tables, where, options.output)
+    wall = ", ".join(f"{name} {figures['wall_seconds']:.0f} s" for name, figures in record["sections"].items())
+    console.print(f"{wall}. Results: {options.output}", highlight=False)
+    return int(any("failure" in figures for figures in record["sections"].values()))
+
+
+def _run_sections(
+    options: Options, device: torch.device, record: dict[str, Any], console: Console
+) -> tuple[list[Table], list[Target]]:
+    """The tables and targets of all sections; the record gets each section's figures, and is saved after each."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from .harness import results
+
     tables: list[Table] = []
     targets: list[Target] = []
     bar = BarColumn()
     with Progress(TextColumn("{task.description}"), bar, TimeElapsedColumn(), console=console) as progress:
         for name in options.only:
-            # A section that fails must not take the others' figures with it.
             begin = time.perf_counter()
-            figures: dict[str, Any] = {}
+            figures: Figures = {}
             record["sections"][name] = figures
+            # A section that fails must not take the others' figures with it.
             try:
-                _run(name, options, device, progress, figures, tables, targets)
+                section = SECTIONS[name]()
+                figures.update(section.measure(options, device, progress))
+                tables += section.tables(figures)
+                found = section.targets(figures)
+                targets += found
+                if not options.quick:
+                    figures["targets"] = [{**asdict(target), "met": target.met} for target in found]
+                section.draw(figures, options.output)
             except Exception:
                 figures["failure"] = traceback.format_exc()
                 console.print(f"{name} failed\n{figures['failure']}", markup=False, highlight=False)
@@ -62,6 +85,10 @@ def main() -> int:
             if figures.get("stopped"):
                 console.print(f"stopped during {name}")
                 break
+    return tables, targets
+
+
+def _show(tables: Sequence[Table], targets: Sequence[Target], options: Options, console: Console) -> None:
     for table in tables:
         console.print()
         console.print(table.rich())
@@ -69,32 +96,9 @@ def main() -> int:
     console.print()
     if options.quick:
         console.print("Targets are not judged with --quick.")
-    else:
-        for target in targets:
-            console.print(str(target), style=None if target.met else "bold", highlight=False)
-    results.save_tables(tables, where, options.output)
-    wall = ", ".join(f"{name} {figures['wall_seconds']:.0f} s" for name, figures in record["sections"].items())
-    console.print(f"{wall}. Results: {options.output}", highlight=False)
-    return int(any("failure" in figures for figures in record["sections"].values()))
-
-
-def _run(
-    name: str,
-    options: Options,
-    device: torch.device,
-    progress: Progress,
-    figures: dict[str, Any],
-    tables: list[Table],
-    targets: list[Target],
-) -> None:
-    section = importlib.import_module(f"{__package__}.sections.{name}")
-    figures.update(section.measure(options, device, progress))
-    tables.extend(section.tables(figures))
-    targets.extend(section.targets(figures))
-    if not options.quick:
-        figures["targets"] = [{**asdict(target), "met": target.met} for target in section.targets(figures)]
-    if hasattr(section, "draw"):
-        section.draw(figures, options.output)
+        return
+    for target in targets:
+        console.print(str(target), style=None if target.met else "bold", highlight=False)
 
 
 if __name__ == "__main__":

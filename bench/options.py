@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-DEFAULT = ("cost", "digits", "sweep")  # cost first: a process in which torch's profiler ran is slower
-SECTIONS = (*DEFAULT, "kernels", "mlp", "backends", "accuracy")
+from .section import DEFAULT, SECTIONS
+
 DEFAULT_OUTPUT = Path("bench/results/latest")
 
 
 @dataclass(frozen=True)
 class Options:
+    """What was asked for on the command line, with defaults filled in."""
+
     only: tuple[str, ...]
     epochs: int
     depths: tuple[int, ...]
@@ -39,13 +41,13 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         choices=SECTIONS,
         default=DEFAULT,
         metavar="SECTION",
-        help="run these sections alone: digits (trains on scikit-learn's handwritten digits), cost (time and memory of "
+        help="run only these sections: digits (trains on scikit-learn's handwritten digits), cost (time and memory of "
         "a step of the reference job, an MLP stack of 64 and of 16 steps), sweep (memory, time and gradient error "
-        "against depth), kernels (the ops alone: on a GPU the bandwidth of each backend beside a copy's, on a CPU the "
-        "time beside plain torch's), mlp (a residual MLP whose depth is one op, beside backprop of the same network, "
-        "eager and compiled, takes two to four minutes), backends (on a GPU: the backends of a residual MLP beside "
-        "each other at many sizes, and beside plain backprop where rows are few or layers wide, takes two minutes), "
-        "accuracy (gradient errors of trained digits nets under every solver, takes about twenty minutes); "
+        "against depth), kernels (the pointwise ops alone: on a GPU the bandwidth of each backend beside a copy's, on "
+        "a CPU the time beside plain torch's), mlp (a residual MLP whose depth is one op, beside backprop of the same "
+        "network, eager and compiled, takes two to four minutes), backends (on a GPU: the backends of a residual MLP "
+        "beside each other at many sizes, and beside plain backprop where rows are few or layers wide, takes two "
+        "minutes), accuracy (gradient errors of trained digits nets under every solver, takes about twenty minutes); "
         "default: cost, digits and sweep",
     )
     parser.add_argument("--epochs", type=_positive, help="epochs of each training on the digits; default: 5")
@@ -64,7 +66,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument(
         "--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIRECTORY", help="default: bench/results/latest"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights, data and the order of batches; default: 0")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, data and batches; default: 0")
     parser.add_argument(
         "--threads",
         type=_positive,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from resode_cuda.fused import timings as measured
+from resode_cuda.fused import timings
 from resode_cuda.fused.timings import Size
 
 from .harness.timing import spread
@@ -32,19 +32,17 @@ def main() -> int:
         print(f"bench.timings: RESULTS must be of backends on a GPU, not --quick, got {given}", file=sys.stderr)
         return 2
     new = {size.capability for size in found}
-    sources = json.loads(measured.FILE.read_text())["sources"] if measured.FILE.exists() else {}
+    sources = json.loads(timings.FILE.read_text())["sources"] if timings.FILE.exists() else {}
     sources |= {f"{major}.{minor}": {name: results["environment"][name] for name in SOURCE} for major, minor in new}
-    sizes = sorted(
-        [size for size in measured.sizes() if size.capability not in new] + found, key=lambda size: size[:-1]
-    )
+    sizes = sorted([size for size in timings.sizes() if size.capability not in new] + found, key=lambda size: size[:-1])
     lines = ",\n".join(json.dumps(size._asdict()) for size in sizes)
-    measured.FILE.write_text(f'{{"sources": {json.dumps(sources, indent=1)},\n"sizes": [\n{lines}\n]}}\n')
-    print(f"{len(found)} sizes on {results['environment']['device']}: {measured.FILE}")
+    timings.FILE.write_text(f'{{"sources": {json.dumps(sources, indent=1)},\n"sizes": [\n{lines}\n]}}\n')
+    print(f"{len(found)} sizes on {results['environment']['device']}: {timings.FILE}")
     return 0
 
 
 def sizes_of(results: dict[str, Any]) -> list[Size]:
-    """None from a CPU or a quick run."""
+    """The table's rows that a run gives; none from a CPU or a quick run."""
     part = results["sections"].get("backends", {}).get("sizes")
     if part is None or results["options"]["quick"]:
         return []

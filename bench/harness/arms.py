@@ -28,18 +28,18 @@ class Arm:
     ) -> None:
         self.kind, self.mode, self.backend, self.times, self._call = kind, mode, backend, times, call
         self.first_seconds: float | None = None
-        self.cause: str | None = None
+        self.reason: str | None = None
 
     def __call__(self) -> None:
-        if self.cause is not None:
+        if self.reason is not None:
             return
         try:
             self._call()
             return
         except torch.OutOfMemoryError:
-            self.cause = OUT_OF_MEMORY
+            self.reason = OUT_OF_MEMORY
         except Exception:
-            self.cause = traceback.format_exc()
+            self.reason = traceback.format_exc()
         # Not above: what the exception's frames hold can't be released there.
         gc.collect()
         torch.cuda.empty_cache()
@@ -72,19 +72,19 @@ def take_turns(
 
     calls = {str(index): repeated(arm) for index, arm in enumerate(arms)}
     seconds = interleaved(calls, rounds, device, before_round)
-    return {arm: [s / arm.times for s in seconds[str(index)]] for index, arm in enumerate(arms) if arm.cause is None}
+    return {arm: [s / arm.times for s in seconds[str(index)]] for index, arm in enumerate(arms) if arm.reason is None}
 
 
 def described(arm: Arm, by_arm: dict[Arm, list[float]]) -> dict[str, Any]:
     """What a result file keeps of an arm."""
-    facts = {"kind": arm.kind, "mode": arm.mode, "backend": arm.backend, "cause": arm.cause}
+    facts = {"kind": arm.kind, "mode": arm.mode, "backend": arm.backend, "reason": arm.reason}
     return {**facts, "first_seconds": arm.first_seconds, "seconds": by_arm.get(arm)}
 
 
 def failures(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """Causes that are no limit of memory or time, and make a section fail."""
-    return [row["cause"] for row in rows if row.get("cause") not in (None, OUT_OF_MEMORY, NO_TIME)]
+    """Reasons that are no limit of memory or time, and make a section fail."""
+    return [row["reason"] for row in rows if row.get("reason") not in (None, OUT_OF_MEMORY, NO_TIME)]
 
 
-def shown(cause: str) -> str:
-    return cause if cause in (OUT_OF_MEMORY, NO_TIME) else "failed"
+def shown(reason: str) -> str:
+    return reason if reason in (OUT_OF_MEMORY, NO_TIME) else "failed"

@@ -15,24 +15,25 @@ from torch.utils.checkpoint import checkpoint
 
 from resode_cuda import ResidualMLP, smooth_init_
 from resode_cuda.fused.activations import ACTIVATIONS
-from resode_cuda.fused.selection import causes, chosen
-from resode_cuda.fused.triton import passes as triton_passes
 
 from . import memory
-from .modes import set_mode
+from .modes import BASELINE, set_mode
 
 Batch = tuple[Tensor, Tensor]
-"""x_0, which requires gradients as it does behind another layer, and a cotangent of x_N."""
+"""x_0, which requires gradients as it does after another layer, and a cotangent of x_N."""
 Function = Callable[[Tensor], Tensor]
 Layer = tuple[Tensor, Tensor, Tensor, Tensor]
+PLAIN = (BASELINE, "checkpoint")
+"""Modes in which a list of layers is trained too."""
 SEGMENT = 8
+"""Layers that are compiled at a time where not all of them are."""
 PRODUCTS = 8
-"""Matrix products that a step takes at least where nothing is stored: 2 forward, 2 once more, 4 backward."""
+"""Matrix products that a layer's step takes at least where nothing is stored: 2 forward, 2 once more, 4 backward."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of a network and its input."""
+    """The size of a network and of its input, and what else decides how long a step takes."""
 
     dim: int
     hidden: int
@@ -42,7 +43,7 @@ class Size:
     activation: str
 
     def network(self, depth: int, seed: int, device: torch.device) -> ResidualMLP:
-        """With weights smooth in depth."""
+        """A network of that depth, with weights smooth in depth."""
         torch.manual_seed(seed)
         # Solvers are compared with how they drift, and need not be warned about.
         settings: dict[str, Any] = {"activation": self.activation, "on_drift": "ignore", "device": device}
@@ -50,7 +51,7 @@ class Size:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """As a result file keeps them, in which rows are those of a table."""
+        """The size as a result file keeps it, in which "rows" are those of a table."""
         facts = {**vars(self), "batch_rows": self.rows, "dtype": str(self.dtype).removeprefix("torch.")}
         return {name: value for name, value in facts.items() if name != "rows"}
 
@@ -71,6 +72,7 @@ class Step:
 
 
 def batch_of(rows: int, mlp: ResidualMLP) -> Batch:
+    """A batch of normal values, on the network's device and in its dtype."""
     like = mlp.weight_in
     x, g = (torch.randn(rows, mlp.dim, device=like.device, dtype=like.dtype) for _ in range(2))
     return x.requires_grad_(), g
@@ -91,6 +93,8 @@ class Batches:
 
 
 def fused_step(mlp: ResidualMLP, mode: str, backend: str = "auto") -> Step:
+    """A step of the network as one op."""
+
     def function(x: Tensor) -> Tensor:
         set_mode(mlp, mode)
         mlp.backend = backend
@@ -100,51 +104,8 @@ def fused_step(mlp: ResidualMLP, mode: str, backend: str = "auto") -> Step:
     return Step(function, list(mlp.parameters()))
 
 
-def step_by(mlp: ResidualMLP, mode: str, backend: str) -> Callable[[Batch], None]:
-    """By a backend, and by the gradient form of Triton's that is named after it."""
-    backend, _, form = backend.partition(" ")
-    step = fused_step(mlp, mode, backend)
-    if not form:
-        return step
-
-    def in_form(batch: Batch) -> None:
-        # Not by unittest.mock, whose patches take longer than a small step.
-        by_time = triton_passes.gradient_form
-        triton_passes.gradient_form = lambda *_: form
-        try:
-            step(batch)
-        finally:
-            triton_passes.gradient_form = by_time
-
-    return in_form
-
-
-def triton_gradient_forms(mlp: ResidualMLP) -> list[str]:
-    """As `step_by` takes them."""
-    return [f"triton {form}" for form in triton_passes.gradient_forms(mlp._network(), mlp.weight_in.device)]
-
-
-def unusable(mlp: ResidualMLP, mode: str) -> dict[str, str | None]:
-    """Each backend, and why it can't compute this; None where it can."""
-    set_mode(mlp, mode)
-    return causes(mlp._network(), mlp.weight_in, mlp.reverse if mlp.gradient == "adjoint" else None)
-
-
-def taken(mlp: ResidualMLP, mode: str, rows: int) -> str:
-    """The backend that "auto" takes, and after it the gradient form of Triton's adjoint."""
-    set_mode(mlp, mode)
-    x = mlp.weight_in.new_empty(1, 1).expand(rows, mlp.dim)
-    solver = mlp.reverse if mlp.gradient == "adjoint" else None
-    network = mlp._network()
-    module = chosen("bench", "auto", network, x, solver)
-    name: str = module.__name__.rpartition(".")[2].removesuffix("_backend")
-    if module is not triton_passes or solver is None:
-        return name
-    return f"{name} {triton_passes.gradient_form(network, rows, x.device)}"
-
-
 def peak_bytes(step: Step, batch: Batch, device: torch.device) -> int:
-    """Of the second of two steps, over what is there before it."""
+    """Peak memory of the second of two steps, over what is there before it."""
     step(batch)
     step.clear(batch)
     return memory.measure(partial(step.function, batch[0]), device, batch[1]).peak
@@ -186,7 +147,7 @@ class Layers:
         return Step(function, self.parameters)
 
     def gradients(self) -> list[Tensor]:
-        """Stacked as the `ResidualMLP`'s."""
+        """The parameter gradients, stacked as the `ResidualMLP`'s."""
         by_name = zip(*self.layers, strict=True)
         return [torch.stack([p.grad for p in parameters if p.grad is not None]) for parameters in by_name]
 

@@ -13,7 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from .modes import BASELINE, MODES, REBUILDING, SCHEMES
-from .report import MIB
+from .tables import MIB
 
 Row = dict[str, Any]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import Table
+from .tables import Table
 
 
 def save(record: dict[str, Any], directory: Path) -> None:

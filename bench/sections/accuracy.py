@@ -24,7 +24,7 @@ from resode_cuda import Reverse, calibrate
 from ..harness import workers
 from ..harness.gradients import relative_error
 from ..harness.models import DigitsNet
-from ..harness.report import Table, Target, error
+from ..harness.tables import Table, Target, error
 from ..options import Options
 from .digits import Split, accuracy, load
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from ..harness import gradients, memory, resident, workers
 from ..harness.models import DigitsNet, digits_loss
 from ..harness.modes import BASELINE, MODES, SCHEMES, set_mode
-from ..harness.report import MEMORY_NOTE, TIME_NOTE, Table, Target, error, mebibytes, relative_time
+from ..harness.tables import MEMORY_NOTE, TIME_NOTE, Table, Target, error, mebibytes, relative_time
 from ..harness.timing import Spread, interleaved
 from ..harness.workload import step_figures
 from ..options import Options
@@ -195,3 +196,7 @@ def targets(figures: dict[str, Any]) -> list[Target]:
             unit=" points",
         ),
     ]
+
+
+def draw(figures: dict[str, Any], directory: Path) -> list[Path]:
+    return []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from resode_cuda import ops
 from resode_cuda.ops.operands import ReverseExtrapolateOperands, ReverseUpdateOperands
 
-from ..harness.report import MIB, Table, Target, relative_time
+from ..harness.tables import MIB, Table, Target, relative_time
 from ..harness.timing import Spread, interleaved, ratios
 from ..options import Options
 from .cost import ROWS, WIDTH
@@ -104,6 +105,10 @@ def targets(figures: dict[str, Any]) -> list[Target]:
         )
         for row in kernels
     ]
+
+
+def draw(figures: dict[str, Any], directory: Path) -> list[Path]:
+    return []
 
 
 def _ceilings(options: Options, device: torch.device, state_bytes: int) -> dict[str, float]:

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from ..harness import gradients, memory, workers
 from ..harness.models import smooth_mlp_workload
 from ..harness.modes import BASELINE, MODES, REBUILDING, SCHEMES
-from ..harness.report import Table, Target, error
+from ..harness.tables import Table, Target, error
 from ..harness.timing import interleaved
 from ..harness.workload import Workload, step_figures
 from ..options import Options

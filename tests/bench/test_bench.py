@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 
-from bench import options
+from bench import options, section
 from bench.harness import gradients, memory, models, resident, timing
 from bench.harness.modes import MODES, REBUILDING, SCHEMES
 from bench.harness.plots import spread_apart
-from bench.harness.report import Table, Target
+from bench.harness.tables import Table, Target
 from bench.sections import digits, kernels, sweep
 from resode_cuda import ops
 from tests.support.bench_run import run_bench
@@ -32,14 +32,14 @@ def quick_run(tmp_path_factory):
 def test_a_quick_run_leaves_figures_of_every_mode(quick_run):
     done, _, results = quick_run
     assert done.stderr == ""
-    assert set(results["sections"]) == set(options.DEFAULT)
+    assert set(results["sections"]) == set(section.DEFAULT)
     for field in ("device", "cpu", "cpu_cores", "torch", "python", "platform", "commit", "date"):
         assert field in results["environment"]
     assert results["options"]["quick"] is True
-    for name, section in results["sections"].items():
-        assert "failure" not in section
-        assert {row["mode"] for row in section["rows"]} == set(MODES)
-        for row in section["rows"]:
+    for name, figures in results["sections"].items():
+        assert "failure" not in figures
+        assert {row["mode"] for row in figures["rows"]} == set(MODES)
+        for row in figures["rows"]:
             assert 0 < row["held_bytes"] <= row["peak_bytes"]
             if name == "sweep" and row["scheme"] not in sweep.TIMED_SCHEMES:
                 assert "seconds" not in row
@@ -115,9 +115,9 @@ def test_a_section_that_fails_leaves_the_others_figures(tmp_path, monkeypatch, c
         ],
     )
     assert command.main() == 1
-    sections = json.loads((tmp_path / "results.json").read_text())["sections"]
-    assert "no digits today" in sections["digits"]["failure"]
-    assert len(sections["sweep"]["rows"]) == len(SCHEMES) * len(MODES)
+    figures = json.loads((tmp_path / "results.json").read_text())["sections"]
+    assert "no digits today" in figures["digits"]["failure"]
+    assert len(figures["sweep"]["rows"]) == len(SCHEMES) * len(MODES)
     assert "no digits today" in capsys.readouterr().out
 
 
@@ -125,8 +125,8 @@ def test_help_explains_every_option():
     shown = run_bench("--help").stdout
     for name in options.Options.__dataclass_fields__:
         assert f"--{name}" in shown
-    for section in options.SECTIONS:
-        assert f"{section} (" in shown
+    for name in section.SECTIONS:
+        assert f"{name} (" in shown
 
 
 def test_options_that_make_no_sense_are_refused(capsys):

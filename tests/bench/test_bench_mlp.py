@@ -8,9 +8,10 @@ import torch
 
 from bench import options
 from bench.harness import arms, captured, mlp_networks
-from bench.sections.backends import run as backends
-from bench.sections.backends import sizes as backends_sizes
-from bench.sections.mlp import run as mlp
+from bench.sections import backends, mlp
+from bench.sections.backends import size_table
+from bench.sections.mlp import measurement
+from bench.sections.mlp.jobs import Job
 from resode_cuda import ResidualMLP
 from tests.support.bench_run import run_bench
 
@@ -29,14 +30,14 @@ def test_a_quick_run_of_the_residual_mlp(quick_mlp):
     done, figures = quick_mlp
     assert "…" not in done.stdout  # no column was cut at 80 characters
     judged, other = figures["jobs"]
-    whole = {("compiled", mode) for mode in mlp.PLAIN}
-    by_segment = {(f"compiled by {figures['segment']}", mode) for mode in mlp.PLAIN}
-    plain = {("eager", mode) for mode in mlp.PLAIN} | {("bare", "products"), ("bare", "matmul")}
-    fused = {("fused", mode) for mode in mlp.FUSED}
+    whole = {("compiled", mode) for mode in mlp_networks.PLAIN}
+    by_segment = {(f"compiled by {figures['segment']}", mode) for mode in mlp_networks.PLAIN}
+    plain = {("eager", mode) for mode in mlp_networks.PLAIN} | {("bare", "products"), ("bare", "matmul")}
+    fused = {("fused", mode) for mode in measurement.FUSED}
     for job, kinds in ((judged, whole | by_segment | plain | fused), (other, by_segment | plain | fused)):
         assert {(row["kind"], row["mode"]) for row in job["rows"]} == kinds
         for row in job["rows"]:
-            assert row["cause"] is None
+            assert row["reason"] is None
             assert min(row["seconds"]) > 0
             assert row["backend"] == ("torch" if row["kind"] == "fused" else None)
         errors = job["errors"]
@@ -54,7 +55,7 @@ def test_a_quick_run_of_the_residual_mlp(quick_mlp):
 def test_targets_of_the_residual_mlp_on_a_cpu(quick_mlp):
     _, figures = quick_mlp
     targets = [target.what for target in mlp.targets(figures)]
-    assert len(targets) == 3 + 1 + 2 * len(mlp.FUSED)
+    assert len(targets) == 3 + 1 + 2 * len(measurement.FUSED)
     for what in (
         "extrapolated, of eager",
         "checkpoint, of eager",
@@ -103,7 +104,7 @@ def test_what_the_residual_mlp_could_not_measure_is_said(quick_mlp):
     figures = on_a_gpu(figures)
     for row in figures["jobs"][0]["rows"]:
         if row["kind"].startswith("compiled") or (row["kind"], row["mode"]) == ("fused", "checkpoint"):
-            row |= {"cause": arms.OUT_OF_MEMORY, "seconds": None, "of_backprop": None, "of_products": None}
+            row |= {"reason": arms.OUT_OF_MEMORY, "seconds": None, "of_backprop": None, "of_products": None}
     figures["left_out"] = [{**figures["jobs"][0], "activation": "gelu_tanh"}]
     found = [str(target) for target in mlp.targets(figures)]
     assert not any("faster than" in target for target in found)  # nothing to compare with
@@ -126,7 +127,7 @@ def test_an_arm_that_runs_out_of_memory_does_not_stop_the_others():
     for _ in range(3):
         arm()
     assert len(calls) == 2
-    assert arm.cause == arms.OUT_OF_MEMORY
+    assert arm.reason == arms.OUT_OF_MEMORY
     assert arms.failures([arms.described(arm, {})]) == []
 
 
@@ -147,11 +148,11 @@ def test_an_arm_is_called_as_often_as_its_time_takes():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
 def test_every_way_of_the_residual_mlp_has_the_same_gradients(activation):
-    job = mlp.Job(4, 6, 5, 8, torch.float64, activation)
+    job = Job(4, 6, 5, 8, torch.float64, activation)
     net = job.network(job.depth, 0, CPU)
     assert isinstance(net, ResidualMLP)
     batch = mlp_networks.batch_of(job.rows, net)
-    exact = mlp._gradients(mlp_networks.fused_step(net, "backprop"), batch)
+    exact = measurement._gradients(mlp_networks.fused_step(net, "backprop"), batch)
     for mode, compiler, length in (
         ("backprop", None, None),
         ("checkpoint", None, 2),
@@ -194,7 +195,7 @@ def test_a_quick_run_of_the_backends(quick_backends):
 
 
 def test_sizes_measured_before_an_interrupt_are_kept(monkeypatch):
-    measured = iter([backends_sizes.figures_of])
+    measured = iter([size_table.figures_of])
 
     def figures_of(*arguments):
         of = next(measured, None)
@@ -202,8 +203,8 @@ def test_sizes_measured_before_an_interrupt_are_kept(monkeypatch):
             raise KeyboardInterrupt
         return of(*arguments)
 
-    monkeypatch.setattr(backends_sizes, "figures_of", figures_of)
-    figures = backends_sizes.measure(options.parse(["--quick", "--only", "backends"]), CPU, math.inf)
+    monkeypatch.setattr(size_table, "figures_of", figures_of)
+    figures = size_table.measure(options.parse(["--quick", "--only", "backends"]), CPU, math.inf)
     assert [row["backend"] for row in figures["rows"]] == ["torch", "auto"]
     assert len(figures["left_out"]) == 1
     assert figures["stopped"]
@@ -261,10 +262,10 @@ def test_what_the_backends_could_not_measure_is_said(quick_backends):
     figures = backends_on_a_gpu(figures)
     for row in figures["wide"]["rows"]:
         if row["kind"].startswith("compiled"):
-            row |= {"seconds": None, "cause": arms.OUT_OF_MEMORY}
-    figures["wide"]["memory"][1] = {"depth": 16, "cause": arms.OUT_OF_MEMORY}
+            row |= {"seconds": None, "reason": arms.OUT_OF_MEMORY}
+    figures["wide"]["memory"][1] = {"depth": 16, "reason": arms.OUT_OF_MEMORY}
     for row in (*figures["few_rows"]["rows"], figures["sizes"]["rows"][-1]):
-        row |= {"seconds": None, "milliseconds": None, "cause": "Traceback"}
+        row |= {"seconds": None, "milliseconds": None, "reason": "Traceback"}
     figures["sizes"]["left_out"] = [figures["few_rows"]]
     del figures["forward"]
     found = [str(target) for target in backends.targets(figures)]
@@ -272,7 +273,7 @@ def test_what_the_backends_could_not_measure_is_said(quick_backends):
     missed = "few rows, no backend ran", "memory without", "auto, of the best", "1 sizes left out"
     assert all(any(start in target and target.startswith("missed") for target in found) for start in missed)
     markdown = "".join(table.markdown() for table in backends.tables(figures))
-    figures["wide"]["rows"][-1]["cause"] = arms.NO_TIME
+    figures["wide"]["rows"][-1]["reason"] = arms.NO_TIME
     assert any("of compiled checkpoint" in target.what and not target.met for target in backends.targets(figures))
     assert "| compiled by 8 | backprop | out of memory | – |" in markdown
     assert "| 16 | out of memory | – | – |" in markdown
@@ -281,12 +282,12 @@ def test_what_the_backends_could_not_measure_is_said(quick_backends):
 
 
 def test_the_table_of_sizes_holds_no_step_of_seconds():
-    sizes = backends_sizes.all_sizes(options.parse(["--only", "backends"]), torch.device("cuda"))
-    assert {size.dim for size in sizes} == set(backends_sizes.DIMS)
+    sizes = size_table.all_sizes(options.parse(["--only", "backends"]), torch.device("cuda"))
+    assert {size.dim for size in sizes} == set(size_table.DIMS)
     assert len(set(sizes)) == len(sizes)
     for size in sizes:
         assert 8 * 2 * size.rows * size.dim * size.hidden * size.depth < 2e13
-        assert 2 * size.dim * size.hidden * size.depth <= backends_sizes.WEIGHTS
+        assert 2 * size.dim * size.hidden * size.depth <= size_table.WEIGHTS
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import timings as made
+from bench import timings as timings_command
 from resode_cuda.fused import selection as backend
 from resode_cuda.fused import timings as measured
 from resode_cuda.fused.timings import Size
@@ -114,7 +114,7 @@ def results(tmp_path, quick=False, **row):
         {**of_size, "backend": "triton two_pass", "seconds": None},
         {**of_size, "backend": "auto", "seconds": [1e-3]},
     ]
-    environment = {**dict.fromkeys(made.SOURCE, "x"), "device": "Some GPU"}
+    environment = {**dict.fromkeys(timings_command.SOURCE, "x"), "device": "Some GPU"}
     record = {
         "environment": environment,
         "options": {"quick": quick},
@@ -128,7 +128,7 @@ def results(tmp_path, quick=False, **row):
 def run(monkeypatch, path):
     monkeypatch.setattr(sys, "argv", ["bench.timings", str(path)])
     measured.sizes.cache_clear()
-    return made.main()
+    return timings_command.main()
 
 
 def test_the_table_is_made_from_results(table, tmp_path, monkeypatch):

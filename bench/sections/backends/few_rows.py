@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ...harness.arms import Arm
 from ...harness.captured import Captured
+from ...harness.fused_backends import usable
 from ...harness.mlp_networks import Batches, Layers, Size, Step, fused_step
 from ...harness.modes import BASELINE
 from ...options import Options
-from .arms import MODE, backend_arms, figures_of, network_of, size_of, usable
+from .backend_arms import MODE, backend_arms, figures_of, network_of, size_of
 
 
 def training_size(options: Options, device: torch.device) -> Size:
@@ -24,8 +25,8 @@ def forward_size(options: Options, device: torch.device) -> Size:
     return size_of(16, 32, 16, 8, device) if options.quick else size_of(32, 64, 1000, 64, device)
 
 
-def measure(options: Options, device: torch.device, until: float) -> dict[str, Any]:
-    """A training step."""
+def measure_training(options: Options, device: torch.device, until: float) -> dict[str, Any]:
+    """A training step by everything that can take one."""
     size = training_size(options, device)
     mlp = network_of(size, options, device)
     batches = Batches(size.rows, mlp)
@@ -48,8 +49,8 @@ def measure(options: Options, device: torch.device, until: float) -> dict[str, A
     return figures_of(size, arms, options, device, until, before_round)
 
 
-def forward(options: Options, device: torch.device, until: float) -> dict[str, Any]:
-    """A forward pass without gradients."""
+def measure_forward(options: Options, device: torch.device, until: float) -> dict[str, Any]:
+    """A forward pass without gradients, by every backend."""
     size = forward_size(options, device)
     mlp = network_of(size, options, device)
     batches = Batches(size.rows, mlp)

@@ -19,23 +19,18 @@ from rich.progress import Progress
 
 from ...harness.arms import failures
 from ...options import Options
-from . import few_rows as backends_few_rows
-from . import sizes as backends_sizes
-from . import wide as backends_wide
-from .arms import MODE, size_of
-from .report import tables, targets
-from .warm import compile_ahead
-
-__all__ = ["measure", "tables", "targets"]
+from . import few_rows, size_table, wide_layers
+from .backend_arms import MODE, size_of
+from .compile_ahead import compile_ahead
 
 Part = Callable[[Options, torch.device, float], dict[str, Any]]
 SECONDS = 110
 """After which no size of the table is begun."""
 PARTS: dict[str, tuple[Part, float]] = {
-    "few_rows": (backends_few_rows.measure, 20),
-    "forward": (backends_few_rows.forward, 10),
-    "wide": (backends_wide.measure, 40),
-    "sizes": (backends_sizes.measure, SECONDS),
+    "few_rows": (few_rows.measure_training, 20),
+    "forward": (few_rows.measure_forward, 10),
+    "wide": (wide_layers.measure, 40),
+    "sizes": (size_table.measure, SECONDS),
 }
 """From the most to the least important, and the seconds after which a part begins nothing more."""
 
@@ -49,9 +44,9 @@ def measure(options: Options, device: torch.device, progress: Progress) -> dict[
     failed = []
     measuring = progress.add_task("backends", total=len(PARTS) + 1)
     if device.type == "cuda" and not options.quick:
-        dims = (dim for dim in backends_sizes.DIMS if dim <= backends_sizes.LARGEST_ON_CHIP)
+        dims = (dim for dim in size_table.DIMS if dim <= size_table.LARGEST_ON_CHIP)
         sizes = [size_of(dim, 2 * dim, 16, rows, device) for dim in dims for rows in (16, 16384)]
-        compile_ahead([*sizes, backends_few_rows.forward_size(options, device)], MODE, device)
+        compile_ahead([*sizes, few_rows.forward_size(options, device)], MODE, device)
     progress.advance(measuring)
     for name, (part, seconds) in PARTS.items():
         try:

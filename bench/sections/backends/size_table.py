@@ -10,10 +10,11 @@ import torch
 
 from resode_cuda import ResidualMLP
 
-from ...harness.mlp_networks import Batches, Size, unusable
+from ...harness.fused_backends import reasons_against
+from ...harness.mlp_networks import Batches, Size
 from ...harness.timing import spread
 from ...options import Options
-from .arms import ACTIVATION, MODE, backend_arms, figures_of, network_of, size_of
+from .backend_arms import ACTIVATION, MODE, backend_arms, figures_of, network_of, size_of
 
 DIMS = (64, 128, 32, 16, 256, 1024, 2048)
 WIDER_DIMS = (64, 128, 1024)
@@ -23,14 +24,14 @@ WIDE_ROWS = ROWS[:-1]
 """Beyond, wide layers do more of the same."""
 LARGEST_ON_CHIP = 256
 FLOP = 2e12
-"""Of a step, by which its depth is chosen."""
+"""Arithmetic of a step, by which its depth is chosen."""
 WEIGHTS = 2**27
-"""Of a network, at most."""
+"""Weights of a network, at most."""
 DEEPEST, SHALLOWEST, SHALLOWEST_WIDE = 256, 16, 4
 
 
 def all_sizes(options: Options, device: torch.device) -> list[Size]:
-    """From the most to the least important."""
+    """All sizes, from the most to the least important."""
     if options.quick:
         return [size_of(16, 32, 16, 16, device), size_of(32, 128, 16, 64, device)]
     found = []
@@ -42,7 +43,7 @@ def all_sizes(options: Options, device: torch.device) -> list[Size]:
 
 
 def depth_of(dim: int, hidden: int, rows: int) -> int:
-    """A power of two."""
+    """A power of two, so that a step takes about as long at every size."""
     depth = DEEPEST
     least = SHALLOWEST if dim <= LARGEST_ON_CHIP else SHALLOWEST_WIDE
     while depth > least and (8 * 2 * rows * dim * hidden * depth > FLOP or 2 * dim * hidden * depth > WEIGHTS):
@@ -55,7 +56,7 @@ def measure(options: Options, device: torch.device, until: float) -> dict[str, A
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     rows: list[dict[str, Any]] = []
     left_out: list[dict[str, Any]] = []
-    causes: set[str] = set()
+    reasons: set[str] = set()
     mlp: ResidualMLP | None = None
     stopped = False
     for size in all_sizes(options, device):
@@ -64,7 +65,7 @@ def measure(options: Options, device: torch.device, until: float) -> dict[str, A
             continue
         if mlp is None or (mlp.dim, mlp.hidden, mlp.depth) != (size.dim, size.hidden, size.depth):
             mlp = network_of(size, options, device)
-        causes |= {f"{name}: {cause}" for name, cause in unusable(mlp, MODE).items() if cause is not None}
+        reasons |= {f"{name}: {reason}" for name, reason in reasons_against(mlp, MODE).items() if reason is not None}
         batches = Batches(size.rows, mlp, count=2)
         try:
             # A size that is begun is finished.
@@ -77,7 +78,7 @@ def measure(options: Options, device: torch.device, until: float) -> dict[str, A
             continue
         rows += [_row(figures, row, capability) for row in figures["rows"]]
     found = {"mode": MODE, "activation": ACTIVATION, "rows": rows, "stopped": stopped}
-    return {**found, "left_out": left_out, "causes": sorted(causes)}
+    return {**found, "left_out": left_out, "reasons": sorted(reasons)}
 
 
 def _row(figures: dict[str, Any], row: dict[str, Any], capability: tuple[int, int] | None) -> dict[str, Any]:
@@ -90,5 +91,5 @@ def _row(figures: dict[str, Any], row: dict[str, Any], capability: tuple[int, in
         "taken": row["backend"] if is_auto else None,
         "milliseconds": None if row["seconds"] is None else 1e3 * spread(row["seconds"]).median,
         "seconds": row["seconds"],
-        "cause": row["cause"],
+        "reason": row["reason"],
     }

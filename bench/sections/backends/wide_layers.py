@@ -8,12 +8,9 @@ from typing import Any
 import torch
 
 from ...harness.arms import OUT_OF_MEMORY, Arm
-from ...harness.mlp_networks import SEGMENT, Batches, Layers, Size, batch_of, fused_step, peak_bytes
-from ...harness.modes import BASELINE
+from ...harness.mlp_networks import PLAIN, SEGMENT, Batches, Layers, Size, batch_of, fused_step, peak_bytes
 from ...options import Options
-from .arms import MODE, backend_arms, figures_of, network_of, size_of
-
-PLAIN = (BASELINE, "checkpoint")
+from .backend_arms import MODE, backend_arms, figures_of, network_of, size_of
 
 
 def wide_size(options: Options, device: torch.device) -> Size:
@@ -53,5 +50,5 @@ def _memory(size: Size, depth: int, options: Options, device: torch.device) -> d
         mlp.requires_grad_(False)
         row["frozen_peak_bytes"] = peak_bytes(step, batch, device)
     except torch.OutOfMemoryError:
-        row["cause"] = OUT_OF_MEMORY
+        row["reason"] = OUT_OF_MEMORY
     return row

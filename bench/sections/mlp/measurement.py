@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import time
 import warnings
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,31 +21,27 @@ from resode_cuda import ResidualMLP
 
 from ...harness import launches
 from ...harness.arms import OUT_OF_MEMORY, Arm, described, failures, take_turns
+from ...harness.fused_backends import step_by, taken_by_auto, triton_gradient_forms
 from ...harness.gradients import relative_error
 from ...harness.mlp_networks import (
+    PLAIN,
+    PRODUCTS,
     SEGMENT,
     Batch,
     Batches,
     Layers,
     Products,
-    Size,
     Step,
     batch_of,
     fused_step,
     peak_bytes,
-    step_by,
-    taken,
-    triton_gradient_forms,
 )
 from ...harness.modes import BASELINE, MODES
 from ...harness.timing import clock_of, ratios
 from ...options import Options
-from .report import tables, targets
-
-__all__ = ["measure", "tables", "targets"]
+from .jobs import Job, jobs
 
 FUSED = ("extrapolated", "checkpoint", "corrected", "paper")
-PLAIN = (BASELINE, "checkpoint")
 STEPS_AT_A_TIME = {"cuda": 2, "cpu": 1}
 """Between two looks at the clock, so that a GPU's queue does not run dry."""
 SHALLOW = 16
@@ -54,42 +49,6 @@ SHALLOW = 16
 ERROR_ROWS = 256
 SECONDS = 75
 """On a GPU no size is begun later than this."""
-
-
-@dataclass(frozen=True)
-class Job(Size):
-    """One size. `compiled`: how many layers are compiled at a time in each compiled peer; None is all of them.
-
-    Where `is_judged`, the targets apply. Memory and launches are measured where `is_detailed`: they are the same for
-    every activation.
-    """
-
-    is_judged: bool = True
-    is_detailed: bool = False
-    compiled: tuple[int | None, ...] = (SEGMENT,)
-
-
-def jobs(options: Options, device: torch.device) -> list[Job]:
-    """From the most to the least important."""
-    if device.type != "cuda":
-        found = [Job(64, 128, 64, 4096, torch.float32, "gelu", is_detailed=True, compiled=(None, SEGMENT))]
-        found.append(replace(found[0], activation="silu", is_judged=False, is_detailed=False, compiled=(SEGMENT,)))
-    else:
-        small = Job(64, 128, 64, 262_144, torch.bfloat16, "silu", is_detailed=True)
-        large = replace(small, dim=128, hidden=512)
-        found = [small, large]
-        for activation in ("gelu_tanh", "gelu"):
-            is_judged = activation != "gelu"
-            settings: dict[str, Any] = {"activation": activation, "is_judged": is_judged, "is_detailed": False}
-            found += [replace(job, **settings, compiled=(SEGMENT,) if is_judged else ()) for job in (small, large)]
-        # To compile all layers at once takes longer than all that is timed before.
-        found.append(replace(small, is_judged=False, is_detailed=False, compiled=(None,)))
-    if options.quick:
-        found = [
-            replace(job, dim=job.dim // 4, hidden=job.hidden // 4, depth=2 * SEGMENT, rows=256 if index else 64)
-            for index, job in enumerate(found)
-        ]
-    return found
 
 
 def measure(options: Options, device: torch.device, progress: Progress) -> dict[str, Any]:
@@ -150,22 +109,23 @@ def _timed(job: Job, compiler: str, options: Options, device: torch.device) -> d
         arm.times = STEPS_AT_A_TIME[device.type]
     by_arm = take_turns(arms, options.rounds + 2, device, batches.advance)  # the limits on time are judged here
     figures = {**job.facts, "matmul": size, "matmul_flop": 2 * size**3}
-    figures["flop"] = 8 * 2 * job.rows * job.dim * job.hidden * job.depth
+    figures["flop"] = PRODUCTS * 2 * job.rows * job.dim * job.hidden * job.depth
     figures["rows"] = [_row(arm, by_arm) for arm in arms]
     figures["errors"] = _errors(mlp, job.rows)
     return figures
 
 
 def _arms(job: Job, mlp: ResidualMLP, batches: Batches, compiler: str, size: int) -> list[Arm]:
-    """All that take turns."""
+    """Everything that takes turns: the op in each mode, its peers, the bare products, and one large product."""
     on_current = batches.on_current
     layers = Layers(mlp)
-    arms = [Arm("fused", mode, on_current(fused_step(mlp, mode)), taken(mlp, mode, job.rows)) for mode in FUSED]
-    if taken(mlp, "extrapolated", job.rows).startswith("triton"):
+    taken = {mode: taken_by_auto(mlp, mode, job.rows) for mode in FUSED}
+    arms = [Arm("fused", mode, on_current(fused_step(mlp, mode)), taken[mode]) for mode in FUSED]
+    if taken["extrapolated"].startswith("triton"):
         arms += [
             Arm("fused", f"extrapolated, {name}", on_current(step_by(mlp, "extrapolated", name)), name)
             for name in triton_gradient_forms(mlp)
-            if name != taken(mlp, "extrapolated", job.rows)
+            if name != taken["extrapolated"]
         ]
     arms += [Arm("eager", mode, on_current(layers.step(mode))) for mode in PLAIN]
     for length in job.compiled:
@@ -188,7 +148,8 @@ def _row(arm: Arm, by_arm: dict[Arm, list[float]]) -> dict[str, Any]:
 
 
 def _errors(mlp: ResidualMLP, rows: int) -> dict[str, float]:
-    """Of the gradients of each mode, the worst of all parameters' and the input's, against backprop in float64.
+    """The gradients' relative error in each mode, the worst of all parameters' and the input's, against backprop in
+    float64.
 
     The same weights and inputs, rounded to the job's dtype, in both. "eager" is the list of layers, whose states are
     of the parameters' dtype; those of the op, and of its "backprop", are float32 at least. The backends are those that
@@ -203,7 +164,7 @@ def _errors(mlp: ResidualMLP, rows: int) -> dict[str, float]:
     step((x, g))
     found = {"eager": [*layers.gradients(), _gradient(x)]}
     for mode in MODES:
-        backend = "auto" if mode == BASELINE else taken(mlp, mode, rows).partition(" ")[0]
+        backend = "auto" if mode == BASELINE else taken_by_auto(mlp, mode, rows).partition(" ")[0]
         found[mode] = _gradients(fused_step(mlp, mode, backend), (x, g))
     return {
         mode: max(relative_error([a], [b]) for a, b in zip(gradients, exact, strict=True))
@@ -222,8 +183,9 @@ def _gradient(tensor: Tensor) -> Tensor:
 
 
 def _memory_and_launches(job: Job, options: Options, device: torch.device) -> list[dict[str, Any]]:
-    """Of a step at two depths. What the op allocates beyond what grows with rows, which half as many rows tell, is
-    scratch. Its parameter gradients, which are there at the peak, are left out; those of layers come later one by one.
+    """Peak memory and launches of a step at two depths. What the op allocates beyond what grows with rows, which half
+    as many rows tell, is scratch. Its parameter gradients, which are there at the peak, are left out; those of layers
+    come later one by one.
     """
     rows: list[dict[str, Any]] = []
     for depth in (job.depth // 4 if options.quick else SHALLOW, job.depth):
@@ -243,7 +205,7 @@ def _memory_and_launches(job: Job, options: Options, device: torch.device) -> li
                     row["scratch_bytes"] = max(0, 2 * half_peak - row["peak_bytes"])
                     row["launches"] = _launches(step, whole, device)
             except torch.OutOfMemoryError:
-                row["cause"] = OUT_OF_MEMORY
+                row["reason"] = OUT_OF_MEMORY
             step.clear(whole)
             step.clear(half)
     return rows

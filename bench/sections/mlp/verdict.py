@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...harness.arms import shown
 from ...harness.modes import BASELINE
-from ...harness.report import MIB, Table, Target, error, mebibytes, relative_time
+from ...harness.tables import MIB, Table, Target, error, mebibytes, relative_time
 from ...harness.timing import Spread, ratios, spread
 
 CPU_TIMES = {"extrapolated": 1.20, "checkpoint": 1.35, "corrected": 1.45}
@@ -57,6 +58,10 @@ def targets(figures: dict[str, Any]) -> list[Target]:
     return found
 
 
+def draw(figures: dict[str, Any], directory: Path) -> list[Path]:
+    return []
+
+
 def _sizes(job: dict[str, Any]) -> str:
     return f"dim {job['dim']}, hidden {job['hidden']}, {job['activation']}"
 
@@ -73,7 +78,7 @@ def _times(figures: dict[str, Any], job: dict[str, Any]) -> Table:
     for row in job["rows"]:
         kind = row["kind"] if row["backend"] is None else f"{row['kind']}, {row['backend']}"
         if row["seconds"] is None:
-            table.rows.append((kind, row["mode"], shown(row["cause"]), *4 * ("–",)))
+            table.rows.append((kind, row["mode"], shown(row["reason"]), *4 * ("–",)))
             continue
         share, of_backprop, of_products = _of_ceiling(job, row), row["of_backprop"], row["of_products"]
         if row["mode"] == "matmul":
@@ -111,8 +116,8 @@ def _memory(job: dict[str, Any]) -> Table:
     )
     for row in job["memory"]:
         launches = row.get("launches")
-        if "cause" in row:
-            figures: tuple[str, ...] = (row["cause"], "–", "–", "–")
+        if "reason" in row:
+            figures: tuple[str, ...] = (row["reason"], "–", "–", "–")
         else:
             figures = (
                 *(mebibytes(row["peak_bytes"]), f"{_states(row):.2f}", mebibytes(row.get("scratch_bytes"))),
@@ -181,7 +186,7 @@ def _memory_targets(job: dict[str, Any], is_gpu: bool) -> list[Target]:
     fused = [row for row in job.get("memory", ()) if row["kind"] == "fused"]
     for row in fused:
         what = f"{_named(job)} {row['mode']}, N={row['depth']},"
-        states = math.nan if "cause" in row else _states(row)
+        states = math.nan if "reason" in row else _states(row)
         found.append(Target(f"{what} peak", states, GPU_STATES if is_gpu else CPU_STATES, unit=" states"))
         if is_gpu and row["mode"] == "checkpoint":
             scratch = row.get("scratch_bytes", math.nan) / MIB

@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from ...harness.arms import OUT_OF_MEMORY, shown
 from ...harness.modes import BASELINE
-from ...harness.report import Table, Target, mebibytes, relative_time
+from ...harness.tables import Table, Target, mebibytes, relative_time
 from ...harness.timing import ratios, spread
 
-THAN_EAGER = 10
-THAN_GRAPH = 3
+THAN_EAGER, THAN_GRAPH = 10, 3
+"""Times faster than eager backprop and than its CUDA graph, at least, where rows are few."""
 MICROSECONDS = 1.5
+"""Of a layer's forward pass alone, at most, where rows are few."""
 OF_COMPILED = {BASELINE: 1.40, "checkpoint": 1.20}
-"""Of a compiled peer's time, at most, where layers are wide."""
+"""Time of what "auto" takes, of a compiled peer's, at most, where layers are wide."""
 FLAT = 1.02
-"""Of the shallower network's memory, at most."""
+"""Memory of the deeper network, of the shallower one's, at most."""
 OF_BEST = 1.05
 """Time of what "auto" takes, of the best backend's, at most."""
 NOTHING = "–"
@@ -38,6 +40,10 @@ def targets(figures: dict[str, Any]) -> list[Target]:
         return []
     parts = {"few_rows": _few_rows_targets, "forward": _forward_targets, "wide": _wide_targets, "sizes": _sizes_targets}
     return [target for name, of in parts.items() if name in figures for target in of(figures[name])]
+
+
+def draw(figures: dict[str, Any], directory: Path) -> list[Path]:
+    return []
 
 
 def _few_rows(part: dict[str, Any]) -> Table:
@@ -94,8 +100,8 @@ def _memory(part: dict[str, Any]) -> Table:
         "for the input's alone. States: the latter, in states of 4 bytes a number.",
     )
     for row in part["memory"]:
-        if "cause" in row:
-            table.rows.append((str(row["depth"]), row["cause"], NOTHING, NOTHING))
+        if "reason" in row:
+            table.rows.append((str(row["depth"]), row["reason"], NOTHING, NOTHING))
             continue
         peaks = mebibytes(row["peak_bytes"]), mebibytes(row["frozen_peak_bytes"])
         table.rows.append((str(row["depth"]), *peaks, f"{row['frozen_peak_bytes'] / row['state_bytes']:.2f}"))
@@ -123,7 +129,7 @@ def _sizes(part: dict[str, Any]) -> Table:
                 NOTHING if math.isnan(of_best) else f"{of_best:.2f}",
             )
         )
-    table.note += "".join(f" {cause}." for cause in part["causes"])
+    table.note += "".join(f" {reason}." for reason in part["reasons"])
     if part["left_out"]:
         sizes = (f"{size['dim']}/{size['hidden']} {size['batch_rows']}" for size in part["left_out"])
         table.note += f" Left out for lack of time (dim/hidden rows): {', '.join(sizes)}."
@@ -154,7 +160,7 @@ def _wide_targets(part: dict[str, Any]) -> list[Target]:
     auto = next(row for row in part["rows"] if row["kind"] == "auto")
     for mode, limit in OF_COMPILED.items():
         peer = _compiled(part, mode)
-        if peer["cause"] == OUT_OF_MEMORY:  # as the table says, and no reason to miss the target
+        if peer["reason"] == OUT_OF_MEMORY:  # as the table says, and no reason to miss the target
             continue
         is_timed = auto["seconds"] is not None and peer["seconds"] is not None
         measured = ratios(auto["seconds"], peer["seconds"]).median if is_timed else math.nan
@@ -190,7 +196,7 @@ def _kind(row: Row) -> str:
 def _cells(row: Row, count: int, others: Any) -> list[str]:
     """Milliseconds and so many other cells, or why there are none."""
     if row["seconds"] is None:
-        return [shown(row["cause"]), *count * [NOTHING]]
+        return [shown(row["reason"]), *count * [NOTHING]]
     return [f"{1e3 * spread(row['seconds']).median:.3f}", *others(row)]
 
 
@@ -206,7 +212,7 @@ def _microseconds(part: dict[str, Any], row: Row) -> float:
 def _milliseconds(row: Row | None) -> str:
     if row is None:
         return NOTHING
-    return shown(row["cause"]) if row["milliseconds"] is None else f"{row['milliseconds']:.2f}"
+    return shown(row["reason"]) if row["milliseconds"] is None else f"{row['milliseconds']:.2f}"
 
 
 def _seconds(rows: Iterable[Row], kind: str) -> list[float] | None:
@@ -218,7 +224,7 @@ def _compiled(part: dict[str, Any], mode: str) -> Row:
 
 
 def _best(rows: Iterable[Row]) -> Row | None:
-    """Of the least median."""
+    """The row of the least median."""
     timed = (row for row in rows if row["seconds"] is not None)
     return min(timed, key=lambda row: spread(row["seconds"]).median, default=None)
 
@@ -232,7 +238,7 @@ def _by_size(part: dict[str, Any]) -> list[list[Row]]:
 
 
 def _of_best(rows: list[Row]) -> float:
-    """Not a number where there is no time of "auto", or of no backend."""
+    """Time of "auto", of the fastest backend's; not a number where one of them has none."""
     auto = next(row for row in rows if row["backend"] == "auto")
     best = _best(row for row in rows if row is not auto)
     if best is None or auto["seconds"] is None:

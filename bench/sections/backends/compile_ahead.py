@@ -1,6 +1,6 @@
 """Triton's kernels compiled ahead, side by side: the benchmark then finds them in Triton's cache.
 
-Of one dim they take seconds, of all dims in turn longer than what is to be measured.
+Those of one dim compile in seconds, those of all dims in turn in longer than the measurements take.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from concurrent.futures import ProcessPoolExecutor, wait
 
 import torch
 
-from ...harness.mlp_networks import Size, batch_of, fused_step, unusable
+from ...harness.fused_backends import reasons_against
+from ...harness.mlp_networks import Size, batch_of, fused_step
 
 WORKERS = 8
 SECONDS = 40
@@ -19,7 +20,7 @@ SECONDS = 40
 
 
 def compile_ahead(sizes: Sequence[Size], mode: str, device: torch.device) -> None:
-    """The kernels of a step and of a forward pass alone; those of each dim in a process of its own."""
+    """Compile the kernels of a step and of a forward pass alone, those of each dim in a process of its own."""
     by_dim: dict[int, list[Size]] = {}
     for size in sizes:
         by_dim.setdefault(size.dim, []).append(size)
@@ -31,7 +32,7 @@ def compile_ahead(sizes: Sequence[Size], mode: str, device: torch.device) -> Non
 def _run(sizes: Sequence[Size], mode: str, device: torch.device) -> None:
     for size in sizes:
         mlp = size.network(size.depth, 0, device)
-        if unusable(mlp, mode)["triton"] is not None:
+        if reasons_against(mlp, mode)["triton"] is not None:
             return
         batch, step = batch_of(size.rows, mlp), fused_step(mlp, mode, "triton")
         step(batch)

@@ -9,16 +9,15 @@ from typing import Any
 import torch
 
 from resode_cuda import ResidualMLP
-from resode_cuda.fused.selection import NAMES
 
 from ...harness.arms import NO_TIME, Arm, described, take_turns
-from ...harness.mlp_networks import Batches, Size, fused_step, step_by, taken, triton_gradient_forms, unusable
+from ...harness.fused_backends import step_by, taken_by_auto, triton_gradient_forms, usable
+from ...harness.mlp_networks import Batches, Size, fused_step
 from ...harness.timing import clock_of
 from ...options import Options
 
 MODE = "extrapolated"
 ACTIVATION = "silu"
-BACKENDS = NAMES[1:]
 SECONDS_AT_A_TIME = 4e-3
 """About so long are the calls between two looks at the clock, which take a hundredth of it."""
 MOST_AT_A_TIME = 20
@@ -33,12 +32,6 @@ def network_of(size: Size, options: Options, device: torch.device) -> ResidualML
     return size.network(size.depth, options.seed, device)
 
 
-def usable(mlp: ResidualMLP, mode: str) -> list[str]:
-    """The backends that can run, always in the same order."""
-    causes = unusable(mlp, mode)
-    return [name for name in BACKENDS if causes[name] is None]
-
-
 def backend_arms(mlp: ResidualMLP, batches: Batches, rows: int) -> list[Arm]:
     """A step by each backend that can run, in each of its forms, and by what "auto" takes."""
     names = [
@@ -48,7 +41,7 @@ def backend_arms(mlp: ResidualMLP, batches: Batches, rows: int) -> list[Arm]:
     ]
     arms = [Arm("fused", MODE, batches.on_current(step_by(mlp, MODE, name)), name) for name in names]
     auto = batches.on_current(fused_step(mlp, MODE, "auto"))
-    return [*arms, Arm("auto", MODE, auto, taken(mlp, MODE, rows))]
+    return [*arms, Arm("auto", MODE, auto, taken_by_auto(mlp, MODE, rows))]
 
 
 def figures_of(
@@ -63,7 +56,7 @@ def figures_of(
     clock = clock_of(device)
     for arm in arms:
         if time.perf_counter() > until:
-            arm.cause = NO_TIME
+            arm.reason = NO_TIME
             continue
         arm.first(clock)
         arm.settle(clock, SECONDS_AT_A_TIME, 1 if options.quick else MOST_AT_A_TIME)
