@@ -1,21 +1,27 @@
 """What every test starts from: a fixed seed, and a reason where a GPU is missing."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests.support.host_build import build
+from tests.support.kernel_families import reason_to_skip
 from tests.support.once import once
+
+ROOT = Path(__file__).parents[1]
 
 # The tensors are tiny: a second thread costs more than it brings, and much more on a busy machine.
 torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
     for item in items:
         if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+            path = item.path.relative_to(ROOT).as_posix()
+            reason = reason_to_skip(path) if torch.cuda.is_available() else "needs a CUDA device"
+            if reason is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

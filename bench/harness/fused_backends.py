@@ -16,6 +16,9 @@ from resode_cuda.method import Method
 from .mlp_networks import Batch, fused_step
 from .modes import set_mode
 
+TWO_PASS, ONE_PASS = "two_pass", "one_pass"
+"""Gradient forms of Triton's adjoint: gradients by a pass of their own, or added up by the state pass."""
+
 
 def reasons_against(mlp: ResidualMLP, mode: str) -> dict[str, str | None]:
     """Each backend, and why it can't compute this; None where it can."""

@@ -29,22 +29,48 @@ def interleaved(
     device: torch.device,
     before_round: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each arm in each round, after one round that is not counted.
+    """Seconds of each arm in each round, by a clock that waits for the device."""
+    clock = clock_of(device)
+
+    def timed(call: Callable[[], None]) -> float:
+        begin = clock()
+        call()
+        return clock() - begin
+
+    return in_turns(arms, rounds, timed, before_round)
+
+
+def in_turns(
+    arms: Mapping[str, Callable[[], None]],
+    rounds: int,
+    timed: Callable[[Callable[[], None]], float],
+    before_round: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """What `timed` says of each arm in each round, after one round that is not counted.
 
     Each round starts with another arm, so that none always runs after the same one.
     """
-    names, clock = list(arms), clock_of(device)
+    names = list(arms)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for count in range(rounds + 1):
         before_round()
         turn = count % len(names)
         for name in names[turn:] + names[:turn]:
-            begin = clock()
-            arms[name]()
-            elapsed = clock() - begin
+            elapsed = timed(arms[name])
             if count:
                 seconds[name].append(elapsed)
     return seconds
+
+
+def by_events(call: Callable[[], None], times: int) -> float:
+    """Seconds of a call on the current CUDA device, by its own events around so many."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(times):
+        call()
+    end.record()
+    end.synchronize()
+    return 1e-3 * begin.elapsed_time(end) / times
 
 
 def spread(values: Sequence[float]) -> Spread:

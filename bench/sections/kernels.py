@@ -46,13 +46,13 @@ def measure(options: Options, device: torch.device, progress: Progress) -> dict[
     if device.type != "cuda":
         return {"steps": _plain_comparison(options, device, progress)}
     state_bytes = MIB if options.quick else STATE_BYTES
-    cases = [(name, pair) for pair in PAIRS for name in _calls(*_states(1, pair, device))]
+    cases = [(name, pair) for pair in PAIRS for name in op_calls(*op_states(1, pair, device))]
     measuring = progress.add_task("kernels", total=len(cases) + 1)
     ceilings = _ceilings(options, device, state_bytes)
     progress.advance(measuring)
     rows: list[dict[str, Any]] = []
     for name, pair in cases:
-        call, moved = _calls(*_states(state_bytes // pair[0].itemsize, pair, device))[name]
+        call, moved = op_calls(*op_states(state_bytes // pair[0].itemsize, pair, device))[name]
         rows += _beside_a_copy(name, pair, call, moved, options, device)
         progress.advance(measuring)
     return {"state_bytes": state_bytes, "ceilings": ceilings, "rows": rows}
@@ -169,7 +169,7 @@ def _plain_comparison(options: Options, device: torch.device, progress: Progress
     return rows
 
 
-def _calls(
+def op_calls(
     streams: tuple[Tensor, ...], stages: tuple[Tensor, ...], squares: Tensor
 ) -> dict[str, tuple[Callable[[], Any], int]]:
     """By name, each op as a step calls it, and the bytes that it reads and writes."""
@@ -205,7 +205,7 @@ def _moved(schema: Any, values: tuple[Any, ...]) -> int:
     return moved + (states[0][0].nbytes if schema.returns else 0)
 
 
-def _states(
+def op_states(
     count: int, pair: tuple[torch.dtype, torch.dtype], device: torch.device
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
     stream, stage = pair

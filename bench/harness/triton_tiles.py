@@ -1,0 +1,87 @@
+"""The library's tables of tiles for Triton's kernels, as `python -m bench.tiles` reads, tries and rewrites them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
+
+from resode_cuda.fused.triton import passes as triton_backend
+from resode_cuda.fused.triton import tiles as library_tiles
+from resode_cuda.fused.triton.tiles import Tile, Tiles, tiles_for
+
+SOURCE = Path(library_tiles.__file__)
+KERNELS = Tiles._fields
+"""Forward pass, adjoint by two passes and by one, exact adjoint, weight gradients."""
+MOST = 6
+"""Tiles that are tried for a kernel."""
+LEAST = 16
+"""Rows and chunk that a matrix product takes at least."""
+
+
+class Entry(NamedTuple):
+    """A row of a table: which one, the largest padded dim that it serves, and its tiles."""
+
+    table: str
+    key: int
+    tiles: Tiles
+
+
+def entry_for(capability: tuple[int, int], dim: int, itemsize: int, is_plain: bool) -> Entry:
+    """The row that serves such networks on such a GPU."""
+    tiles = tiles_for(capability, dim, itemsize, is_plain)
+    return next(Entry(name, key, tiles) for name, key, row in _rows() if row is tiles)
+
+
+def entry_at(table: str, key: int) -> Entry:
+    """The row of a table."""
+    return Entry(table, key, next(row for *place, row in _rows() if place == [table, key]))
+
+
+def candidates(entry: Entry, kernel: str) -> list[Tile]:
+    """The tile in use, those of the other tables for the same dim, and neighbours of the one in use."""
+    current: Tile = getattr(entry.tiles, kernel)
+    found = [current]
+    found += [getattr(row, kernel) for name, key, row in _rows() if key == entry.key and name != "FLOAT32"]
+    found += [
+        current._replace(warps=4 if current.warps == 8 else 8),
+        current._replace(stages=2 if current.stages == 3 else 3),
+        current._replace(rows=2 * current.rows),
+        current._replace(rows=max(LEAST, current.rows // 2)),
+        current._replace(chunk=2 * current.chunk),
+        current._replace(chunk=max(LEAST, current.chunk // 2)),
+    ]
+    return list(dict.fromkeys(found))[:MOST]
+
+
+@contextmanager
+def instead_of(entry: Entry, kernel: str, tile: Tile) -> Iterator[None]:
+    """The library takes this tile for a kernel, whatever the network."""
+    with patch.object(triton_backend, "tiles_for", lambda *_: entry.tiles._replace(**{kernel: tile})):
+        yield
+
+
+def rewritten(source: str, entry: Entry) -> str:
+    """The library's source with the entry's tiles in its row of the table."""
+    pattern = rf"(?m)^({entry.table} = \{{\n(?:    .*\n)*?    {entry.key}: )Tiles\((?:[^()]|\([^()]*\))*\)"
+    found, count = re.subn(pattern, lambda match: match[1] + _text(entry.tiles), source)
+    if count != 1:
+        raise ValueError(f"bench.tiles: {SOURCE} must have a row {entry.key} in {entry.table}, but it was not found")
+    return found
+
+
+def _rows() -> Iterator[tuple[str, int, Tiles]]:
+    for name, table in vars(library_tiles).items():
+        if name.isupper() and isinstance(table, dict):
+            for key, row in table.items():
+                yield name, key, row
+
+
+def _text(tiles: Tiles) -> str:
+    """The tiles as the table has them: stages only where they are not the default."""
+    default = Tile._field_defaults["stages"]
+    shown = (tile[:-1] if tile.stages == default else tile for tile in tiles)
+    return f"Tiles({', '.join('Tile' + str(tuple(tile)) for tile in shown)})"

@@ -1,0 +1,236 @@
+"""`RESULTS=FOLDER python -m bench.tiles`: tiles of Triton's kernels for residual MLPs beside each other, on a GPU.
+
+`--write FOLDER/tiles.json` then puts the fastest of each kernel into the tables of `resode_cuda/fused/triton/tiles.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resode_cuda import ResidualMLP, smooth_init_
+from resode_cuda.fused.triton.tiles import Tile
+
+from .harness import environment
+from .harness.fused_backends import ONE_PASS, TWO_PASS, step_by, triton_forms
+from .harness.mlp_networks import batch_of, fused_step
+from .harness.timing import by_events, in_turns, ratios
+from .harness.triton_tiles import KERNELS, SOURCE, Entry, candidates, entry_at, entry_for, instead_of, rewritten
+
+ROWS, DEPTH = 65_536, 16
+ROUNDS, CALLS = 9, 3
+"""Rounds in which all tiles take turns, and calls between two events."""
+WORKERS, COMPILING = 15, 60
+"""Processes that compile ahead, and the seconds after which what is not compiled is compiled when it is needed."""
+SECONDS = 125
+"""After so many no kernel is begun."""
+GAIN = 0.98
+"""Time of another tile, of that in use, at most, for which the table is changed."""
+
+Timed = Callable[[Callable[[], None]], float]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Network:
+    """What tiles are tried on."""
+
+    dim: int
+    hidden: int
+    scheme: str = "euler"
+    norm: str | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        return self.scheme == "euler" and self.norm is None
+
+    def build(self) -> ResidualMLP:
+        torch.manual_seed(0)
+        mlp = ResidualMLP(
+            *(self.dim, self.hidden, DEPTH, self.scheme),
+            activation="silu",
+            norm=self.norm,
+            on_drift="ignore",
+            device=torch.device("cuda"),
+            dtype=torch.bfloat16,
+        )
+        return smooth_init_(mlp)
+
+
+NETWORKS = (Network(64, 128), Network(128, 512), Network(64, 128, "heun", "rms"))
+"""From the most to the least important; the last shares its tiles with the second."""
+PASSES: dict[str, tuple[str, str]] = dict(
+    zip(
+        KERNELS,
+        (
+            ("forward", "triton"),
+            ("extrapolated", f"triton {TWO_PASS}"),
+            ("extrapolated", f"triton {ONE_PASS}"),
+            ("checkpoint", "triton"),
+            ("extrapolated", f"triton {TWO_PASS}"),
+        ),
+        strict=True,
+    )
+)
+"""By kernel the mode and the backend of a training step, or the forward pass alone, that is timed for it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.tiles",
+        description="Times four to six tiles of each of Triton's kernels for residual MLPs on a GPU, by its own "
+        "events, in turns; writes tiles.json to the folder that the environment variable RESULTS names.",
+    )
+    parser.add_argument(
+        "--write",
+        type=Path,
+        metavar="RESULT",
+        help=f"time nothing, but put the fastest tiles of such a file into the tables of {SOURCE.name}",
+    )
+    given = parser.parse_args(arguments)
+    if given.write:
+        source = SOURCE.read_text()
+        for entry in fastest(json.loads(given.write.read_text())["rows"]):
+            source = rewritten(source, entry)
+            print(f"{entry.table}[{entry.key}]: {entry.tiles}")
+        SOURCE.write_text(source)
+        return 0
+    if not os.environ.get("RESULTS"):
+        print("bench.tiles: the environment variable RESULTS must name the folder for tiles.json", file=sys.stderr)
+        return 2
+    if not torch.cuda.is_available():
+        print("bench.tiles: needs a CUDA device, but torch finds none", file=sys.stderr)
+        return 2
+    file = Path(os.environ["RESULTS"]) / "tiles.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    until = time.perf_counter() + SECONDS
+    compile_ahead()
+    record: Row = {"environment": environment.describe(torch.device("cuda")), "rows": [], "left_out": []}
+    for network in NETWORKS:
+        mlp = network.build()
+        for kernel in kernels_of(mlp):
+            if time.perf_counter() > until:
+                record["left_out"].append({**asdict(network), "kernel": kernel})
+                continue
+            entry = entry_of(network)
+            rows = measure(entry, kernel, partial(call_of, mlp, entry, kernel), partial(by_events, times=CALLS))
+            for row in rows:
+                record["rows"].append({**asdict(network), **row})
+                print(shown(network, row), flush=True)
+            file.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+def measure(entry: Entry, kernel: str, call_with: Callable[[Tile], Callable[[], None]], timed: Timed) -> list[Row]:
+    """Each candidate's seconds in each round, and relative to the tile in use; or why it can't be launched."""
+    tried = {str(index): (tile, call_with(tile)) for index, tile in enumerate(candidates(entry, kernel))}
+    reasons: dict[str, str] = {}
+    for name, (_, call) in tried.items():
+        try:
+            call()
+        except Exception:  # most often it needs more shared memory than there is
+            reasons[name] = traceback.format_exc(limit=-1)
+    seconds = in_turns({name: call for name, (_, call) in tried.items() if name not in reasons}, ROUNDS, timed)
+    in_use = seconds.get("0")
+    return [
+        {
+            "table": entry.table,
+            "key": entry.key,
+            "kernel": kernel,
+            "tile": list(tile),
+            "seconds": seconds.get(name),
+            "of_in_use": None if in_use is None or name in reasons else ratios(seconds[name], in_use).median,
+            "reason": reasons.get(name),
+        }
+        for name, (tile, _) in tried.items()
+    ]
+
+
+def fastest(rows: Sequence[Row]) -> list[Entry]:
+    """The rows of the tables that change. Where networks share one, a tile's time is the mean over all of them."""
+    changed: dict[tuple[str, int], Entry] = {}
+    for table, key, kernel in dict.fromkeys((row["table"], row["key"], row["kernel"]) for row in rows):
+        relative: dict[tuple[int, ...], list[float]] = {}
+        for row in rows:
+            if (row["table"], row["key"], row["kernel"]) == (table, key, kernel):
+                # What can't be launched for one network is not taken for another.
+                relative.setdefault(tuple(row["tile"]), []).append(row["of_in_use"] or math.inf)
+        best = min(relative, key=lambda tile: statistics.geometric_mean(relative[tile]))
+        if statistics.geometric_mean(relative[best]) <= GAIN:
+            entry = changed.get((table, key)) or entry_at(table, key)
+            changed[table, key] = entry._replace(tiles=entry.tiles._replace(**{kernel: Tile(*best)}))
+    return list(changed.values())
+
+
+def shown(network: Network, row: Row) -> str:
+    """A line for people."""
+    name = f"{network.dim}/{network.hidden} {network.scheme} {network.norm or 'no norm'} {row['kernel']}"
+    if row["reason"] is not None:
+        figures = row["reason"].strip().rpartition("\n")[2]
+    else:
+        of_in_use = "" if row["of_in_use"] is None else f"{row['of_in_use']:.2f} of the time of that in use"
+        figures = f"{1e3 * statistics.median(row['seconds']):8.3f} ms  {of_in_use}"
+    return f"{name:36} {row['tile']!s:18} {figures}".rstrip()
+
+
+def entry_of(network: Network) -> Entry:
+    return entry_for(torch.cuda.get_device_capability(), network.dim, torch.bfloat16.itemsize, network.is_plain)
+
+
+def kernels_of(mlp: ResidualMLP) -> list[str]:
+    """The kernels that can run for a network on this GPU."""
+    return [kernel for kernel, (_, backend) in PASSES.items() if backend in ("triton", *triton_forms(mlp))]
+
+
+def call_of(mlp: ResidualMLP, entry: Entry, kernel: str, tile: Tile, rows: int = ROWS) -> Callable[[], None]:
+    """The pass that is timed for a kernel, with this tile."""
+    mode, backend = PASSES[kernel]
+    batch = batch_of(rows, mlp)
+    step = step_by(mlp, "extrapolated" if mode == "forward" else mode, backend)
+
+    def call() -> None:
+        with instead_of(entry, kernel, tile), torch.set_grad_enabled(mode != "forward"):
+            if mode == "forward":
+                fused_step(mlp, "extrapolated", backend).function(batch[0])
+            else:
+                step(batch)
+
+    return call
+
+
+def compile_ahead() -> None:
+    """Compile all candidates, those of each network and kernel in a process of its own, into Triton's cache."""
+    pool = ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn"))
+    jobs = [pool.submit(_compile, network, kernel) for network in NETWORKS for kernel in KERNELS]
+    wait(jobs, timeout=COMPILING)
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _compile(network: Network, kernel: str) -> None:
+    mlp = network.build()
+    if kernel in kernels_of(mlp):
+        entry = entry_of(network)
+        for tile in candidates(entry, kernel):
+            try:
+                call_of(mlp, entry, kernel, tile, rows=1024)()
+            except Exception:  # the measurement says why
+                continue
+
+
+if __name__ == "__main__":
+    sys.exit(main())
