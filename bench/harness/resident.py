@@ -40,11 +40,11 @@ def growth(jobs: Sequence[Job], device: torch.device) -> Sequence[int | None]:
     """Bytes by which each job's step makes a process grow at most; None on a GPU and where /proc does not tell."""
     if device.type != "cpu" or not os.access(_CLEAR, os.W_OK):
         return [None] * len(jobs)
-    # Two processes at a time, with one thread each.
-    halves = jobs[0::2], jobs[1::2]
-    with ThreadPoolExecutor(len(halves)) as pool:
-        even, odd = pool.map(_growth_elsewhere, halves)
-    return [(even, odd)[index % 2][index // 2] for index in range(len(jobs))]
+    # Two processes at a time, with one thread each, where torch may use as many.
+    count = min(2, torch.get_num_threads())
+    with ThreadPoolExecutor(count) as pool:
+        grown = list(pool.map(_growth_elsewhere, (jobs[part::count] for part in range(count))))
+    return [grown[index % count][index // count] for index in range(len(jobs))]
 
 
 def _growth_elsewhere(jobs: Sequence[Job]) -> list[int]:
@@ -100,4 +100,6 @@ def _in_child(job: Job) -> int:
 
 
 if __name__ == "__main__":
+    import torch.fx.experimental.symbolic_shapes  # as each child's first backward pass would, which takes longer
+
     print(json.dumps([_in_child(Job(**job)) for job in json.load(sys.stdin)]))

@@ -21,16 +21,8 @@ CPU = torch.device("cpu")
 MIB = 2**20
 
 
-@pytest.fixture(scope="module")
-def quick_run(tmp_path_factory):
-    output = tmp_path_factory.mktemp("bench")
-    done = run_bench("--quick", "--device", "cpu", "--threads", "1", "--output", str(output))
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done, output, json.loads((output / "results.json").read_text())
-
-
-def test_a_quick_run_leaves_figures_of_every_mode(quick_run):
-    done, _, results = quick_run
+def test_a_quick_run_leaves_figures_of_every_mode(quick_default):
+    done, _, results = quick_default
     assert done.stderr == ""
     assert set(results["sections"]) == set(section.DEFAULT)
     for field in ("device", "cpu", "cpu_cores", "torch", "python", "platform", "commit", "date"):
@@ -56,8 +48,8 @@ def test_a_quick_run_leaves_figures_of_every_mode(quick_run):
         assert 0 < share["percent"]["median"] < 100
 
 
-def test_a_quick_run_leaves_tables_and_plots(quick_run):
-    done, output, _ = quick_run
+def test_a_quick_run_leaves_tables_and_plots(quick_default):
+    done, output, _ = quick_default
     for name in ("memory.png", "time.png", "gradient_error.png"):
         assert (output / name).read_bytes().startswith(b"\x89PNG")
     markdown = (output / "table.md").read_text()
@@ -69,10 +61,9 @@ def test_a_quick_run_leaves_tables_and_plots(quick_run):
     assert "…" not in done.stdout  # no column was cut at 80 characters
 
 
-def test_a_quick_run_of_the_ops_alone(tmp_path):
-    done = run_bench("--quick", "--only", "kernels", "--device", "cpu", "--threads", "1", "--output", str(tmp_path))
-    assert done.returncode == 0, done.stdout + done.stderr
-    steps = json.loads((tmp_path / "results.json").read_text())["sections"]["kernels"]["steps"]
+def test_a_quick_run_of_the_ops_alone(quick_others):
+    done, _, results = quick_others
+    steps = results["sections"]["kernels"]["steps"]
     assert {(row["scheme"], row["reverse"]) for row in steps} == set(kernels.STEPS)
     assert all(row["against_plain"]["median"] > 0 for row in steps)
     assert "against plain torch" in done.stdout
@@ -97,27 +88,12 @@ def test_a_section_that_fails_leaves_the_others_figures(tmp_path, monkeypatch, c
         raise RuntimeError("no digits today")
 
     monkeypatch.setattr(digits, "measure", fails)
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "bench",
-            "--quick",
-            "--device",
-            "cpu",
-            "--only",
-            "digits",
-            "sweep",
-            "--depths",
-            "2",
-            "--output",
-            str(tmp_path),
-        ],
-    )
+    arguments = ["--quick", "--device", "cpu", "--only", "digits", "kernels", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
     assert command.main() == 1
     figures = json.loads((tmp_path / "results.json").read_text())["sections"]
     assert "no digits today" in figures["digits"]["failure"]
-    assert len(figures["sweep"]["rows"]) == len(SCHEMES) * len(MODES)
+    assert len(figures["kernels"]["steps"]) == len(kernels.STEPS)
     assert "no digits today" in capsys.readouterr().out
 
 

@@ -13,17 +13,20 @@ from bench.sections.backends import size_table
 from bench.sections.mlp import measurement
 from bench.sections.mlp.jobs import Job
 from resode_cuda import ResidualMLP
-from tests.support.bench_run import run_bench
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def quick_mlp(tmp_path_factory):
-    output = tmp_path_factory.mktemp("mlp")
-    done = run_bench("--quick", "--only", "mlp", "--device", "cpu", "--threads", "1", "--output", str(output))
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done, json.loads((output / "results.json").read_text())["sections"]["mlp"]
+@pytest.fixture
+def quick_mlp(quick_others):
+    done, _, results = quick_others
+    return done, results["sections"]["mlp"]
+
+
+@pytest.fixture
+def quick_backends(quick_others):
+    done, _, results = quick_others
+    return done, results["sections"]["backends"]
 
 
 def test_a_quick_run_of_the_residual_mlp(quick_mlp):
@@ -163,14 +166,6 @@ def test_every_way_of_the_residual_mlp_has_the_same_gradients(activation):
         layers.step(mode, compiler, length)(batch)
         for got, expected in zip([*layers.gradients(), batch[0].grad], exact, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.fixture(scope="module")
-def quick_backends(tmp_path_factory):
-    output = tmp_path_factory.mktemp("backends")
-    done = run_bench("--quick", "--only", "backends", "--device", "cpu", "--threads", "1", "--output", str(output))
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done, json.loads((output / "results.json").read_text())["sections"]["backends"]
 
 
 def test_a_quick_run_of_the_backends(quick_backends):
