@@ -49,11 +49,11 @@ Check = Callable[[torch.device], None]
 
 
 class LeftOutError(Exception):
-    """Why a case can't run here."""
+    """A case can't run here, and why."""
 
 
 class WrongError(Exception):
-    """By how much a case's results are wrong."""
+    """A case's results are wrong, and by how much."""
 
 
 @dataclass(frozen=True)

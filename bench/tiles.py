@@ -38,7 +38,7 @@ ROUNDS, CALLS = 9, 3
 WORKERS, COMPILING = 15, 60
 """Processes that compile ahead, and the seconds after which what is not compiled is compiled when it is needed."""
 SECONDS = 125
-"""After so many no kernel is begun."""
+"""Time after which no kernel is begun."""
 GAIN = 0.98
 """Time of another tile, of that in use, at most, for which the table is changed."""
 
@@ -73,7 +73,7 @@ class Network:
 
 
 NETWORKS = (Network(64, 128), Network(128, 512), Network(64, 128, "heun", "rms"))
-"""From the most to the least important; the last shares its tiles with the second."""
+"""The networks, from the most to the least important; the last shares its tiles with the second."""
 PASSES: dict[str, tuple[str, str]] = dict(
     zip(
         KERNELS,
@@ -87,7 +87,7 @@ PASSES: dict[str, tuple[str, str]] = dict(
         strict=True,
     )
 )
-"""By kernel the mode and the backend of a training step, or the forward pass alone, that is timed for it."""
+"""Mode and backend of the training step that is timed for each kernel; "forward" is a forward pass alone."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

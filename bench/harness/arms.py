@@ -1,4 +1,4 @@
-"""What takes turns in a benchmark of networks: each until it fails, and from then on with the reason."""
+"""The contenders of a benchmark of networks, which take turns: each is timed until it fails, and then says why."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Arm:
 
     Args:
         kind, mode, backend: what is called, for people.
-        times: calls between two looks at the clock.
+        times: calls between two readings of the clock.
     """
 
     def __init__(
@@ -45,11 +45,11 @@ class Arm:
         torch.cuda.empty_cache()
 
     def first(self, clock: Callable[[], float]) -> None:
-        """With whatever is compiled and tuned by it."""
+        """Take the first call, which compiles and tunes whatever there is to be."""
         self.first_seconds = self._timed(clock)
 
     def settle(self, clock: Callable[[], float], seconds: float, most: int) -> None:
-        """After the first: `times` from now on, so that they take about so many seconds."""
+        """Take another call, and set `times` so that as many take about these seconds, but to `most` at most."""
         self.times = max(1, min(most, round(seconds / max(self._timed(clock), 1e-9))))
 
     def _timed(self, clock: Callable[[], float]) -> float:
@@ -61,7 +61,7 @@ class Arm:
 def take_turns(
     arms: Sequence[Arm], rounds: int, device: torch.device, before_round: Callable[[], None]
 ) -> dict[Arm, list[float]]:
-    """Seconds of a call of each arm in each round, of those that have not failed by the end."""
+    """Seconds of a call of each arm in each round, without the arms that have failed by the end."""
 
     def repeated(arm: Arm) -> Callable[[], None]:
         def calls() -> None:

@@ -15,7 +15,7 @@ from resode_cuda.ops import reference
 from .timing import clock_of
 
 BOOKKEEPING = {DriftMonitor: ("begin", "row", "record", "end"), reference: ("_add_squares_",)}
-"""On a GPU the kernel that rebuilds the state sums the squares, and they cost no pass of their own."""
+"""What is clocked. On a GPU the kernel that rebuilds the state sums the squares too, which then cost no pass."""
 
 
 class TimedDrift:
@@ -28,7 +28,7 @@ class TimedDrift:
     def __init__(self, step: Callable[[], None], device: torch.device) -> None:
         self._step, self._clock = step, clock_of(device)
         self.seconds: list[float] = []
-        """Of each call."""
+        """Seconds of bookkeeping in each call."""
 
     def __call__(self) -> None:
         self.seconds.append(0.0)

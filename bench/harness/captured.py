@@ -16,7 +16,7 @@ class Captured:
     """Forward and backward pass, captured by the first call and replayed by each.
 
     Args:
-        step: its network should be nobody else's, since the gradients stay in the graph's memory.
+        step: its network should serve nothing else, since the gradients stay in the graph's memory.
         batch: copied, and read from there by every replay.
     """
 

@@ -74,7 +74,7 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """With "-dirty" where the working tree differs from it; None outside a git checkout."""
+    """The commit, with "-dirty" where the working tree differs from it; None outside a git checkout."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

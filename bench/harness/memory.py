@@ -28,7 +28,7 @@ class StepMemory:
 
     peak: int
     held: int
-    """Of storages alive between the forward and the backward pass; the output and the loss are among them."""
+    """Bytes of storages alive between the forward and the backward pass; the output and the loss are among them."""
 
 
 def measure(forward: Callable[[], Tensor], device: torch.device, cotangent: Tensor | None = None) -> StepMemory:

@@ -1,4 +1,4 @@
-"""Figures as people read them: tables for the terminal and for Markdown, and targets that were met or missed."""
+"""Figures as people read them: tables for the terminal and for Markdown, and targets that are met or missed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Table:
     title: str
     columns: Sequence[str]
     labels: int = 2
-    """So many columns at the left hold names, the others figures."""
+    """How many columns at the left hold names; the others hold figures."""
     rows: list[Sequence[str]] = field(default_factory=list)
     note: str = ""
 

@@ -19,7 +19,7 @@ from ...options import Options
 MODE = "extrapolated"
 ACTIVATION = "silu"
 SECONDS_AT_A_TIME = 4e-3
-"""About so long are the calls between two looks at the clock, which take a hundredth of it."""
+"""About how long the calls between two readings of the clock take; the readings take a hundredth of it."""
 MOST_AT_A_TIME = 20
 
 

@@ -1,4 +1,4 @@
-"""Tables and targets of the section `backends`."""
+"""The tables and targets of the section `backends`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...harness.timing import ratios, spread
 THAN_EAGER, THAN_GRAPH = 10, 3
 """Times faster than eager backprop and than its CUDA graph, at least, where rows are few."""
 MICROSECONDS = 1.5
-"""Of a layer's forward pass alone, at most, where rows are few."""
+"""Time of a layer's forward pass alone, at most, where rows are few."""
 OF_COMPILED = {BASELINE: 1.40, "checkpoint": 1.20}
 """Time of what "auto" takes, of a compiled peer's, at most, where layers are wide."""
 FLAT = 1.02

@@ -25,14 +25,14 @@ from .compile_ahead import compile_ahead
 
 Part = Callable[[Options, torch.device, float], dict[str, Any]]
 SECONDS = 110
-"""After which no size of the table is begun."""
+"""Time after which no size of the table is begun."""
 PARTS: dict[str, tuple[Part, float]] = {
     "few_rows": (few_rows.measure_training, 20),
     "forward": (few_rows.measure_forward, 10),
     "wide": (wide_layers.measure, 40),
     "sizes": (size_table.measure, SECONDS),
 }
-"""From the most to the least important, and the seconds after which a part begins nothing more."""
+"""Each part and the seconds after which it begins nothing more, from the most to the least important."""
 
 
 def measure(options: Options, device: torch.device, progress: Progress) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from .backend_arms import ACTIVATION, MODE, backend_arms, figures_of, network_of
 
 DIMS = (64, 128, 32, 16, 256, 1024, 2048)
 WIDER_DIMS = (64, 128, 1024)
-"""With hidden 4 times as large too."""
+"""Dims that are measured with hidden 4 times as large too."""
 ROWS = (16, 64, 1024, 16384, 262_144)
 WIDE_ROWS = ROWS[:-1]
-"""Beyond, wide layers do more of the same."""
+"""Rows of layers that are too wide for the chip, which do more of the same where there are more."""
 LARGEST_ON_CHIP = 256
 FLOP = 2e12
 """Arithmetic of a step, by which its depth is chosen."""

@@ -43,12 +43,12 @@ from .jobs import Job, jobs
 
 FUSED = ("extrapolated", "checkpoint", "corrected", "paper")
 STEPS_AT_A_TIME = {"cuda": 2, "cpu": 1}
-"""Between two looks at the clock, so that a GPU's queue does not run dry."""
+"""Steps between two readings of the clock, so that a GPU's queue does not run dry."""
 SHALLOW = 16
 """The depth that memory and launches are compared with."""
 ERROR_ROWS = 256
 SECONDS = 75
-"""On a GPU no size is begun later than this."""
+"""Time after which no size is begun on a GPU."""
 
 
 def measure(options: Options, device: torch.device, progress: Progress) -> dict[str, Any]:

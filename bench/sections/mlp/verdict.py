@@ -1,4 +1,4 @@
-"""Tables and targets of the section `mlp`."""
+"""The tables and targets of the section `mlp`."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from ...harness.tables import MIB, Table, Target, error, mebibytes, relative_tim
 from ...harness.timing import Spread, ratios, spread
 
 CPU_TIMES = {"extrapolated": 1.20, "checkpoint": 1.35, "corrected": 1.45}
-"""Of eager backprop's time, at most."""
+"""Time of a mode, of eager backprop's, at most."""
 CPU_STATES = 12
 GPU_STATES = 5
 """Peak in states of rows x dim x 4 bytes, at most; on a GPU beside the scratch."""
 SCRATCH = 512  # MiB
 CHECKPOINT_OF_EXTRAPOLATED = 1.2
+"""Time of the exact gradients, of the extrapolated solver's, at most."""
 ROUNDING = 2
 """Exact gradients: at most so many times the error of backprop, and a rounding of the dtype."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """At least: times faster than the compiled peers (`hoped`, if it can be), and share of the matrix ceiling."""
+    """Lower limits: times faster than the compiled peers (`hoped`, if it can be), and share of the matrix ceiling."""
 
     than_backprop: float
     hoped: float | None
@@ -220,7 +221,7 @@ def _ratio(job: dict[str, Any], kind: str, mode: str) -> Spread | None:
 
 
 def _fastest_compiled(job: dict[str, Any], mode: str) -> list[float] | None:
-    """In each round, however many layers were compiled at a time."""
+    """Seconds of the fastest compiled peer in each round, however many layers were compiled at a time."""
     peers = [
         row["seconds"]
         for row in job["rows"]
