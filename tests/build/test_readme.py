@@ -13,11 +13,10 @@ EXAMPLE, CALIBRATION, PERCEPTRONS = re.findall(r"```python\n(.*?)```", README, f
 
 
 def test_the_example_runs(capsys):
-    assert len(EXAMPLE.splitlines()) <= 13
+    assert len(EXAMPLE.splitlines()) <= 12
+    assert README[: README.index(EXAMPLE)].count("\n") + len(EXAMPLE.splitlines()) <= 34
     exec(compile(EXAMPLE, "README.md", "exec"), {})
-    assert re.fullmatch(
-        r"loss \d\.\d{3}, largest relative error of a rebuilt state \d\.\de-\d\d\n", capsys.readouterr().out
-    )
+    assert re.fullmatch(r"loss \d\.\d{3}, largest defect \d\.\de-\d\d\n", capsys.readouterr().out)
 
 
 def test_the_calibration_runs(capsys):
@@ -30,5 +29,5 @@ def test_the_calibration_runs(capsys):
 
 def test_the_perceptrons_run(capsys):
     exec(compile(PERCEPTRONS, "README.md", "exec"), {})
-    said = re.fullmatch(r"largest relative error of a rebuilt state (\d\.\de-\d\d)\n", capsys.readouterr().out)
+    said = re.fullmatch(r"largest defect (\d\.\de-\d\d)\n", capsys.readouterr().out)
     assert float(said[1]) < 1e-4
