@@ -26,7 +26,7 @@ from torch import Tensor
 
 from resode_cuda import ResidualMLP, ops, smooth_init_
 
-from .harness.fused_backends import ONE_PASS, TWO_PASS, step_by, triton_forms
+from .harness.fused_backends import ONE_PASS, TWO_PASS, step_by, triton_gradient_forms
 from .harness.gradients import relative_error
 from .harness.mlp_networks import batch_of, fused_step
 from .sections import kernels
@@ -103,8 +103,8 @@ def backward(
     """A training step of a residual MLP; one that does not train asks for the input's gradient alone."""
     for dtype in TOLERANCES:
         here, there = _networks(dtype, device, sizes)
-        if " " in backend and backend not in triton_forms(there):
-            raise LeftOutError(f"{backend!r} can't run on this GPU, {', '.join(triton_forms(there))} can")
+        if " " in backend and backend not in triton_gradient_forms(there):
+            raise LeftOutError(f"{backend!r} can't run on this GPU, {', '.join(triton_gradient_forms(there))} can")
         x, g = batch_of(ROWS, here)
         x_there = x.detach().to(device).requires_grad_()
         for mlp in (here, there):

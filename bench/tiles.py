@@ -27,7 +27,7 @@ from resode_cuda import ResidualMLP, smooth_init_
 from resode_cuda.fused.triton.tiles import Tile
 
 from .harness import environment
-from .harness.fused_backends import ONE_PASS, TWO_PASS, step_by, triton_forms
+from .harness.fused_backends import ONE_PASS, TWO_PASS, step_by, triton_gradient_forms
 from .harness.mlp_networks import batch_of, fused_step
 from .harness.timing import by_events, in_turns, ratios
 from .harness.triton_tiles import KERNELS, SOURCE, Entry, candidates, entry_at, entry_for, instead_of, rewritten
@@ -194,7 +194,7 @@ def entry_of(network: Network) -> Entry:
 
 def kernels_of(mlp: ResidualMLP) -> list[str]:
     """The kernels that can run for a network on this GPU."""
-    return [kernel for kernel, (_, backend) in PASSES.items() if backend in ("triton", *triton_forms(mlp))]
+    return [kernel for kernel, (_, backend) in PASSES.items() if backend in ("triton", *triton_gradient_forms(mlp))]
 
 
 def call_of(mlp: ResidualMLP, entry: Entry, kernel: str, tile: Tile, rows: int = ROWS) -> Callable[[], None]:

@@ -2,7 +2,7 @@
 
     TRITON_INTERPRET=1 python -m pytest tests/fused/interpreted.py
 
-bfloat16 is left out, as in `tests/ops/triton_interpreted.py`.
+bfloat16 is left out, as in `tests/ops/interpreted.py`.
 """
 
 from functools import partial

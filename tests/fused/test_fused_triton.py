@@ -262,7 +262,13 @@ def test_no_schedule_is_kept_on_the_device():
     assert first is not second
     here = schedule((0.5, 0.25, 0.25), "euler", True, torch.device("cpu"))
     assert here[:, 0].tolist() == [0.5, 0.25, 0.25]
-    assert here[1:, 1:].tolist() == [[0, -1], [0, -1]]
+    assert here[1:, 1:3].tolist() == [[0, -1], [0, -1]]
+
+
+def test_the_schedule_has_the_places_of_the_anchored_states():
+    steps, here = (0.2,) * 5, torch.device("cpu")
+    assert schedule(steps, "euler", False, here)[:, 3].tolist() == [-1] * 5
+    assert schedule(steps, "euler", False, here, (0, 1, 4))[:, 3].tolist() == [0, 1, -1, -1, 2]
 
 
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 128), (torch.bfloat16, 256), (torch.float16, 256)])

@@ -11,15 +11,14 @@ Must match `adjoint` of `reference/passes.py`.
 import triton
 import triton.language as tl
 
-from .arguments import Boundary, Gradients, Scratch, Weights
+from ..driver import Boundary, Scratch
+from .arguments import Gradients, Weights
 from .forward import add_increment
 from .layer import add_layer, layer_vjp, normalize, rounded
-from .memory import inside_of, load_tile, store_scratch, store_tile
+from .memory import anchor_place, inside_of, load_tile, store_scratch, store_tile
 
 
-@triton.jit(
-    do_not_specialize=["count", "anchored_rows", "increments_rows", "scratch_rows", "first", "last", "steps", "anchors"]
-)
+@triton.jit(do_not_specialize=["count", "anchored_rows", "increments_rows", "scratch_rows", "first", "last", "steps"])
 def adjoint_kernel(
     start: Boundary,
     end: Boundary,
@@ -43,7 +42,6 @@ def adjoint_kernel(
     first: tl.int32,
     last: tl.int32,
     steps: tl.int32,
-    anchors: tl.int32,
     SOLVER: tl.constexpr,
     CONFIG: tl.constexpr,
 ) -> None:
@@ -65,9 +63,9 @@ def adjoint_kernel(
         d1 = rounded(load_tile(start.increments + increments_rows * CONFIG.dim, row, inside, CONFIG), weights)
     for i in range(last - first):
         n = last - 1 - i
-        h = tl.load(schedule + 3 * n)
+        h = tl.load(schedule + 4 * n)
         if SOLVER.extrapolates:
-            a, b = tl.load(schedule + 3 * n + 1), tl.load(schedule + 3 * n + 2)
+            a, b = tl.load(schedule + 4 * n + 1), tl.load(schedule + 4 * n + 2)
             y = x - (a * d1.to(tl.float32) - b * d2.to(tl.float32))
         elif CONFIG.is_heun:
             y = add_increment(x, x, -h, 1, n + 1, n, weights, CONFIG)
@@ -76,8 +74,9 @@ def adjoint_kernel(
         for _ in range(SOLVER.corrections):
             y = add_increment(x, y, h, -1, n, n + 1, weights, CONFIG)
         if anchored is not None:
-            is_anchored = n % anchors == 0
-            at = anchored + (n // anchors) * anchored_rows * CONFIG.dim
+            place = anchor_place(schedule, n)
+            is_anchored = place >= 0
+            at = anchored + place * anchored_rows * CONFIG.dim
             y = tl.where(is_anchored, load_tile(at, row, inside & is_anchored, CONFIG), y)
         # Rows beyond the end must stay finite: their cotangents are zero.
         y = tl.where(inside, y, 0)
@@ -117,7 +116,7 @@ def adjoint_kernel(
         measured = inside
         if anchored is not None:
             x = tl.where(is_anchored, y, x)
-            measured = inside & (n % anchors != 0)
+            measured = inside & (place < 0)
         if SOLVER.reuse and SOLVER.extrapolates:
             d2 = d1
             d1 = rounded(p, weights)

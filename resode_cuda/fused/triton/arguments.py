@@ -4,7 +4,7 @@ A kernel is compiled once for all equal `KernelConfig`, those of layers too wide
 Tuples of pointers reach a kernel whole. Tensor descriptors can't: Triton 3.6 compiles kernels that take them inside of
 tuples, and fails to launch them. So W1 and W2 and their gradients are arguments of their own, and a kernel puts them
 into `Weights` and `Gradients` for the functions that it calls. Whether there is a structure is told by its fields: a
-tuple that has a None in it can't be compared with None. `driver.Boundary` and `driver.Scratch` are such tuples, too.
+tuple that has a None in it can't be compared with None. So it is with `Boundary` and `Scratch` of `driver.py`.
 
 The names of schemes, activations and norms are those that the kernels have formulas of.
 """
@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 SCHEMES = ("euler", "heun")
 ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu", "tanh")
-"""Those of `layer.activate`."""
+"""Names that `layer.activate` has formulas of."""
 NORMS = (None, "rms", "layer")
-"""Those of `layer.normalize` and `layer.norm_vjp`."""
+"""Names that `layer.normalize` and `layer.norm_vjp` have formulas of."""
 
 
 def reason_against(scheme: str, activation: str, norm: str | None) -> str | None:
@@ -42,7 +42,7 @@ class KernelConfig:
         is_heun: whether a step is Heun's, of two layers, or Euler's, of one.
         dim, padded_dim: values of a row, and columns of its tile.
         rows, chunk, stages: as in `tiles.Tile`.
-        precision: of products of float32 operands, "ieee" or "tf32".
+        precision: how products of float32 operands are computed, "ieee" or "tf32".
         scales_first: whether products are scaled by h before they are rounded.
     """
 

@@ -8,7 +8,8 @@ Must match `exact_adjoint` of `reference/passes.py`.
 import triton
 import triton.language as tl
 
-from .arguments import Gradients, Scratch, Weights
+from ..driver import Scratch
+from .arguments import Gradients, Weights
 from .layer import add_layer, layer_vjp, normalize, rounded
 from .memory import inside_of, load_scratch, load_tile, store_scratch, store_tile
 
@@ -73,7 +74,7 @@ def exact_kernel(
     x = load_tile(x_first, start, inside, CONFIG)
     for i in range(last - first):
         n = first + i
-        h = tl.load(schedule + 3 * n)
+        h = tl.load(schedule + 4 * n)
         u, r = normalize(x, CONFIG)
         layer_call = 2 * i if CONFIG.is_heun else i
         store_point(scratch, u, r, layer_call, start, scratch_rows, CONFIG)
@@ -90,7 +91,7 @@ def exact_kernel(
     g = load_tile(g_last, start, inside, CONFIG)
     for i in range(last - first):
         n = last - 1 - i
-        h = tl.load(schedule + 3 * n)
+        h = tl.load(schedule + 4 * n)
         if CONFIG.is_heun:
             layer_call = 2 * (n - first)
             u, r = load_point(scratch, layer_call + 1, start, scratch_rows, CONFIG)

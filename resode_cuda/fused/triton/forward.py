@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .arguments import Weights
 from .layer import add_layer
-from .memory import inside_of, load_tile, store_tile
+from .memory import anchor_place, inside_of, load_tile, store_tile
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def add_increment(
         return add_layer(acc, x, SIGN * h, first, weights, CONFIG)
 
 
-@triton.jit(do_not_specialize=["count", "rows", "steps", "anchors"])
+@triton.jit(do_not_specialize=["count", "rows", "steps"])
 def forward_kernel(
     x_first: tl.tensor,
     x_last: tl.tensor,
@@ -47,7 +47,6 @@ def forward_kernel(
     count: tl.int64,
     rows: tl.int64,
     steps: tl.int32,
-    anchors: tl.int32,
     SAVED_INCREMENTS: tl.constexpr,
     CONFIG: tl.constexpr,
 ) -> None:
@@ -62,16 +61,18 @@ def forward_kernel(
     x = load_tile(x_first, row, inside, CONFIG)
     for n in range(steps - SAVED_INCREMENTS):
         if anchored is not None:
-            if n % anchors == 0:
-                store_tile(anchored + (n // anchors) * rows * CONFIG.dim, x, row, inside, CONFIG)
-        h = tl.load(schedule + 3 * n)
+            place = anchor_place(schedule, n)
+            if place >= 0:
+                store_tile(anchored + place * rows * CONFIG.dim, x, row, inside, CONFIG)
+        h = tl.load(schedule + 4 * n)
         x = add_increment(x, x, h, 1, n, n + 1, weights, CONFIG)
     if SAVED_INCREMENTS > 0:
         for n in range(steps - SAVED_INCREMENTS, steps):
             if anchored is not None:
-                if n % anchors == 0:
-                    store_tile(anchored + (n // anchors) * rows * CONFIG.dim, x, row, inside, CONFIG)
-            h = tl.load(schedule + 3 * n)
+                place = anchor_place(schedule, n)
+                if place >= 0:
+                    store_tile(anchored + place * rows * CONFIG.dim, x, row, inside, CONFIG)
+            h = tl.load(schedule + 4 * n)
             d = add_increment(tl.zeros_like(x), x, h, 1, n, n + 1, weights, CONFIG)
             x += d
             store_tile(increments + (steps - 1 - n) * rows * CONFIG.dim, d, row, inside, CONFIG)

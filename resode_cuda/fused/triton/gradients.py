@@ -10,7 +10,8 @@ Must match `Tile` of `reference/tile.py`.
 import triton
 import triton.language as tl
 
-from .arguments import Gradients, Scratch, Weights
+from ..driver import Scratch
+from .arguments import Gradients, Weights
 from .layer import activate, load_w1, load_w2, preactivation
 from .memory import load_scratch
 
@@ -54,7 +55,7 @@ def weight_gradient_kernel(
         n = layer - k
         layer_call = 2 * (n - first) + k if CONFIG.is_heun else n - first
         is_there = (n >= first) & (n < last)
-        scale = tl.load(schedule + 3 * n, mask=is_there, other=0)
+        scale = tl.load(schedule + 4 * n, mask=is_there, other=0)
         if CONFIG.is_heun:
             scale = 0.5 * scale
         sum1 = tl.zeros([D, C], tl.float32)

@@ -10,10 +10,11 @@ D], and `gradients.py` adds up products over ranges of rows in registers. In the
 are added to the gradients by reductions in memory, and no scratch is needed. A layer call is a step's only layer, or
 with Heun its first (2 i) or second (2 i + 1).
 
-Memory: states [rows, DIM] float32, increments [2, rows, DIM] in the parameters' dtype, schedule [steps, 3] float32 with
-h, a, b of each step; gradients of W1 (transposed) and W2 [layers D, HIDDEN] float32; squares [tiles, steps, 2] float32,
-each tile's |y - x_n|^2 and |x_n|^2. Addresses are int64 up to a tile's first row, with 32 bits within the tile.
-Capital letters are of a `KernelConfig`: ROWS its rows, DIM its dim, D its padded_dim, C its chunk.
+Memory: states [rows, DIM] float32, increments [2, rows, DIM] in the parameters' dtype; schedule [steps, 4] float32 with
+h, a, b of each step and the place of its starting state among the anchored ones, -1 where it is not kept; gradients of
+W1 (transposed) and W2 [layers D, HIDDEN] float32; squares [tiles, steps, 2] float32, each tile's |y - x_n|^2 and
+|x_n|^2. Addresses are int64 up to a tile's first row, with 32 bits within the tile. Capital letters are of a
+`KernelConfig`: ROWS its rows, DIM its dim, D its padded_dim, C its chunk.
 
 Importing these modules needs Triton.
 """
@@ -33,6 +34,12 @@ def inside_of(start: tl.tensor, count: tl.tensor, CONFIG: tl.constexpr) -> tl.te
     """Which of a tile's values belong to the first `count` rows and are no padding."""
     is_row = start + tl.arange(0, CONFIG.rows) < count
     return is_row[:, None] & (tl.arange(0, CONFIG.padded_dim) < CONFIG.dim)[None, :]
+
+
+@triton.jit
+def anchor_place(schedule: tl.tensor, n: tl.tensor) -> tl.tensor:
+    """Place of step n's starting state among the anchored ones; -1 where it is not kept."""
+    return tl.load(schedule + 4 * n + 3).to(tl.int32)
 
 
 @triton.jit

@@ -1,12 +1,12 @@
 """Triton kernels of what lies between the matrix products of layers too wide to keep on chip; `wide.py` launches them.
 
-    normalize_kernel            u and r of `norms.normalize`: reads x once, writes u
-    norm_vjp_kernel             out += scale times the product of `norms.pull_back`: reads c, u and out once, writes out
-    activation_vjp_kernel       the cotangent of z from that of s(z), in place, and its sums over rows
+    normalize_kernel        u and r of the norm: reads x once, writes u
+    norm_vjp_kernel         out += scale times the norm's vector-Jacobian product: reads c, u and out once, writes out
+    activation_vjp_kernel   the cotangent of z from that of s(z), in place, and its sums over rows
 
 A row of the first two is held by one program, padded to a power of two. The third takes tiles of CONFIG.rows x
 CONFIG.columns down a range of rows, and leaves a range's sums in [ranges, hidden] float32, to be added up in a fixed
-order. Arithmetic is float32. CONFIG is a `WideConfig`. Must match `Tile` of `reference/tile.py`.
+order. Arithmetic is float32, formulas are those of `norms.py`. CONFIG is a `WideConfig`. Must match `Tile` of `reference/tile.py`.
 """
 
 import triton
