@@ -32,7 +32,8 @@ from .harness.mlp_networks import batch_of, fused_step
 from .harness.timing import by_events, in_turns, ratios
 from .harness.triton_tiles import KERNELS, SOURCE, Entry, candidates, entry_at, entry_for, instead_of, rewritten
 
-ROWS, DEPTH = 65_536, 16
+ROWS, DEPTH = 262_144, 64
+"""Rows and depth of so much work that the device takes longer over a call than the host."""
 ROUNDS, CALLS = 9, 3
 """Rounds in which all tiles take turns, and calls between two events."""
 WORKERS, COMPILING = 15, 60
@@ -104,11 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(arguments)
     if given.write:
-        source = SOURCE.read_text()
-        for entry in fastest(json.loads(given.write.read_text())["rows"]):
-            source = rewritten(source, entry)
-            print(f"{entry.table}[{entry.key}]: {entry.tiles}")
-        SOURCE.write_text(source)
+        write_fastest(json.loads(given.write.read_text())["rows"])
         return 0
     if not os.environ.get("RESULTS"):
         print("bench.tiles: the environment variable RESULTS must name the folder for tiles.json", file=sys.stderr)
@@ -116,7 +113,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("bench.tiles: needs a CUDA device, but torch finds none", file=sys.stderr)
         return 2
-    file = Path(os.environ["RESULTS"]) / "tiles.json"
+    time_all(Path(os.environ["RESULTS"]) / "tiles.json")
+    return 0
+
+
+def time_all(file: Path) -> None:
+    """Time the tiles of every network's kernels; the file has what there is after each kernel."""
     file.parent.mkdir(parents=True, exist_ok=True)
     until = time.perf_counter() + SECONDS
     compile_ahead()
@@ -126,14 +128,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for kernel in kernels_of(mlp):
             if time.perf_counter() > until:
                 record["left_out"].append({**asdict(network), "kernel": kernel})
-                continue
-            entry = entry_of(network)
-            rows = measure(entry, kernel, partial(call_of, mlp, entry, kernel), partial(by_events, times=CALLS))
-            for row in rows:
-                record["rows"].append({**asdict(network), **row})
-                print(shown(network, row), flush=True)
+            else:
+                entry = entry_of(network)
+                rows = measure(entry, kernel, partial(call_of, mlp, entry, kernel), partial(by_events, times=CALLS))
+                record["rows"] += [{**asdict(network), **row} for row in rows]
+                print("\n".join(shown(network, row) for row in rows), flush=True)
             file.write_text(json.dumps(record, indent=1) + "\n")
-    return 0
+
+
+def write_fastest(rows: Sequence[Row]) -> None:
+    """Put the fastest tiles of a measurement into the library's tables, and say which."""
+    source = SOURCE.read_text()
+    for entry in fastest(rows):
+        source = rewritten(source, entry)
+        print(f"{entry.table}[{entry.key}]: {entry.tiles}")
+    SOURCE.write_text(source)
 
 
 def measure(entry: Entry, kernel: str, call_with: Callable[[Tile], Callable[[], None]], timed: Timed) -> list[Row]:
@@ -145,7 +154,8 @@ def measure(entry: Entry, kernel: str, call_with: Callable[[Tile], Callable[[], 
             call()
         except Exception:  # most often it needs more shared memory than there is
             reasons[name] = traceback.format_exc(limit=-1)
-    seconds = in_turns({name: call for name, (_, call) in tried.items() if name not in reasons}, ROUNDS, timed)
+    running = {name: call for name, (_, call) in tried.items() if name not in reasons}
+    seconds = in_turns(running, ROUNDS, timed) if running else {}
     in_use = seconds.get("0")
     return [
         {

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
-from unittest.mock import patch
 
 from resode_cuda.fused.triton import passes as triton_backend
 from resode_cuda.fused.triton import tiles as library_tiles
@@ -46,13 +45,14 @@ def candidates(entry: Entry, kernel: str) -> list[Tile]:
     current: Tile = getattr(entry.tiles, kernel)
     found = [current]
     found += [getattr(row, kernel) for name, key, row in _rows() if key == entry.key and name != "FLOAT32"]
+    half_rows, half_chunk = max(LEAST, current.rows // 2), max(LEAST, current.chunk // 2)
     found += [
-        current._replace(warps=4 if current.warps == 8 else 8),
+        current._replace(rows=half_rows, warps=4),
         current._replace(stages=2 if current.stages == 3 else 3),
+        current._replace(rows=half_rows),
+        current._replace(chunk=half_chunk),
         current._replace(rows=2 * current.rows),
-        current._replace(rows=max(LEAST, current.rows // 2)),
-        current._replace(chunk=2 * current.chunk),
-        current._replace(chunk=max(LEAST, current.chunk // 2)),
+        current._replace(warps=4 if current.warps == 8 else 8),
     ]
     return list(dict.fromkeys(found))[:MOST]
 
@@ -60,8 +60,14 @@ def candidates(entry: Entry, kernel: str) -> list[Tile]:
 @contextmanager
 def instead_of(entry: Entry, kernel: str, tile: Tile) -> Iterator[None]:
     """The library takes this tile for a kernel, whatever the network."""
-    with patch.object(triton_backend, "tiles_for", lambda *_: entry.tiles._replace(**{kernel: tile})):
+    tiles = entry.tiles._replace(**{kernel: tile})
+    # Not by unittest.mock, whose patches take as long as a small kernel.
+    library_choice = triton_backend.tiles_for
+    triton_backend.tiles_for = lambda *_: tiles
+    try:
         yield
+    finally:
+        triton_backend.tiles_for = library_choice
 
 
 def rewritten(source: str, entry: Entry) -> str:

@@ -67,6 +67,28 @@ def test_a_tile_that_cannot_run_is_compared_with_no_other():
     assert tiles.fastest(rows) == []
 
 
+def test_where_no_tile_can_run_each_says_why():
+    rows = measured(PLAIN, ADJOINT, lambda tile: 1.0, refused=candidates(PLAIN, ADJOINT))
+    assert all("shared memory" in row["reason"] and row["seconds"] is None for row in rows)
+
+
+def test_the_file_has_what_was_measured_and_what_was_left_out(monkeypatch, tmp_path):
+    now = iter(range(0, 1000, tiles.SECONDS // 2))  # time for two kernels
+    monkeypatch.setattr(tiles.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(tiles, "compile_ahead", lambda: None)
+    monkeypatch.setattr(tiles.environment, "describe", lambda device: {"device": "Some GPU"})
+    monkeypatch.setattr(tiles.Network, "build", lambda network: None)
+    monkeypatch.setattr(tiles, "kernels_of", lambda mlp: KERNELS)
+    monkeypatch.setattr(tiles, "entry_of", lambda network: PLAIN)
+    rows = {kernel: measured(PLAIN, kernel, lambda tile: 1.0) for kernel in KERNELS}
+    monkeypatch.setattr(tiles, "measure", lambda entry, kernel, *_: rows[kernel])
+    tiles.time_all(tmp_path / "new" / "tiles.json")
+    record = json.loads((tmp_path / "new" / "tiles.json").read_text())
+    assert list(dict.fromkeys(row["kernel"] for row in record["rows"])) == list(KERNELS[:2])
+    assert len(record["left_out"]) == len(tiles.NETWORKS) * len(KERNELS) - 2
+    assert record["rows"][0]["dim"] == tiles.NETWORKS[0].dim
+
+
 def test_the_table_gets_the_tile_that_is_fastest_for_all_networks_that_share_it():
     plain, other = (entry_for(HOPPER, dim, 2, dim == 128) for dim in (128, 64))
     tried = candidates(plain, ADJOINT)
