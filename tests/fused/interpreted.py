@@ -14,12 +14,13 @@ import triton
 from triton.runtime import interpreter
 
 from resode_cuda.fused import slabs
-from resode_cuda.fused.reference import passes as torch_backend
+from resode_cuda.fused.reference import passes as reference
+from resode_cuda.fused.signature import Wanted
 from resode_cuda.fused.triton import passes as triton_passes
 from resode_cuda.fused.triton import wide
 from resode_cuda.fused.triton.tiles import Tile, Tiles
 from resode_cuda.fused.triton.wide import WideTile
-from resode_cuda.ops import triton as triton_kernels
+from resode_cuda.ops import triton as triton_ops
 from resode_cuda.reverse import Reverse
 from tests.support.fused_cases import CASES, Case, check, prefer_one_pass
 from tests.support.fused_networks import Calls
@@ -45,7 +46,7 @@ def _like_a_small_gpu(monkeypatch):
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_descriptor_reduce", _reduce, raising=False)
     # The weight-gradient pass has tiles of its own, and several ranges of rows.
     monkeypatch.setattr(triton_passes, "tiles_for", lambda *_: Tiles(small, small, small, small, Tile(32, 16, 4)))
-    monkeypatch.setattr(triton_kernels, "most_programs", lambda device: 8 * triton_kernels.PROGRAMS_PER_PROCESSOR)
+    monkeypatch.setattr(triton_ops, "most_programs", lambda device: 8 * triton_ops.PROGRAMS_PER_PROCESSOR)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -80,7 +81,7 @@ def test_gpus_without_a_copy_engine(monkeypatch, case):
 )
 def test_slabs_of_rows_and_ranges_of_the_depth(monkeypatch, scheme, norm, reverse, step_bytes):
     monkeypatch.setattr(slabs, "THINNEST_SLAB", 32)
-    case = Case(scheme, norm=norm, reverse=reverse, steps=4, rows=37, is_split=True, anchors=3)
+    case = Case(scheme, norm=norm, reverse=reverse, steps=4, rows=37, is_split=True, anchors=(0, 3))
     for fitting_steps, length in ((4, 4), (3, 2)):
         monkeypatch.setattr(slabs, "SCRATCH_BYTES", 32 * fitting_steps * step_bytes)
         assert slabs.slabs(case.rows, case.steps, step_bytes, 64, unit=32) == (32, length)
@@ -97,9 +98,10 @@ def test_gradients_are_repeated_bit_by_bit():
     network, x, g = case.operands(torch.float32)
     torch.use_deterministic_algorithms(True)
     try:
-        states = triton_passes.forward(network, x, 0, None)
+        method = network.method(case.solver)
+        states = triton_passes.forward(network, method, x)
         first, second = (
-            triton_passes.adjoint(network, case.solver, None, g, *states, True, False)[1] for _ in range(2)
+            triton_passes.adjoint(network, method, g, states, Wanted(parameters=True)).gradients for _ in range(2)
         )
     finally:
         torch.use_deterministic_algorithms(False)
@@ -109,9 +111,9 @@ def test_gradients_are_repeated_bit_by_bit():
 class Wide:
     """The backend for wide layers, at sizes that are not."""
 
-    forward = staticmethod(partial(torch_backend.forward, kind=WideTile))
-    adjoint = staticmethod(partial(torch_backend.adjoint, kind=WideTile))
-    exact_adjoint = staticmethod(partial(torch_backend.exact_adjoint, kind=WideTile))
+    forward = staticmethod(partial(reference.forward, kind=WideTile))
+    adjoint = staticmethod(partial(reference.adjoint, kind=WideTile))
+    exact_adjoint = staticmethod(partial(reference.exact_adjoint, kind=WideTile))
 
 
 WIDE = [
@@ -124,8 +126,8 @@ WIDE = [
         ]
     ),
     *(Case(activation=activation, bias=activation != "tanh") for activation in ("relu", "gelu", "gelu_tanh", "tanh")),
-    Case(reverse=Reverse("step", corrections=2), anchors=2, rows=75),
-    Case(reverse="extrapolated", anchors=2, steps=5, rows=1),
+    Case(reverse=Reverse("step", corrections=2), anchors=(0, 2), rows=75),
+    Case(reverse="extrapolated", anchors=(0, 2, 4), steps=5, rows=1),
 ]
 
 
@@ -145,8 +147,8 @@ def test_products_of_wide_layers(reverse, products):
         case = Case(reverse=reverse, norm="rms", steps=steps)
         network, x, g = case.operands(torch.float32)
         with Calls() as calls:
-            states = Wide.forward(network, x, 2 if reverse == "extrapolated" else 0, None)
-            Wide.adjoint(network, case.solver, None, g, *states, True, False)
+            method = network.method(case.solver)
+            Wide.adjoint(network, method, g, Wide.forward(network, method, x), Wanted(parameters=True))
         return calls.products()
 
     assert count(6) - count(4) == 2 * products

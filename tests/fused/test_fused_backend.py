@@ -1,4 +1,4 @@
-"""Which backend "auto" takes: the one that was measured to be the fastest, or the rule where nothing was measured."""
+"""Which backend "auto" takes: the one that was measured to be the fastest, or the rule where nothing was timings."""
 
 import json
 import sys
@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from bench import timings as timings_command
-from resode_cuda.fused import selection as backend
-from resode_cuda.fused import timings as measured
+from resode_cuda.fused import selection, timings
+from resode_cuda.fused.op import BACKENDS
 from resode_cuda.fused.timings import Size
 from resode_cuda.fused.triton import passes as triton_passes
 from tests.support.fused_cases import Case
+from tests.support.networks import pretend_to_have_a_gpu
 
 GPU = torch.device("cuda")
 PROCESSORS = 100
@@ -21,22 +22,20 @@ PROCESSORS = 100
 @pytest.fixture
 def gpu(monkeypatch):
     """As much of one as a choice needs."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    facts = SimpleNamespace(multi_processor_count=PROCESSORS)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    pretend_to_have_a_gpu(monkeypatch, processors=PROCESSORS)
 
 
 @pytest.fixture
 def table(gpu, monkeypatch, tmp_path):
     """Writes a table and makes it the one that is read."""
-    monkeypatch.setattr(measured, "FILE", tmp_path / "measured.json")
+    monkeypatch.setattr(timings, "FILE", tmp_path / "timings.json")
 
     def forget():
-        measured.sizes.cache_clear()
-        measured._expected.cache_clear()
+        timings.sizes.cache_clear()
+        timings._expected.cache_clear()
 
     def write(*sizes):
-        measured.FILE.write_text(json.dumps({"sources": {}, "sizes": [size._asdict() for size in sizes]}))
+        timings.FILE.write_text(json.dumps({"sources": {}, "sizes": [size._asdict() for size in sizes]}))
         forget()
 
     forget()
@@ -55,7 +54,7 @@ def network(dim=64, hidden=128, dtype=torch.bfloat16, **settings):
 
 
 def order(rows, **settings):
-    return list(backend._order(network(**settings), rows, GPU))
+    return list(selection.ranking(network(**settings), rows, GPU))
 
 
 def test_where_nothing_was_measured_few_rows_are_those_that_do_not_fill_the_device_once(table):
@@ -75,9 +74,9 @@ def test_the_fastest_measured_comes_first_and_what_was_not_measured_last(table):
 def test_times_between_numbers_of_rows_lie_on_a_power(table):
     table(size(64, cuda=1.0, torch=8.0), size(16384, cuda=256.0, torch=8.0), size(64, dim=128, torch=0.0))
     here = network()
-    assert measured.microseconds(here, 1024, GPU) == {"cuda": pytest.approx(16), "torch": pytest.approx(8)}
-    assert measured.microseconds(here, 0, GPU) == measured.microseconds(here, 64, GPU) == {"cuda": 1, "torch": 8}
-    assert measured.microseconds(here, 10**6, GPU) == {"cuda": 256, "torch": 8}
+    assert timings.microseconds(here, 1024, GPU) == {"cuda": pytest.approx(16), "torch": pytest.approx(8)}
+    assert timings.microseconds(here, 0, GPU) == timings.microseconds(here, 64, GPU) == {"cuda": 1, "torch": 8}
+    assert timings.microseconds(here, 10**6, GPU) == {"cuda": 256, "torch": 8}
     assert (order(400)[0], order(600)[0]) == ("cuda", "torch")
 
 
@@ -100,11 +99,13 @@ def test_triton_takes_the_gradient_form_that_was_faster(table):
 
 def test_auto_passes_over_what_cannot_compute_it(table, monkeypatch):
     table(size(64, torch=3.0, triton_one_pass=2.0, cuda=1.0))
-    causes = {"cuda": "no", "triton": None, "torch": None}
-    monkeypatch.setattr(backend, "_cause", lambda name, *_: causes[name])
+    reasons = {"cuda": "no", "triton": None, "torch": None}
+    for name, module in BACKENDS.items():
+        monkeypatch.setattr(module, "reason", lambda *_, name=name: reasons[name])
     x = SimpleNamespace(numel=lambda: 64 * 64, shape=(64, 64), device=GPU)
-    assert backend.chosen("here", "auto", network(), x, None) is triton_passes
-    assert backend.causes(network(), x, None) == causes
+    here = network()
+    assert selection.select("here", BACKENDS, "auto", here, here.method(), x) == "triton"
+    assert selection.reasons(BACKENDS, here, here.method(), x) == reasons
 
 
 def results(tmp_path, quick=False, **row):
@@ -127,20 +128,20 @@ def results(tmp_path, quick=False, **row):
 
 def run(monkeypatch, path):
     monkeypatch.setattr(sys, "argv", ["bench.timings", str(path)])
-    measured.sizes.cache_clear()
+    timings.sizes.cache_clear()
     return timings_command.main()
 
 
 def test_the_table_is_made_from_results(table, tmp_path, monkeypatch):
     table(size(64, torch=3.0), size(64, capability=(8, 0), torch=3.0))
     assert run(monkeypatch, results(tmp_path)) == 0
-    measured.sizes.cache_clear()
-    assert measured.sizes() == (size(64, capability=(8, 0), torch=3.0), size(64, cuda=200.0))
-    assert json.loads(measured.FILE.read_text())["sources"]["9.0"]["device"] == "Some GPU"
+    timings.sizes.cache_clear()
+    assert timings.sizes() == (size(64, capability=(8, 0), torch=3.0), size(64, cuda=200.0))
+    assert json.loads(timings.FILE.read_text())["sources"]["9.0"]["device"] == "Some GPU"
 
 
 @pytest.mark.parametrize("settings", [{"quick": True}, {"capability": None}])
 def test_no_table_is_made_from_a_quick_run_or_a_cpu(table, tmp_path, monkeypatch, capsys, settings):
     assert run(monkeypatch, results(tmp_path, **settings)) == 2
     assert "RESULTS must be of backends on a GPU" in capsys.readouterr().err
-    assert not measured.FILE.exists()
+    assert not timings.FILE.exists()

@@ -8,10 +8,11 @@ import torch
 
 from resode_cuda import ResidualMLP, Reverse, smooth_init_
 from resode_cuda.fused import slabs
-from resode_cuda.fused.reference import passes as torch_backend
+from resode_cuda.fused.reference import passes as reference
 from resode_cuda.fused.reference import tile
+from resode_cuda.fused.signature import SavedStates, Wanted
 from resode_cuda.fused.triton import passes as triton_passes
-from tests.support.fused_cases import CASES, Case, check, moved, prefer_fused
+from tests.support.fused_cases import CASES, Case, check, moved, prefer_one_pass
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,8 +24,8 @@ GRADIENTS = ("adjoint", "checkpoint")
 
 
 @pytest.fixture(autouse=True)
-def _fused_where_it_can_be(monkeypatch):
-    prefer_fused(monkeypatch)
+def _one_pass_where_it_can_be(monkeypatch):
+    prefer_one_pass(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -48,7 +49,7 @@ def test_sizes_and_presets(reverse, dim, hidden, is_split):
 def test_wide_layers(scheme, norm, dtype):
     case = Case(scheme, norm=norm, reverse="extrapolated", dim=300, hidden=520, rows=1100)
     check(triton_passes, case, dtype, "cuda")
-    check(triton_passes, replace(case, reverse=Reverse("step", corrections=2), anchors=2), dtype, "cuda")
+    check(triton_passes, replace(case, reverse=Reverse("step", corrections=2), anchors=(0, 2)), dtype, "cuda")
 
 
 def test_products_in_16_bits_are_added_to_wider_sums_by_the_product_itself():
@@ -84,18 +85,26 @@ def test_slabs_and_ranges_of_the_depth(monkeypatch):
         monkeypatch.setattr(slabs, "SCRATCH_BYTES", fitting)
         for scheme in ("euler", "heun"):
             case = Case(
-                scheme, reverse="extrapolated", dim=64, hidden=128, rows=1500, steps=20, is_split=True, anchors=7
+                scheme,
+                reverse="extrapolated",
+                dim=64,
+                hidden=128,
+                rows=1500,
+                steps=20,
+                is_split=True,
+                anchors=(0, 7, 14),
             )
             check(triton_passes, case, torch.bfloat16, "cuda")
 
 
-def test_split_gradients_are_repeated_bit_by_bit():
+def test_gradients_in_two_passes_are_repeated_bit_by_bit():
     network, x, g = Case(dim=64, hidden=128, rows=20_000, steps=10).operands(torch.bfloat16)
     network, x, g = moved(network, torch.bfloat16, "cuda"), x.cuda(), g.cuda()
     torch.use_deterministic_algorithms(True)
     try:
-        states = triton_passes.forward(network, x, 0, None)
-        runs = [triton_passes.adjoint(network, Reverse("step"), None, g, *states, True, False)[1] for _ in range(5)]
+        method, wanted = network.method(), Wanted(parameters=True)
+        states = triton_passes.forward(network, method, x)
+        runs = [triton_passes.adjoint(network, method, g, states, wanted).gradients for _ in range(5)]
     finally:
         torch.use_deterministic_algorithms(False)
     for run in runs[1:]:
@@ -183,20 +192,12 @@ def test_offsets_beyond_32_bits():
     network, *_ = Case(dim=dim, hidden=16, steps=1).operands(torch.bfloat16)
     network = moved(network, torch.bfloat16, "cuda")
     x = torch.randn(rows, dim, device="cuda")
-    x_last, *others = triton_passes.forward(network, x, 0, None)
+    method, wanted = network.method(), Wanted(parameters=True)
+    states = triton_passes.forward(network, method, x)
     tail = slice(rows - 500, rows)
-    expected, *_ = torch_backend.forward(network, x[tail].contiguous(), 0, None)
-    torch.testing.assert_close(x_last[tail], expected, rtol=1e-2, atol=1e-2)
-    g_first, *_ = triton_passes.adjoint(network, Reverse("step"), None, x, x_last, *others, True, False)
-    expected, *_ = torch_backend.adjoint(
-        network,
-        Reverse("step"),
-        None,
-        x[tail].contiguous(),
-        x_last[tail].contiguous(),
-        *others[:1],
-        x[:0, None],
-        True,
-        False,
-    )
-    torch.testing.assert_close(g_first[tail], expected, rtol=1e-2, atol=1e-2)
+    expected = reference.forward(network, method, x[tail].contiguous())
+    torch.testing.assert_close(states.x_last[tail], expected.x_last, rtol=1e-2, atol=1e-2)
+    g_first = triton_passes.adjoint(network, method, x, states, wanted).g
+    end = SavedStates(states.x_last[tail].contiguous(), states.increments[:, tail], states.anchored[:, tail])
+    expected = reference.adjoint(network, method, x[tail].contiguous(), end, wanted)
+    torch.testing.assert_close(g_first[tail], expected.g, rtol=1e-2, atol=1e-2)

@@ -1,5 +1,7 @@
 """The depth-fused ops by Triton: in Triton's interpreter, and compiled for GPUs that are not there."""
 
+import functools
+import importlib
 import importlib.util
 import itertools
 import json
@@ -16,14 +18,16 @@ import torch
 from resode_cuda.fused import selection
 from resode_cuda.fused.activations import ACTIVATIONS
 from resode_cuda.fused.norms import NORMS
-from resode_cuda.fused.reference import passes as reference
+from resode_cuda.fused.op import BACKENDS
 from resode_cuda.fused.schedule import schedule
 from resode_cuda.fused.slabs import SCRATCH_BYTES, slabs
 from resode_cuda.fused.triton import arguments
 from resode_cuda.fused.triton import passes as triton_passes
+from resode_cuda.method import Method
 from resode_cuda.reverse import Reverse
-from resode_cuda.schemes import SCHEMES
+from resode_cuda.schemes import SCHEMES, Euler
 from tests.support.fused_cases import Case
+from tests.support.networks import Midpoint, pretend_to_capture, pretend_to_have_a_gpu
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
@@ -175,10 +179,10 @@ def test_slabs_keep_to_their_memory():
 
 
 def reason_on_cuda(case, dtype, monkeypatch, capability=(9, 0), solver=None):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(triton_passes.triton_ops, "cause", lambda: None)
+    pretend_to_have_a_gpu(monkeypatch, capability)
+    monkeypatch.setattr(triton_passes.triton_ops, "reason", lambda: None)
     network, *_ = case.operands(dtype)
-    return triton_passes.reason(network, torch.device("cuda"), solver)
+    return triton_passes.reason(network, network.method(solver), torch.device("cuda"))
 
 
 @pytest.mark.parametrize(
@@ -195,10 +199,11 @@ def reason_on_cuda(case, dtype, monkeypatch, capability=(9, 0), solver=None):
 def test_formulas_that_the_kernels_lack_are_told(monkeypatch, names, reason):
     assert arguments.reason_against(*names) == reason
     scheme, activation, norm = names
-    network = replace(Case().operands(torch.float32)[0], scheme=scheme, activation=activation, norm=norm)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(triton_passes.triton_ops, "cause", lambda: None)
-    assert triton_passes.reason(network, torch.device("cuda"), None) == reason
+    network = replace(Case().operands(torch.float32)[0], activation=activation, norm=norm)
+    method = Method({**SCHEMES, "midpoint": Midpoint}[scheme], network.steps)
+    pretend_to_have_a_gpu(monkeypatch)
+    monkeypatch.setattr(triton_passes.triton_ops, "reason", lambda: None)
+    assert triton_passes.reason(network, method, torch.device("cuda")) == reason
 
 
 def test_the_kernels_have_every_formula_of_the_library():
@@ -257,18 +262,34 @@ def test_products_are_as_precise_as_torch_is_told_by_either_name():
 
 def test_no_schedule_is_kept_on_the_device():
     there = torch.device("meta")
-    first, second = (schedule((0.5, 0.25, 0.25), "euler", True, there) for _ in range(2))
+    method = Method(Euler, (0.5, 0.25, 0.25), Reverse("extrapolate"))
+    first, second = (schedule(method, there) for _ in range(2))
     assert first.is_meta
     assert first is not second
-    here = schedule((0.5, 0.25, 0.25), "euler", True, torch.device("cpu"))
+    here = schedule(method, torch.device("cpu"))
     assert here[:, 0].tolist() == [0.5, 0.25, 0.25]
     assert here[1:, 1:3].tolist() == [[0, -1], [0, -1]]
 
 
 def test_the_schedule_has_the_places_of_the_anchored_states():
-    steps, here = (0.2,) * 5, torch.device("cpu")
-    assert schedule(steps, "euler", False, here)[:, 3].tolist() == [-1] * 5
-    assert schedule(steps, "euler", False, here, (0, 1, 4))[:, 3].tolist() == [0, 1, -1, -1, 2]
+    method, here = Method(Euler, (0.2,) * 5), torch.device("cpu")
+    assert schedule(method, here)[:, 3].tolist() == [-1] * 5
+    assert schedule(replace(method, anchors=(0, 1, 4)), here)[:, 3].tolist() == [0, 1, -1, -1, 2]
+
+
+def test_schedules_are_kept_for_a_while_and_those_of_captured_graphs_for_ever(monkeypatch):
+    module = importlib.import_module(schedule.__module__)
+    monkeypatch.setattr(module, "_captured", {})
+    monkeypatch.setattr(module, "_host_schedule", functools.lru_cache(maxsize=2)(module._host_schedule.__wrapped__))
+    methods, there = [Method(Euler, (0.1,) * n) for n in range(1, 6)], torch.device("meta")
+    for method in methods:
+        schedule(method, there)
+    assert module._host_schedule.cache_info().currsize == 2
+    assert module._captured == {}
+    pretend_to_capture(monkeypatch)
+    for method in methods:
+        schedule(method, there)
+    assert list(module._captured) == methods
 
 
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 128), (torch.bfloat16, 256), (torch.float16, 256)])
@@ -287,8 +308,12 @@ def test_wider_rows_than_fit_on_chip_go_layer_by_layer(monkeypatch, dtype, dim):
 
 def test_auto_takes_triton_where_it_runs_and_torch_elsewhere(monkeypatch):
     network, x, _ = Case().operands(torch.float32)
-    assert selection.chosen("here", "auto", network, x, None) is reference
-    monkeypatch.setattr(triton_passes.triton_ops, "cause", lambda: None)
-    assert selection.chosen("here", "auto", network, x.to("meta"), None) is reference
-    monkeypatch.setattr(selection, "_cause", lambda name, *_: "no" if name == "cuda" else None)
-    assert selection.chosen("here", "auto", network, x, None) is triton_passes
+
+    def taken(x):
+        return selection.select("here", BACKENDS, "auto", network, network.method(), x)
+
+    assert taken(x) == "torch"
+    monkeypatch.setattr(triton_passes.triton_ops, "reason", lambda: None)
+    assert taken(x.to("meta")) == "torch"
+    monkeypatch.setattr(triton_passes, "reason", lambda *_: None)
+    assert taken(x) == "triton"

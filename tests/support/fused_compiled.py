@@ -22,10 +22,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
 
-from resode_cuda.fused.network import Network
+from resode_cuda.fused.signature import Wanted
 from resode_cuda.fused.triton import passes as triton_passes
 from resode_cuda.ops import triton as triton_ops
-from resode_cuda.reverse import PRESETS, Reverse
+from resode_cuda.reverse import PRESETS
+from tests.support.stepped_network import SteppedNetwork
 from tests.support.triton_compiled import PROGRAMS, compiling, resources
 
 BUDGET = Path(__file__).parents[1] / "budgets" / "fused.json"
@@ -112,7 +113,7 @@ def _train(configuration):
     layers = steps + (c.scheme == "heun")
     shapes = (layers, hidden, c.dim), (layers, hidden), (layers, c.dim, hidden), (layers, c.dim)
     parameters = [torch.zeros(shape, dtype=c.dtype) for shape in shapes]
-    network = Network(*parameters, (1 / steps,) * steps, c.scheme, c.activation, c.norm)
+    network = SteppedNetwork(*parameters, c.activation, c.norm, c.scheme, (1 / steps,) * steps)
     x = torch.zeros(rows, c.dim)
     names = []
 
@@ -130,12 +131,11 @@ def _train(configuration):
             mock.patch.object(JITFunction, "__getitem__", getitem),
         ):
             if c.reverse == "checkpoint":
-                triton_passes.exact_adjoint(network, x, x, True)
+                triton_passes.exact_adjoint(network, network.method(), x, x, True)
             else:
-                solver: Reverse = PRESETS[c.reverse]
-                kept = 2 if solver.extrapolates else 0
-                states = triton_passes.forward(network, x, kept, None)
-                triton_passes.adjoint(network, solver, None, x, *states, True, False)
+                method = network.method(PRESETS[c.reverse])
+                states = triton_passes.forward(network, method, x)
+                triton_passes.adjoint(network, method, x, states, Wanted(parameters=True))
     finally:
         torch.use_deterministic_algorithms(before)
     return names

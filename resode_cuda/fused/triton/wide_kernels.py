@@ -6,7 +6,8 @@
 
 A row of the first two is held by one program, padded to a power of two. The third takes tiles of CONFIG.rows x
 CONFIG.columns down a range of rows, and leaves a range's sums in [ranges, hidden] float32, to be added up in a fixed
-order. Arithmetic is float32, formulas are those of `norms.py`. CONFIG is a `WideConfig`. Must match `Tile` of `reference/tile.py`.
+order. Arithmetic is float32, formulas are those of `norms.py`. CONFIG is a `WideConfig`. Must match `RowTile` of
+`reference/tile.py`.
 """
 
 import triton
