@@ -10,8 +10,8 @@ from . import fused, ops
 def backends(device: torch.device | str | int | None = None) -> dict[str, dict[str, str | None]]:
     """For each op of `torch.ops.resode` its backends, and why one can't run; None where it can.
 
-    The first that can is taken, by the ops on whole stacks with exceptions: the order that they try changes with the
-    number of rows, and a network may be one that a backend can't compute.
+    A pointwise op takes the first that can. The ops on whole stacks try their backends in an order that depends on the
+    number of rows, and pass over one that can't compute the network.
 
     Args:
         device: a CUDA device, by default the current one; or "cpu".

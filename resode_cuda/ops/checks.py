@@ -1,4 +1,4 @@
-"""What the ops' tensors must be, and how they are handed to a kernel.
+"""Checks of the ops' tensors: dtypes, shapes and devices.
 
 Fakes and implementations make the same checks, so compiled code raises alike.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
 from ..dtypes import DTYPES, dtype_name, dtype_names, fits, square_dtype
@@ -15,12 +14,12 @@ from ..dtypes import DTYPES, dtype_name, dtype_names, fits, square_dtype
 Named = Iterable[tuple[str, Tensor | None]]
 
 
-def check_stream(op: str, x: Tensor, stages: Named) -> None:
-    """Check a residual stream x and the outputs of blocks that are added to it.
+def check_states(op: str, x: Tensor, stages: Named, streams: Named) -> None:
+    """Check a residual stream x, the outputs of blocks that are added to it, and tensors that must be like it.
 
     Raises:
-        TypeError: if x is not floating point, or a stage's dtype is neither x's nor a narrower one.
-        ValueError: if a stage's shape or device is not x's.
+        TypeError: if x is not floating point, a stage's dtype neither x's nor a narrower one, or a stream's not x's.
+        ValueError: if the shape or device of another one is not x's.
     """
     dtype, shape, device = x.dtype, x.shape, x.device
     if dtype not in DTYPES:
@@ -35,26 +34,16 @@ def check_stream(op: str, x: Tensor, stages: Named) -> None:
             )
         if stage.shape != shape or stage.device != device:
             raise _misplaced(op, x, name, stage)
-
-
-def check_like(op: str, x: Tensor, others: Named) -> None:
-    """Check tensors that must have the shape, dtype and device of the residual stream x.
-
-    Raises:
-        TypeError: if one's dtype is not x's.
-        ValueError: if one's shape or device is not x's.
-    """
-    dtype, shape, device = x.dtype, x.shape, x.device
-    for name, other in others:
-        if other is None:
+    for name, stream in streams:
+        if stream is None:
             continue
-        if other.dtype != dtype:
+        if stream.dtype != dtype:
             raise TypeError(
-                f"{op}: {name} must have x's dtype, got {dtype_name(other.dtype)} with x {dtype_name(dtype)}; "
+                f"{op}: {name} must have x's dtype, got {dtype_name(stream.dtype)} with x {dtype_name(dtype)}; "
                 f"convert {name}"
             )
-        if other.shape != shape or other.device != device:
-            raise _misplaced(op, x, name, other)
+        if stream.shape != shape or stream.device != device:
+            raise _misplaced(op, x, name, stream)
 
 
 def check_squares(op: str, x: Tensor, squares: Tensor) -> None:
@@ -74,12 +63,6 @@ def check_squares(op: str, x: Tensor, squares: Tensor) -> None:
             f"{op}: squares must be two contiguous values on {x.device}, got shape {list(squares.shape)}, strides "
             f"{list(squares.stride())} on {squares.device}"
         )
-
-
-def of_one_dtype(k1: Tensor, k2: Tensor) -> tuple[Tensor, Tensor]:
-    """Both stages in the wider one's dtype."""
-    dtype = torch.promote_types(k1.dtype, k2.dtype)
-    return k1.to(dtype), k2.to(dtype)
 
 
 def _misplaced(op: str, x: Tensor, name: str, tensor: Tensor) -> ValueError:

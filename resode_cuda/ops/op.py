@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..layouts import apart, is_dense, laid_out_like, same_layout
 from .backend import KernelBackend
-from .checks import check_like, check_squares, check_stream, of_one_dtype
+from .checks import check_squares, check_states
 from .operands import HeunStepOperands, ReverseExtrapolateOperands, ReverseUpdateOperands, adjoint_operands
 from .selection import select
 
@@ -68,8 +68,9 @@ class Op(Generic[Operands]):
     def _check(self, operands: Operands) -> Tensor:
         """The stream, once all operands fit it."""
         x: Tensor = operands[0]
-        check_stream(self.name, x, [(name, operands[place]) for name, place in self._stages])
-        check_like(self.name, x, [(name, operands[place]) for name, place in self._streams])
+        stages = [(name, operands[place]) for name, place in self._stages]
+        streams = [(name, operands[place]) for name, place in self._streams]
+        check_states(self.name, x, stages, streams)
         if isinstance(operands, REVERSE_UPDATES):
             check_squares(self.name, x, operands.squares)
         return x
@@ -94,11 +95,11 @@ class Op(Generic[Operands]):
 
 
 class FunctionalOp(Op[Operands]):
-    """An op with a result, differentiable: stream + stage_weight h (sum of the stages).
+    """An op with a result, differentiable: x + stage_weight h (sum of the stages).
 
     Args:
-        reference: computes the op in plain torch.
-        kernel: of a backend, the function that launches the op.
+        reference: the function that computes it in plain torch.
+        kernel: takes from a backend the function that launches it.
         Others as for `Op`.
     """
 
@@ -166,8 +167,8 @@ class MutatingOp(Op[Operands]):
     """An op that writes what its schema marks, wherever that lies, and returns nothing.
 
     Args:
-        reference: computes the op in plain torch.
-        kernel: of a backend, the function that launches the op.
+        reference: the function that computes it in plain torch.
+        kernel: takes from a backend the function that launches it.
         Others as for `Op`.
     """
 
@@ -214,10 +215,11 @@ class MutatingOp(Op[Operands]):
 
 
 def _with_stages_of_one_dtype(operands: Operands) -> Operands:
+    """The operands with both stages in the wider one's dtype."""
     if not isinstance(operands, TWO_STAGES) or operands.k2 is None or operands.k1.dtype == operands.k2.dtype:
         return operands
-    k1, k2 = of_one_dtype(operands.k1, operands.k2)
-    changed: Any = operands._replace(k1=k1, k2=k2)
+    dtype = torch.promote_types(operands.k1.dtype, operands.k2.dtype)
+    changed: Any = operands._replace(k1=operands.k1.to(dtype), k2=operands.k2.to(dtype))
     return changed
 
 

@@ -81,6 +81,6 @@ def _add_squares_(squares: Tensor, defect: Tensor, x: Tensor) -> None:
     """squares[0] += |defect|^2, squares[1] += |x|^2"""
     for square, vector in zip(squares.unbind(), (defect, x), strict=True):
         vector = vector.reshape(-1)
-        for part in (vector,) if vector.dtype == square.dtype else vector.split(WIDENED):
-            wide = part.to(square.dtype)
-            square.add_(wide.dot(wide))
+        is_wide = vector.dtype == square.dtype
+        for part in (vector,) if is_wide else (part.to(square.dtype) for part in vector.split(WIDENED)):
+            square.add_(part.dot(part))

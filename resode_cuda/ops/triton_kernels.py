@@ -23,13 +23,13 @@ import triton.language as tl
 
 @triton.constexpr_function
 def _wide(stream: tl.dtype) -> tl.dtype:
-    """In which dtype a stream is computed, given the type of pointers to it."""
+    """Dtype in which a stream is computed, given the type of pointers to it."""
     return tl.float64 if stream.element_ty == tl.float64 else tl.float32
 
 
 @triton.constexpr_function
 def _neighbours(stream: tl.dtype) -> int:
-    """How many of its values fill an access of 16 bytes."""
+    """Number of a stream's values that fill an access of 16 bytes."""
     return 128 // stream.element_ty.primitive_bitwidth
 
 

@@ -104,6 +104,7 @@ def test_as_much_as_a_device_takes(kernels, greedy):
 
 def test_bindings_need_no_cuda_compiler():
     """A C++ compiler that knows nothing of device code compiles them."""
-    for source in sorted((ROOT / "csrc").rglob("*.cpp")):
-        includes = (f"-I{path}" for path in (ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")))
+    csrc = ROOT / "csrc"
+    for source in sorted(csrc.rglob("*.cpp")):
+        includes = (f"-I{folder}" for folder in (csrc, pybind11.get_include(), sysconfig.get_path("include")))
         assert "device.h" not in run("c++", "-std=c++17", "-M", *includes, source), source

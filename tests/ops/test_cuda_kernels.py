@@ -11,7 +11,7 @@ from tests.support.host_build import load
 from tests.support.kernel_cases import CASES, DTYPE_PAIRS, Case, by_kernel, by_reference, check, operands, pair_id
 
 THREADS = 256
-"""Of a block. A grid has at most 6 blocks a multiprocessor, those of the reverse updates 3."""
+"""Threads of a block. A grid has at most 6 blocks a multiprocessor, those of the reverse updates 3."""
 ONE_PROCESSOR, LARGE_GPU = 0, 1
 """Devices of the host. Tests run on the one with a single multiprocessor unless they say otherwise."""
 MIXED = (torch.float32, torch.bfloat16)

@@ -10,10 +10,12 @@ FAMILIES = {
     "tests/fused/test_fused_cuda.py": ("fused-cuda",),
     "tests/fused/test_fused_gpu.py": ("fused-triton", "wide-triton", "pointwise-cuda"),
     "tests/ops/test_cuda_kernels.py": ("pointwise-cuda",),
-    "tests/ops/test_ops.py": ("pointwise-cuda", "pointwise-triton"),
+    "tests/ops/test_formulas.py": ("pointwise-cuda", "pointwise-triton"),
+    "tests/ops/test_registration.py": ("pointwise-cuda", "pointwise-triton"),
     "tests/ops/test_triton.py": ("pointwise-triton",),
     "tests/stack/test_capture.py": ("pointwise-cuda",),
     "tests/stack/test_drift.py": ("pointwise-cuda",),
+    "tests/stack/test_on_drift.py": ("pointwise-cuda",),
 }
 """The families that the tests marked `gpu` of a file need; where the library chooses, that of its first choice."""
 
