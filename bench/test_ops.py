@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from resode_cuda import ops
-from resode_cuda.ops import op as op_module
+from resode_cuda.ops import pointwise
 from resode_cuda.ops.cuda import CompiledKernels
 
 H = 0.1
@@ -36,7 +36,7 @@ def test_call(benchmark: Any, monkeypatch: pytest.MonkeyPatch, name: str, what: 
     nothing: Any = SimpleNamespace(dtype_codes={"float32": 0}, **{name: lambda *_: None})
     compiled: Any = CompiledKernels(nothing, lambda device: 0)
     if what == "kernel call":
-        monkeypatch.setattr(op_module, "select", lambda device: compiled)
+        monkeypatch.setattr(pointwise, "select", lambda device: compiled)
     call = getattr(compiled if what == "arguments" else ops, name)
     if what == "arguments":
         out = (torch.empty(1),) if name in NAMES[:2] else ()

@@ -151,7 +151,7 @@ FIRST_STATE = (0,)
 class _Outcome(NamedTuple):
     gradients: list[Tensor]
     defects: list[float]
-    """Of each step; none where none were measured."""
+    """One for each step; none where none were measured."""
     candidate: Candidate
     """The choice and what it cost; its error is left at 0."""
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""Of residual streams, blocks' outputs and parameters."""
+"""Dtypes of residual streams, blocks' outputs and parameters."""
 
 
 def fits(narrow: torch.dtype, wide: torch.dtype) -> bool:

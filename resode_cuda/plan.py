@@ -22,9 +22,9 @@ class Candidate:
     evaluations: int
     """Block evaluations of a training step, forward pass included."""
     seconds: float
-    """Of one forward and backward pass of the stack."""
+    """Time of one forward and backward pass of the stack."""
     held_bytes: int
-    """Of what autograd held between the two, parameters and the input aside."""
+    """Bytes that autograd held between the two, parameters and the input aside."""
     error: float
     """Relative error of all parameter gradients together; infinite where one was not finite."""
     defect: float | None

@@ -91,7 +91,7 @@ class Reverse:
 
     @property
     def evaluations(self) -> int:
-        """Of the increment in a backward step that is neither anchored nor one of the first two."""
+        """Evaluations of the increment in a backward step that is neither anchored nor one of the first two."""
         return 1 + self.corrections + (not self.extrapolates)
 
 

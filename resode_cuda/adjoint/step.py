@@ -35,7 +35,7 @@ class BackwardUpdate(NamedTuple):
     x: Tensor
     """The rebuilt x_n."""
     cotangents: tuple[Tensor, ...]
-    """Of the shadows: x_n and, with extrapolation, the prediction of x_{n-1} and the increment d_n."""
+    """The shadows' cotangents: x_n and, with extrapolation, the prediction of x_{n-1} and the increment d_n."""
     gamma: Tensor | None
     """The adjoint gamma_n, or g_0 at the beginning of the stack; None where nobody needs it."""
 

@@ -25,8 +25,8 @@ from .reference import passes as reference
 from .reference.plain import plain
 from .selection import reasons_on, select
 from .signature import (
-    AdjointOperands,
-    ExactAdjointOperands,
+    StackAdjointOperands,
+    StackExactAdjointOperands,
     SavedStates,
     StackBackend,
     StackOperands,
@@ -148,7 +148,7 @@ def checked_stack(operands: StackOperands) -> tuple[Network, Method]:
 
 def adjoint(*operands: Any) -> tuple[Tensor, ...]:
     """`mlp_stack_adjoint`."""
-    o = AdjointOperands(*operands)
+    o = StackAdjointOperands(*operands)
     network, method = network_of(o), method_of("mlp_stack_adjoint", o)
     network.check("mlp_stack_adjoint", method, o.x_last)
     backend = BACKENDS[select("mlp_stack_adjoint", BACKENDS, o.backend, network, method, o.g)]
@@ -160,7 +160,7 @@ def adjoint(*operands: Any) -> tuple[Tensor, ...]:
 
 def exact_adjoint(*operands: Any) -> tuple[Tensor, ...]:
     """`mlp_stack_exact_adjoint`."""
-    o = ExactAdjointOperands(*operands)
+    o = StackExactAdjointOperands(*operands)
     network, method = network_of(o), method_of("mlp_stack_exact_adjoint", o)
     network.check("mlp_stack_exact_adjoint", method, o.x)
     backend = BACKENDS[select("mlp_stack_exact_adjoint", BACKENDS, o.backend, network, method, o.g)]
@@ -192,20 +192,20 @@ def backward(ctx: Any, g: Tensor | None, *others: Tensor | None) -> tuple[Tensor
     needs = StackOperands(*ctx.needs_input_grad)
     wants_parameters = any(getattr(needs, name) for name in PARAMETERS)
     if o.gradient == "checkpoint":
-        exact = ExactAdjointOperands(
-            g=g, x=states[0], wants_parameters=wants_parameters, **_shared(o, ExactAdjointOperands)
+        exact = StackExactAdjointOperands(
+            g=g, x=states[0], wants_parameters=wants_parameters, **_shared(o, StackExactAdjointOperands)
         )
         g_first, *gradients = torch.ops.resode.mlp_stack_exact_adjoint(*exact)
     else:
         x_last, increments, anchored = states
-        rebuilding = AdjointOperands(
+        rebuilding = StackAdjointOperands(
             g=g,
             x_last=x_last,
             increments=increments,
             anchored=anchored,
             wants_parameters=wants_parameters,
             wants_input=False,
-            **_shared(o, AdjointOperands),
+            **_shared(o, StackAdjointOperands),
         )
         g_first, *gradients, squares, _ = torch.ops.resode.mlp_stack_adjoint(*rebuilding)
         if ctx.squares is not None and not is_legacy_batchedtensor(squares):
@@ -214,7 +214,7 @@ def backward(ctx: Any, g: Tensor | None, *others: Tensor | None) -> tuple[Tensor
     return tuple(found.get(name) if getattr(needs, name) else None for name in StackOperands._fields)
 
 
-def _shared(o: StackOperands, wanted: type[AdjointOperands | ExactAdjointOperands]) -> dict[str, Any]:
+def _shared(o: StackOperands, wanted: type[StackAdjointOperands | StackExactAdjointOperands]) -> dict[str, Any]:
     """The operands of the forward op that a backward op has under the same name, x aside."""
     return {name: getattr(o, name) for name in o._fields if name in wanted._fields and name != "x"}
 

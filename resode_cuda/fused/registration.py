@@ -10,7 +10,7 @@ from torch import Tensor
 from ..ops.schemas import MLP_STACK, MLP_STACK_ADJOINT, MLP_STACK_EXACT_ADJOINT
 from . import op
 from .network import Network
-from .signature import AdjointOperands, ExactAdjointOperands, StackOperands, method_of, network_of
+from .signature import StackAdjointOperands, StackExactAdjointOperands, StackOperands, method_of, network_of
 
 library = torch.library.Library("resode", "FRAGMENT")
 
@@ -23,7 +23,7 @@ def forward_fake(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def adjoint_fake(*operands: Any) -> tuple[Tensor, ...]:
-    o = AdjointOperands(*operands)
+    o = StackAdjointOperands(*operands)
     network, method = network_of(o), method_of("mlp_stack_adjoint", o)
     network.check("mlp_stack_adjoint", method, o.x_last)
     squares = o.g.new_empty(len(method), 2)
@@ -32,7 +32,7 @@ def adjoint_fake(*operands: Any) -> tuple[Tensor, ...]:
 
 
 def exact_adjoint_fake(*operands: Any) -> tuple[Tensor, ...]:
-    o = ExactAdjointOperands(*operands)
+    o = StackExactAdjointOperands(*operands)
     network, method = network_of(o), method_of("mlp_stack_exact_adjoint", o)
     network.check("mlp_stack_exact_adjoint", method, o.x)
     return o.g.new_empty(o.g.shape), *_gradients_fake(network, o.g, o.wants_parameters)

@@ -41,7 +41,7 @@ class StackOperands(NamedTuple):
     squares: Tensor | None
 
 
-class AdjointOperands(NamedTuple):
+class StackAdjointOperands(NamedTuple):
     """Operands of `mlp_stack_adjoint`."""
 
     g: Tensor
@@ -66,7 +66,7 @@ class AdjointOperands(NamedTuple):
     backend: str
 
 
-class ExactAdjointOperands(NamedTuple):
+class StackExactAdjointOperands(NamedTuple):
     """Operands of `mlp_stack_exact_adjoint`."""
 
     g: Tensor
@@ -104,7 +104,7 @@ def network_of(operands: _OfNetwork) -> Network:
     return Network(o.weight_in, o.bias_in, o.weight_out, o.bias_out, o.activation, o.norm)
 
 
-def method_of(where: str, operands: StackOperands | AdjointOperands | ExactAdjointOperands) -> Method:
+def method_of(where: str, operands: StackOperands | StackAdjointOperands | StackExactAdjointOperands) -> Method:
     """The method that an op's operands describe; one that rebuilds nothing where nothing is to be rebuilt.
 
     Raises:
@@ -114,7 +114,7 @@ def method_of(where: str, operands: StackOperands | AdjointOperands | ExactAdjoi
     if o.scheme not in SCHEMES:
         raise ValueError(f"{where}: scheme must be one of {tuple(SCHEMES)}, got {o.scheme!r}")
     steps = tuple(o.steps)
-    if isinstance(o, ExactAdjointOperands) or (isinstance(o, StackOperands) and o.gradient == "checkpoint"):
+    if isinstance(o, StackExactAdjointOperands) or (isinstance(o, StackOperands) and o.gradient == "checkpoint"):
         return _method(o.scheme, steps)
     return _method(o.scheme, steps, (o.predictor, o.corrections, o.reuse, o.accelerate), tuple(o.anchors))
 

@@ -44,7 +44,7 @@ def sizes() -> tuple[Size, ...]:
 
 
 def microseconds(network: Network, rows: int, device: torch.device) -> dict[str, float]:
-    """Of a step, as it must be expected; empty where nothing similar was measured."""
+    """Expected time of a step, by backend and gradient form; empty where nothing similar was measured."""
     if not sizes():
         return {}
     capability = capability_of(device)
@@ -53,7 +53,7 @@ def microseconds(network: Network, rows: int, device: torch.device) -> dict[str,
 
 @functools.lru_cache(maxsize=1024)
 def _expected(capability: tuple[int, int], itemsize: int, dim: int, hidden: int, rows: int) -> dict[str, float]:
-    """Of the nearest dim and hidden size measured; between numbers of rows along a power, beyond them as at the end."""
+    """Times of the nearest size measured; between numbers of rows they lie on a power, beyond them they stay."""
 
     def distance(size: Size) -> float:
         return abs(math.log2(size.dim / dim)) + abs(math.log2(size.hidden / hidden))

@@ -14,7 +14,7 @@ import torch
 
 from ..library import BuildInfo, build_info
 from . import reference, schemas
-from .op import FunctionalOp, MutatingOp
+from .pointwise import FunctionalOp, MutatingOp
 from .operands import (
     AdjointUpdateOperands,
     ForwardStepOperands,

@@ -18,7 +18,7 @@ FAMILIES = list(dict.fromkeys(name.partition("/")[0] for name in smoke.CASES))
 @pytest.mark.parametrize("case", [name for name in smoke.CASES if name.startswith("pointwise-cuda")])
 def test_a_pointwise_op_is_held_against_plain_torch(case):
     _, op = smoke.CASES[case].args
-    smoke.pointwise("reference", op, CPU)
+    smoke.pointwise("torch", op, CPU)
 
 
 @pytest.mark.parametrize("factor", [1.001, float("nan")])
@@ -42,7 +42,7 @@ def test_wrong_gradients_are_told(monkeypatch):
 
 
 def test_a_form_that_this_gpu_lacks_is_left_out(monkeypatch):
-    monkeypatch.setattr(smoke, "triton_forms", lambda mlp: ["triton slow"])
+    monkeypatch.setattr(smoke, "triton_gradient_forms", lambda mlp: ["triton slow"])
     with pytest.raises(smoke.LeftOutError, match="'triton fast' can't run on this GPU, triton slow can"):
         smoke.backward("triton fast", "extrapolated", True, CPU)
 

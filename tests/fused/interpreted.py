@@ -141,7 +141,7 @@ def test_wide_layers(monkeypatch, case, dtype):
 
 @pytest.mark.parametrize(("reverse", "products"), [("extrapolated", 8), ("corrected", 10), ("paper", 9)])
 def test_products_of_wide_layers(reverse, products):
-    """Of an Euler step, forward pass included, up to what the ends do."""
+    """Products of an Euler step, forward pass included; the first and the last steps differ and cancel."""
 
     def count(steps):
         case = Case(reverse=reverse, norm="rms", steps=steps)

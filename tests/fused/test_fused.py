@@ -267,7 +267,7 @@ def test_small_cotangents_in_float16_are_not_lost_to_the_step(scheme, norm):
 
 
 def gradients_and_defects(module, x):
-    """Of a module's stacked parameters, whichever of the two it is."""
+    """Gradients of the parameters, stacked over layers, of either kind of module, and the defects."""
     out = module(x)
     if isinstance(module, ResidualMLP):
         x_grad, *found = gradients(lambda: out, [x, *module.parameters()])

@@ -13,7 +13,7 @@ from tests.support.networks import half_square, pretend_to_capture
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Those within the ops, which a mode outside does not see."""
+    """The operators called within the ops, which a mode outside does not see."""
     calls = Calls()
 
     def watched(function):
@@ -32,7 +32,7 @@ def calls(monkeypatch):
 
 
 def products(calls, net, solver):
-    """Of a training step."""
+    """Number of matrix products in a training step."""
     x = state(net, 5)
     calls.names.clear()
     torch.autograd.grad(half_square(run(net, x, solver)), wanted(net, x) or [x])

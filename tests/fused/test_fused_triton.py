@@ -51,7 +51,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch, tmp_path_factory):
-    """Of kernels that Triton compiles, shared by this run's tests and never by an earlier run's."""
+    """The folder of kernels that Triton compiles, shared by this run's tests and never by an earlier run's."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
 
 

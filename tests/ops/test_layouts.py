@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from resode_cuda.layouts import is_dense, same_layout
-from resode_cuda.ops import op, reference
+from resode_cuda.ops import pointwise, reference
 from tests.support.kernel_cases import WRITTEN
 from tests.support.op_cases import (
     FUNCTIONAL,
@@ -47,7 +47,7 @@ class Contract:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("which", ["first", "others", "all"])
 def test_kernels_are_handed_dense_operands_of_one_layout(monkeypatch, name, layout, which):
-    monkeypatch.setattr(op, "select", lambda device: Contract())
+    monkeypatch.setattr(pointwise, "select", lambda device: Contract())
     lay = LAYOUTS[layout]
 
     values = operands(name, (4, 4))
@@ -75,7 +75,7 @@ def test_operands_of_one_layout_are_not_copied(monkeypatch, together):
         def reverse_update_(self, values):
             seen.extend(tensor.data_ptr() for tensor in tensors_of(values))
 
-    monkeypatch.setattr(op, "select", lambda device: Spy())
+    monkeypatch.setattr(pointwise, "select", lambda device: Spy())
     values = operands("reverse_update_")
     states = {field: value for field, value in values._asdict().items() if getattr(value, "ndim", 0) == 2}
     stored = torch.stack(list(states.values()))
@@ -90,7 +90,7 @@ def test_operands_of_one_layout_are_not_copied(monkeypatch, together):
 @pytest.mark.parametrize("has_kernel", [False, True])
 def test_autograd_notices_what_was_written(monkeypatch, name, has_kernel):
     if has_kernel:  # which torch does not see writing
-        monkeypatch.setattr(op, "select", lambda device: SimpleNamespace(**{name: lambda *values: None}))
+        monkeypatch.setattr(pointwise, "select", lambda device: SimpleNamespace(**{name: lambda *values: None}))
     values = operands(name)
     loss = (torch.ones_like(values[0], requires_grad=True) * values[0]).sum()
     getattr(torch.ops.resode, name)(*values)

@@ -31,7 +31,7 @@ FLOAT32, FLOAT64 = (torch.float32, torch.float32), (torch.float64, torch.float64
 
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch, tmp_path_factory):
-    """Of kernels that Triton compiles, shared by this run's tests and never by an earlier run's."""
+    """The folder of kernels that Triton compiles, shared by this run's tests and never by an earlier run's."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
 
 

@@ -22,7 +22,7 @@ def states(blocks, scheme, x):
 
 
 def errors_and_defects(monkeypatch, blocks, scheme, reverse, x):
-    """Of each step: the true relative error of the point where the product with g was taken, and the defect."""
+    """For each step the true relative error of the point where the product with g was taken, and the defect."""
     points, vjp = [], SCHEMES[scheme].vjp
 
     def note(functions, y, *rest):

@@ -142,7 +142,7 @@ def _train(configuration):
 
 
 def used_by(configuration):
-    """Of each kernel, what it takes of a GPU."""
+    """What each kernel takes of a GPU."""
     return {name.removesuffix("_kernel"): resources(kernel) for name, kernel in compiled(configuration)}
 
 

@@ -18,7 +18,7 @@ EXACT = Reverse("step", corrections=30)
 EXACT_EXTRAPOLATING = Reverse("extrapolate", corrections=30)
 TIGHT = 1e-12
 ROUNDING = 1e-13
-"""Of float64, some hundred times over: what sums in another order differ by."""
+"""Some hundred roundings of float64: what sums in another order differ by."""
 
 
 def network(

@@ -135,7 +135,7 @@ def resources(kernel):
 
 
 def most_resources(configuration):
-    """Of the configuration's kernels."""
+    """Registers, spills and shared memory of the configuration's kernels."""
     each = [resources(kernel) for kernel in compiled(configuration)]
     return {name: max(used[name] for used in each) for name in each[0]}
 

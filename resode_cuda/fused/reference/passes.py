@@ -23,11 +23,11 @@ from ..signature import AdjointResult, ParameterGradients, SavedStates, Wanted
 from .tile import RowTile, extrapolate_, squared_norm, zero_gradients
 
 TILE_BYTES = {"cpu": 2**20}
-"""Of a tile's hidden activations, by device type: a few such tensors are to stay in the cache."""
+"""Size of a tile's hidden activations, by device type: a few such tensors are to stay in the cache."""
 LARGE_TILE_BYTES = 2**26
 """On other devices, which want large matrices."""
 KEPT_BYTES = {"cpu": 7 * 2**20}
-"""Of what the exact adjoint keeps of a tile at a time."""
+"""Size of what the exact adjoint keeps of a tile at a time."""
 LARGE_KEPT_BYTES = 2**29
 THINNEST = 0.5
 """Share of a tile's rows below which matrix products get slower than two more of them in segments are."""
