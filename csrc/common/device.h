@@ -93,6 +93,10 @@ __device__ __forceinline__ void load_matrices(uint32_t (&out)[2], const void* ro
 
 constexpr int kLanes = 32;  // threads of a warp
 
+// A condition from memory that is the same for all threads of a warp, which the compiler learns from this: what depends on it then
+// stays in registers that the warp shares. All lanes must come here.
+__device__ __forceinline__ bool same_for_warp(bool condition) { return __any_sync(~0u, condition); }
+
 // Sums over the lanes whose numbers differ in the bits from kFirst up to below kStop alone, both powers of two: the same for all
 // of them. By default over the warp. All lanes must come here.
 template <int kFirst = 1, int kStop = kLanes, class T>

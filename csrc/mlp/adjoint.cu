@@ -29,10 +29,12 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
   auto& tile = layers.tile;
   const bool is_heun = network.is_heun;
   const int corrections = operands.corrections, second = is_heun;
-  const auto is_anchored = [&](int n) { return operands.anchored && n % operands.anchors == 0; };
-  // The layer that step n starts with.
-  const auto entry = [&](int n) { return !is_heun || operands.extrapolates || is_anchored(n) ? n : n + 1; };
-  layers.fetch(entry(operands.last - 1), 0);
+  // The layer that a step starts with.
+  const auto entry = [&](int n, float anchor) {
+    return !is_heun || operands.extrapolates || same_for_warp(anchor >= 0) ? n : n + 1;
+  };
+  ScheduledStep ahead = network.schedule[operands.last - 1];
+  layers.fetch(entry(operands.last - 1, ahead.anchor), 0);
 
   State x = tile.load(operands.x_last), g = tile.load(operands.g_last), d1{}, d2{};
   if (operands.increments_in) {
@@ -42,20 +44,20 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
     d2 = tile.load(static_cast<const T*>(operands.last_increment));
     if (operands.increment_before) d1 = tile.load(static_cast<const T*>(operands.increment_before));
   }
-  Schedule ahead = schedule_of(network, operands.last - 1);
   for (int n = operands.last - 1; n >= operands.first; n--) {
-    const float h = ahead.h, a = ahead.a, b = ahead.b;
-    if (n > operands.first) ahead = schedule_of(network, n - 1);
+    const float h = ahead.h, a = ahead.a, b = ahead.b, anchor = ahead.anchor;
+    const bool is_anchored = same_for_warp(anchor >= 0);
+    if (n > operands.first) ahead = network.schedule[n - 1];
     State y = x, point, f;
-    if (is_anchored(n)) {
-      y = tile.load(operands.anchored + n / operands.anchors * operands.anchored_rows * network.dim);
+    if (is_anchored) {
+      y = tile.load(operands.anchored + static_cast<int64_t>(anchor) * operands.anchored_rows * network.dim);
     } else if (operands.extrapolates) {
       y = tile.inside(map([=](float x, float d1, float d2) { return x - (a * d1 - b * d2); }, x, d1, d2));
     }
 
     // Evaluations: 0 predicts by the scheme run backwards, 1 to `corrections` correct, and one more takes Heun to its middle.
     const int evaluations = corrections + 1 + second;
-    for (int e = is_anchored(n) ? corrections + 1 : operands.extrapolates; e < evaluations; e++) {
+    for (int e = is_anchored ? corrections + 1 : operands.extrapolates; e < evaluations; e++) {
       const bool predicts = e == 0, is_middle = e > corrections;
       const float step = predicts ? -h : h, sign = predicts ? 1 : -1;
       point = y;
@@ -93,7 +95,7 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
         tile.put(static_cast<T*>(operands.cotangents) + at, kDim, c);
       }
       const bool wants_f = operands.reuses && k == second;
-      const int next = k > 0 ? n : n > operands.first ? entry(n - 1) : kNoLayer;
+      const int next = k > 0 ? n : n > operands.first ? entry(n - 1, ahead.anchor) : kNoLayer;
       if (k > 0) p = map([](float point, float y) { return 0.5f * (point - y); }, point, y);
       layers.vjp(n + k, next, wants_f, f, du);
       if (wants_f) p = map([scale](float p, float f) { return p + scale * f; }, p, f);
@@ -105,7 +107,7 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
       }
     }
 
-    const bool rebuilds = operands.reuses && !is_anchored(n);
+    const bool rebuilds = operands.reuses && !is_anchored;
     x = rebuilds ? tile.inside(map([](float x, float p) { return x - p; }, x, p)) : y;
     if (operands.extrapolates) {
       d2 = d1;
@@ -124,7 +126,7 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
       const int64_t of_warp = tile.first_row / kGroupRows * Shape::kWarps + tile.warp;
       float* squares = operands.squares + (of_warp * operands.steps + n) * 2;
       squares[0] = rebuilds ? defect : 0;
-      squares[1] = is_anchored(n) ? 0 : size;
+      squares[1] = is_anchored ? 0 : size;
     }
   }
   tile.store(operands.g_first, g);

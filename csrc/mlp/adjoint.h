@@ -22,7 +22,7 @@ struct MlpAdjoint {
   void* layer_inputs;     // null, or [layer calls, scratch_rows, D]: u and c of each layer call, the parameters' dtype
   void* cotangents;
   int64_t rows, anchored_rows, scratch_rows;
-  int first, last, steps, anchors, corrections;
+  int first, last, steps, corrections;
   bool extrapolates, reuses;
 };
 

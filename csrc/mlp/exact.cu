@@ -29,10 +29,10 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
   layers.fetch(operands.first, 0);
 
   State x = tile.load(operands.x_first);
-  Schedule ahead = schedule_of(network, operands.first);
+  ScheduledStep ahead = network.schedule[operands.first];
   for (int n = operands.first; n < operands.last; n++) {
     const float h = ahead.h, scale = network.is_heun ? 0.5f * h : h;
-    if (n + 1 < operands.last) ahead = schedule_of(network, n + 1);
+    if (n + 1 < operands.last) ahead = network.schedule[n + 1];
     State point = x;
     for (int k = 0; k <= second; k++) {
       State u = point;
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
   State g = tile.load(operands.g_last);
   for (int n = operands.last - 1; n >= operands.first; n--) {
     const float h = ahead.h, scale = network.is_heun ? 0.5f * h : h;
-    if (n > operands.first) ahead = schedule_of(network, n - 1);
+    if (n > operands.first) ahead = network.schedule[n - 1];
     State through{};
     for (int k = second; k >= 0; k--) {
       const int64_t at = row_of_call(n, k);

@@ -21,12 +21,12 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
   auto& tile = layers.tile;
   layers.fetch(0, 0);
   auto x = tile.load(operands.x_first);
-  Schedule ahead = schedule_of(network, 0);
+  ScheduledStep ahead = network.schedule[0];
   for (int n = 0; n < operands.steps; n++) {
-    if (operands.anchored && n % operands.anchors == 0)
-      tile.store(operands.anchored + n / operands.anchors * operands.anchored_rows * network.dim, x);
-    const float h = ahead.h;
-    if (n + 1 < operands.steps) ahead = schedule_of(network, n + 1);
+    const float h = ahead.h, anchor = ahead.anchor;
+    if (operands.anchored && same_for_warp(anchor >= 0))
+      tile.store(operands.anchored + static_cast<int64_t>(anchor) * operands.anchored_rows * network.dim, x);
+    if (n + 1 < operands.steps) ahead = network.schedule[n + 1];
     auto point = x, increment = x;
     for (int k = 0; k < layers_per_step(network); k++) {
       auto u = point;

@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(GradientShape<MlpShape<T, kDim>>::kThreads, kD
     const int n = layer - k;
     if (n < operands.first || n >= operands.last) continue;
     const int64_t layer_call = int64_t{n - operands.first} * calls_per_step + k;
-    const float h = network.schedule[3 * n], scale = network.is_heun ? 0.5f * h : h;
+    const float h = network.schedule[n].h, scale = network.is_heun ? 0.5f * h : h;
     float part1[Own::kTiles][4] = {}, part2[Own::kTiles][4] = {};
     int stage = 0;
     fetch(0, layer_call, start);

@@ -2,8 +2,8 @@
 //     f_n(x) = W2_n s(W1_n norm(x) + b1_n) + b2_n,  x_{n+1} = x_n + Phi_n(x_n)
 // The parameters are contiguous, aligned to 16 bytes, and padded with zeros: W1 [layers, hidden, D], b1 [layers, hidden],
 // W2 [layers, D, hidden], b2 [layers, D], D being the padded dim and hidden a multiple of the chunk. Without biases b1 or b2 is null.
-// schedule: [steps, 3] fp32: h, a and b of each step, where y = x - (a d1 - b d2) extrapolates the increments d1 and d2 of the two
-// steps after it; the last two steps, predicted by the increments that the forward pass has saved, have a = 0 and b = -1.
+// schedule: of each step h, a and b, where y = x - (a d1 - b d2) extrapolates the increments d1 and d2 of the two steps after it,
+// and its anchor. The last two steps, predicted by the increments that the forward pass has saved, have a = 0 and b = -1.
 // Must match resode_cuda/fused/network.py and schedule.py; the norms are those of norms.py.
 // Plain C++: the bindings include this.
 #pragma once
@@ -17,6 +17,12 @@ constexpr const char* kActivationNames[] = {"identity", "relu", "gelu", "gelu_ta
 enum class Norm : int { kNone, kRms, kLayer };
 constexpr const char* kNormNames[] = {nullptr, "rms", "layer"};  // by their codes
 
+// One 16-byte access. Kernels read it a step before it is needed, or each step would wait.
+struct alignas(16) ScheduledStep {
+  float h, a, b;
+  float anchor;  // place of the step's starting state among the anchored ones, exact in fp32; -1 where it is not kept
+};
+
 // T: dtype of the parameters; void at the Python boundary.
 template <class T>
 struct Network {
@@ -24,7 +30,7 @@ struct Network {
   const T* b1;
   const T* w2;
   const T* b2;
-  const float* schedule;
+  const ScheduledStep* schedule;  // [steps]
   int hidden;  // padded
   int dim;     // of states in memory, which are not padded
   bool is_heun;

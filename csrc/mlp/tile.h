@@ -15,15 +15,6 @@ __device__ __forceinline__ int layers_per_step(const Network<T>& network) {
   return network.is_heun ? 2 : 1;
 }
 
-// h of a step, and the weights of the increments after it. Kernels read it a step before it is needed, or each step would wait.
-struct Schedule {
-  float h, a, b;
-};
-template <class T>
-__device__ __forceinline__ Schedule schedule_of(const Network<T>& network, int n) {
-  return {network.schedule[3 * n], network.schedule[3 * n + 1], network.schedule[3 * n + 2]};
-}
-
 template <int kTiles>
 struct Values {
   float of[kTiles][4];

@@ -46,13 +46,12 @@ class ForwardOperands(NamedTuple):
     anchored_rows: int
     steps: int
     saved_increments: int
-    anchors: int
 
 
 class AdjointOperands(NamedTuple):
     """`MlpAdjoint` of `csrc/mlp/adjoint.h`."""
 
-    x_last: Tensor
+    x_last: Tensor | None
     g_last: Tensor
     x_first: Tensor | None
     g_first: Tensor
@@ -70,7 +69,6 @@ class AdjointOperands(NamedTuple):
     first: int
     last: int
     steps: int
-    anchors: int
     corrections: int
     extrapolates: bool
     reuses: bool
@@ -82,9 +80,9 @@ class ExactOperands(NamedTuple):
     x_first: Tensor
     g_last: Tensor
     g_first: Tensor
-    layer_inputs: Tensor
+    layer_inputs: Tensor | None
     inverse_rms: Tensor | None
-    cotangents: Tensor
+    cotangents: Tensor | None
     rows: int
     scratch_rows: int
     first: int
@@ -94,8 +92,8 @@ class ExactOperands(NamedTuple):
 class GradientOperands(NamedTuple):
     """`MlpGradients` of `csrc/mlp/gradients.h`."""
 
-    layer_inputs: Tensor
-    cotangents: Tensor
+    layer_inputs: Tensor | None
+    cotangents: Tensor | None
     dw1: Tensor
     db1: Tensor | None
     dw2: Tensor

@@ -25,10 +25,10 @@ from .reference import passes as reference
 from .reference.plain import plain
 from .selection import reasons_on, select
 from .signature import (
-    StackAdjointOperands,
-    StackExactAdjointOperands,
     SavedStates,
+    StackAdjointOperands,
     StackBackend,
+    StackExactAdjointOperands,
     StackOperands,
     Wanted,
     method_of,

@@ -14,7 +14,6 @@ import torch
 
 from ..library import BuildInfo, build_info
 from . import reference, schemas
-from .pointwise import FunctionalOp, MutatingOp
 from .operands import (
     AdjointUpdateOperands,
     ForwardStepOperands,
@@ -22,6 +21,7 @@ from .operands import (
     ReverseExtrapolateOperands,
     ReverseUpdateOperands,
 )
+from .pointwise import FunctionalOp, MutatingOp
 from .selection import reasons, using
 
 __all__ = ["BuildInfo", "backends", "build_info", "using"]

@@ -90,6 +90,17 @@ def test_slabs_and_ranges_of_the_depth(monkeypatch, host, scheme):
         check(host, replace(case, reverse="corrected"), torch.float32)
 
 
+@pytest.mark.parametrize("solver", [Reverse("step"), Reverse("extrapolate", corrections=1)], ids=str)
+@pytest.mark.parametrize("scheme", ["euler", "heun"])
+def test_any_set_of_steps_can_be_anchored(host, scheme, solver):
+    case = Case(scheme, steps=5, norm="rms", reverse=solver, anchors=(0, 2, 3))
+    check(host, case, torch.float32)
+    network, x, g = case.operands(torch.float32)
+    method = network.method(solver, case.anchors)
+    squares = host.adjoint(network, method, g, host.forward(network, method, x), Wanted(parameters=False)).squares
+    assert [n for n, (_, size) in enumerate(squares.tolist()) if size == 0] == [0, 2, 3]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_deterministic_gradients_do_not_depend_on_the_device(kernels, host, dtype):
     network, x, g = Case(rows=100, hidden=70).operands(dtype)
@@ -127,7 +138,7 @@ def test_what_is_not_finite_stays_in_its_row(host, value):
 
 def test_bad_calls_of_the_launchers_are_refused(kernels):
     network = (0, 0, 0, 0, 0, 64, 16, False, 0, 0, 1e-5)
-    states = (0, 0, 0, 0, 5, 5, 1, 0, 1)
+    states = (0, 0, 0, 0, 5, 5, 1, 0)
     code = kernels.dtype_codes
     how = (16, code["float32"], 1, 0)
     with pytest.raises(ValueError, match=r"^mlp_forward: the padded dim must be 16, 32, 64 or 128, got 48; pad it"):
@@ -138,7 +149,7 @@ def test_bad_calls_of_the_launchers_are_refused(kernels):
         unknown = (*network[:8], activation, norm, 1e-5)
         with pytest.raises(ValueError, match=rf"^mlp_forward: activation and norm must be .*, got {activation} and"):
             kernels.mlp_forward(unknown, how, states)
-    with pytest.raises(ValueError, match=r"^mlp_forward: must be given 9 operands, got 10; give them in the order"):
+    with pytest.raises(ValueError, match=r"^mlp_forward: must be given 8 operands, got 9; give them in the order"):
         kernels.mlp_forward(network, how, (*states, 0))
     with pytest.raises(TypeError, match=r"^mlp_forward: operands must be numbers that fit their types, got None;"):
         kernels.mlp_forward(network, how, (None, *states[1:]))

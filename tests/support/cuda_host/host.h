@@ -70,6 +70,15 @@ T __shfl_down_sync(unsigned mask, T value, int distance) {
   return __shfl_sync(mask, value, host::lane() + distance < 32 ? host::lane() + distance : host::lane());
 }
 
+inline bool __any_sync(unsigned mask, bool condition) {
+  host::require_whole_warp(mask);
+  return host::exchange(condition, [](auto of) {
+    bool any = false;
+    for (int lane = 0; lane < host::kLanesOfWarp; lane++) any |= of(lane);
+    return any;
+  });
+}
+
 // Fibers change places at barriers only, so this is atomic.
 template <class T>
 T atomicAdd(T* at, T value) {
