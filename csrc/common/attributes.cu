@@ -3,7 +3,7 @@
 #include "common/device.h"
 #include "common/launch.h"
 
-#ifndef RESODE_HOST  // a host compiler has no registers to tell of
+#ifndef RESODE_HOST  // a host compiler does not report registers
 KernelAttributes attributes_of(const Kernel& kernel) {
   const std::string what = "kernel_attributes: " + kernel.name + " was not found";
   cudaFuncAttributes found{};

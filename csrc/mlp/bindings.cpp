@@ -64,7 +64,7 @@ void define_mlp(py::module_& module) {
   define(module, "mlp_adjoint", &launch_mlp_adjoint);
   define(module, "mlp_exact", &launch_mlp_exact);
   define(module, "mlp_gradients", &launch_mlp_gradients);
-  module.def("mlp_shape", &mlp_shape, "For a padded dim and a dtype: the chunk that hidden is padded to, and the warps of 16 rows.");
+  module.def("mlp_shape", &mlp_shape, "For a padded dim and a dtype: the chunk that hidden is padded to, and the warps of a row group.");
   module.def("mlp_groups", [](int64_t rows, int padded_dim, int dtype) { return mlp_groups(rows, padded_dim, DType{dtype}); },
              "How many groups of 16 rows a block is to take, on the current device.");
 }

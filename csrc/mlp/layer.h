@@ -3,7 +3,7 @@
 //
 // A pass walks through the chunks of the layer's hidden dimension. A chunk's weights have come into one of two stages of shared
 // memory by asynchronous copies, which were started a chunk earlier; the last chunk of a pass starts the first one of the next
-// pass, which is why each pass is told the next one's layer. Of z = W1 u + b1 a warp computes its slice of the chunk; a = s(z) goes
+// pass, which is why each pass takes the next one's layer. Of z = W1 u + b1 a warp computes its slice of the chunk; a = s(z) goes
 // to shared memory in the parameters' dtype; of W2 a it computes its own columns. So there are two barriers to a chunk:
 //     the chunk has landed, u and c are there, no thread reads the other stage any more
 //     a and dz are there

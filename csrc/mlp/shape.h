@@ -32,7 +32,7 @@ struct MlpShape {
 
   // Parts of a stage, in values: W1, W2, b1, b2.
   static constexpr int kW2 = kChunk * kDimPitch, kB1 = kW2 + kDim * kChunkPitch, kB2 = kB1 + kChunk, kStage = kB2 + kDim;
-  // Of a row group, in values: u [16, kDim] and a [16, kChunk]; for a vector-Jacobian product their cotangents c and dz, too.
+  // Operands of a row group, in values: u [16, kDim] and a [16, kChunk]; for a vector-Jacobian product their cotangents c and dz, too.
   static constexpr int kOperands = kGroupRows * (kDimPitch + kChunkPitch);
   // For a row group, in floats: two buffers of each warp's part of two sums for each row.
   static constexpr int kRowSums = 2 * kWarps * 2 * kGroupRows;

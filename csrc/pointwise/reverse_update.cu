@@ -180,6 +180,7 @@ std::vector<Kernel> reverse_kernels() {
   }
   add("add_partial_squares_kernel<float64>", reinterpret_cast<const void*>(add_partial_squares_kernel<double>),
       block_sum_bytes<double>());
-  add("add_partial_squares_kernel<float32>", reinterpret_cast<const void*>(add_partial_squares_kernel<float>), block_sum_bytes<float>());
+  add("add_partial_squares_kernel<float32>", reinterpret_cast<const void*>(add_partial_squares_kernel<float>),
+      block_sum_bytes<float>());
   return kernels;
 }

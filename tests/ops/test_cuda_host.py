@@ -9,7 +9,7 @@ import torch
 from tests.support.host_build import ROOT, load, run
 
 NONE, READS_TOO_EARLY, OVERWRITES_TOO_EARLY, DIVERGENT_BARRIER, FORGETS_TO_WAIT = range(5)
-"""As in harness.h."""
+"""Faults, numbered as in harness.h."""
 BLOCK = 128
 
 
@@ -67,7 +67,7 @@ def test_asynchronous_copies_land_when_waited_for(kernels, greedy, late):
     assert torch.equal(got, expected)
 
 
-def test_a_copy_that_nobody_waits_for_shows_when_it_is_late(kernels, greedy):
+def test_a_copy_that_no_thread_waits_for_shows_when_it_is_late(kernels, greedy):
     got, expected = copied(kernels, FORGETS_TO_WAIT, greedy, late=True)
     assert not torch.equal(got, expected)
     got, expected = copied(kernels, FORGETS_TO_WAIT, greedy, late=False)

@@ -19,7 +19,7 @@ struct cudaLaunchConfig_t {
 };
 
 namespace host {
-// Of each device: few, so that small tensors already take more than one stride of a grid, and as many as a large GPU has.
+// Multiprocessors of each device: few, so that small tensors already take more than one stride of a grid, and as many as a large GPU has.
 constexpr int kProcessors[] = {1, 132};
 inline int device = 0;  // the current one, of all threads
 constexpr size_t kSharedWithoutAsking = 48 << 10, kMostShared = 227 << 10;
