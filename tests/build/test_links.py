@@ -1,4 +1,4 @@
-"""Links and paths in README.md, CHANGELOG.md and docs/ lead to files and headings that exist."""
+"""Links and paths in README.md, CHANGELOG.md, CONTRIBUTING.md and docs/ lead to files and headings that exist."""
 
 import re
 from pathlib import Path
@@ -6,19 +6,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 MADE_LATER = {"resode_cuda/fused/timings.json"}
 """What `python -m bench.timings` writes."""
-NOT_MERGED_YET = {
-    "bench/section.py",
-    "bench/smoke.py",
-    "bench/tiles.py",
-    "resode_cuda/fused/cuda_operands.py",
-    "resode_cuda/fused/triton/arguments.py",
-    "resode_cuda/ops/backend.py",
-    "resode_cuda/ops/checks.py",
-}
-"""Files that other branches bring."""
 
 
 def text_of(page):
@@ -69,7 +59,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_paths_exist(page):
-    paths = set(named_paths(page)) - MADE_LATER - NOT_MERGED_YET
+    paths = set(named_paths(page)) - MADE_LATER
     assert sorted(path for path in paths if not (ROOT / path).exists()) == []
 
 
