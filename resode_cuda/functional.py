@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .fused.network import Network
+from .fused.network import FUSED_SCHEMES, Network
 from .fused.op import apply
 from .method import Anchors, Method, anchored_steps, checked_anchors
 from .module import GRADIENTS, checked_steps
@@ -69,8 +69,8 @@ def residual_mlp(
     for name, bias in (("bias_in", bias_in), ("bias_out", bias_out)):
         if not (bias is None or isinstance(bias, Tensor)):
             raise TypeError(f"{where}: {name} must be a tensor or None, got {type(bias).__name__}")
-    if scheme not in SCHEMES:
-        raise ValueError(f"{where}: scheme must be one of {tuple(SCHEMES)}, got {scheme!r}")
+    if scheme not in FUSED_SCHEMES:
+        raise ValueError(f"{where}: scheme must be one of {FUSED_SCHEMES}, got {scheme!r}")
     if gradient not in GRADIENTS:
         raise ValueError(f"{where}: gradient must be one of {GRADIENTS}, got {gradient!r}")
     count = (weight_in.shape[0] if weight_in.dim() else 0) + 1 - SCHEMES[scheme].blocks_per_step

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .devices import is_capturing
 from .dtypes import DTYPES, dtype_names
 from .fused.activations import ACTIVATIONS
-from .fused.network import Network
+from .fused.network import FUSED_SCHEMES, Network
 from .fused.norms import NORMS
 from .fused.op import apply
 from .fused.selection import NAMES
@@ -19,7 +19,6 @@ from .method import Anchors
 from .module import AdjointModule, checked_steps
 from .perceptron import Perceptron
 from .reverse import Reverse
-from .schemes import SCHEMES
 from .stack import ResidualStack
 
 
@@ -94,7 +93,7 @@ class ResidualMLP(AdjointModule):
             if size < 1:
                 raise ValueError(f"ResidualMLP: {name} must be >= 1, got {size}")
         for name, value, known in (
-            ("scheme", scheme, tuple(SCHEMES)),
+            ("scheme", scheme, FUSED_SCHEMES),
             ("activation", activation, tuple(ACTIVATIONS)),
             ("norm", norm, NORMS),
             ("backend", backend, NAMES),
