@@ -21,7 +21,7 @@ class Perceptron:
 
     @property
     def parameters(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """In the order of `ResidualMLP`'s: weight_in, bias_in, weight_out, bias_out."""
+        """Its parameters in the order of `ResidualMLP`'s: weight_in, bias_in, weight_out, bias_out."""
         return self.inner.weight, self.inner.bias, self.outer.weight, self.outer.bias
 
     @property

@@ -68,7 +68,7 @@ class Plan:
 
     tolerance: float
     candidates: tuple[Candidate, ...]
-    """In the order in which they were tried. The last one is the plan."""
+    """All that were tried, in their order. The last one is the plan."""
 
     @property
     def chosen(self) -> Candidate:

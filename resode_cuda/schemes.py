@@ -47,7 +47,7 @@ class Scheme(Protocol):
     name: ClassVar[str]
     blocks_per_step: ClassVar[int]
     sample_point: ClassVar[float]
-    """Where in its step, as a share of h, the increment divided by h samples dx/dt; extrapolation needs it."""
+    """The point of its step, as a share of h, where the increment over h samples dx/dt; extrapolation needs it."""
 
     @staticmethod
     def weight(h: float) -> float:

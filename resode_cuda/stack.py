@@ -64,7 +64,7 @@ class ResidualStack(AdjointModule):
     Under "adjoint" and "checkpoint" a block runs again in the backward pass, under "adjoint" without gradients in the
     forward pass. Dropout masks, buffers, autocast and train/eval flags are replayed. Limits, all of them the blocks':
 
-    - What a block leaves behind for others (an auxiliary loss kept on the module, activations taken by a hook) has no
+    - What a block leaves for others (an auxiliary loss kept on the module, activations taken by a hook) has no
       gradients under "adjoint"; pass it on through the state or use "backprop".
     - Random numbers of Python, NumPy or a `torch.Generator` of the block's own are not replayed.
     - Buffers written through `.data` are not seen to be written; write them under `torch.no_grad()`.

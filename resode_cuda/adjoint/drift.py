@@ -103,7 +103,7 @@ class DriftMonitor:
         return self._squares
 
     def row(self, n: int) -> Tensor:
-        """Where the step's squared norms |y - x_n|^2 and |x_n|^2 are to be added up."""
+        """The place where the step's squared norms |y - x_n|^2 and |x_n|^2 are to be added up."""
         self._unchecked = True
         return self._rows[n]
 

@@ -142,7 +142,7 @@ class AdjointStep(torch.autograd.Function):
         if monitor is None:
             update = backward_update(step, trajectory, y, evaluated, needed_gamma, weights)
         else:
-            # Cotangents are nobody else's and may be overwritten; what is saved may not, and the gradient of a tensor
+            # Cotangents belong to this step and may be overwritten; what is saved may not, and the gradient of a tensor
             # that a block adds to its output may be the cotangent itself.
             trajectory = _writable(step, trajectory, extrapolates=weights is not None)
             overwritten = [tensor for tensor in (*trajectory, y, gamma) if tensor is not None]

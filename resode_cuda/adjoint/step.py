@@ -37,7 +37,7 @@ class BackwardUpdate(NamedTuple):
     cotangents: tuple[Tensor, ...]
     """The shadows' cotangents: x_n and, with extrapolation, the prediction of x_{n-1} and the increment d_n."""
     gamma: Tensor | None
-    """The adjoint gamma_n, or g_0 at the beginning of the stack; None where nobody needs it."""
+    """The adjoint gamma_n, or g_0 at the beginning of the stack; None where it is not needed."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def backward_update(
     """The state, predictions and adjoint for step n - 1, from the step's evaluation at y.
 
     Args:
-        gamma: gamma_{n+1}; None where nobody needs gamma_n.
+        gamma: gamma_{n+1}; None where gamma_n is not needed.
         weights: `step.weights_before`; None where nothing is rebuilt any more.
     """
     x = step.scheme.add(trajectory.x_next, evaluated.stages, -step.h) if step.is_rebuilt else y

@@ -50,7 +50,7 @@ class Scratch(NamedTuple):
 
 
 NO_SCRATCH = Scratch(None, None, None)
-"""Where the state pass adds up gradients itself, or none are wanted."""
+"""Scratch of a state pass that adds up gradients itself, or of which none are wanted."""
 
 
 class Boundary(NamedTuple):
@@ -101,7 +101,7 @@ class NetworkKernels(ABC):
     def forward(
         self, x: Tensor, x_last: Tensor | None, increments: Tensor | None, anchored: Tensor | None, steps: int
     ) -> None:
-        """From x_0 through the first steps. Fills what is given."""
+        """Take x_0 through the first steps, and fill what is given."""
 
     @abstractmethod
     def adjoint(
@@ -114,11 +114,11 @@ class NetworkKernels(ABC):
         steps: range,
         adds_gradients: bool,
     ) -> None:
-        """Back through the steps, from `start`, after the last of them, to `end`. Fills scratch, or adds gradients."""
+        """Go back through the steps, from `start`, after the last one, to `end`. Fill scratch, or add gradients."""
 
     @abstractmethod
     def exact(self, x: Tensor, g_last: Tensor, g_first: Tensor, scratch: Scratch, steps: range) -> None:
-        """From x, the first step's starting state, forward through the steps and back; fills scratch."""
+        """Take x, the first step's starting state, forward through the steps and back, and fill scratch."""
 
     @abstractmethod
     def add_gradients(self, scratch: Scratch, rows: int, steps: range) -> None:

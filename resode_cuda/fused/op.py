@@ -238,7 +238,7 @@ def _stacked_rows(states: Tensor) -> Tensor:
 
 
 def _filled(gradients: Sequence[Tensor | None] | None, network: Network, g: Tensor) -> list[Tensor]:
-    """In the parameters' dtype; empty where there is none."""
+    """The gradients in the parameters' dtype; empty where there is none."""
     if gradients is None:
         gradients = (None,) * len(PARAMETERS)
     empty = [g.new_empty(0, dtype=network.dtype) for _ in PARAMETERS]

@@ -18,7 +18,7 @@ from .signature import StackBackend
 NAMES = ("auto", "cuda", "triton", "torch")
 FEW_ROWS, MANY_ROWS = ("cuda", "triton", "torch"), ("triton", "cuda", "torch")
 ROWS_OF_A_PROCESSOR = 32
-"""Up to so many the kernels in CUDA C++ take on a multiprocessor at a time; most of Triton's take more."""
+"""Most rows that kernels in CUDA C++ take on a multiprocessor at a time; most of Triton's take more."""
 SMALLEST = 16
 """A dim and hidden size that every backend takes."""
 

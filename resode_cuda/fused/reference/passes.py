@@ -25,7 +25,7 @@ from .tile import RowTile, extrapolate_, squared_norm, zero_gradients
 TILE_BYTES = {"cpu": 2**20}
 """Size of a tile's hidden activations, by device type: a few such tensors are to stay in the cache."""
 LARGE_TILE_BYTES = 2**26
-"""On other devices, which want large matrices."""
+"""The same on other devices, which want large matrices."""
 KEPT_BYTES = {"cpu": 7 * 2**20}
 """Size of what the exact adjoint keeps of a tile at a time."""
 LARGE_KEPT_BYTES = 2**29
@@ -148,7 +148,7 @@ class ReverseSweep:
             self.d_next = increments[1].to(self.x.dtype, copy=True) if has_two else torch.empty_like(self.x)
 
     def step_back(self, n: int, g: Tensor, gradients: ParameterGradients | None, squares: Tensor) -> None:
-        """From x_{n+1} and g_{n+1} to x_n and g_n, all in place; squares += |y - x_n|^2, |x_n|^2."""
+        """Step back from x_{n+1} and g_{n+1} to x_n and g_n, in place; squares += |y - x_n|^2, |x_n|^2."""
         tile, method, x = self.tile, self.method, self.x
         place = method.anchor_place(n)
         is_anchored = place is not None

@@ -82,7 +82,7 @@ class RowTile:
         ]
 
     def narrow(self, rows: int) -> None:
-        """From now on it is a tile of its first rows alone."""
+        """Become a tile of its first rows alone."""
         self._cotangent, self._middle = self._cotangent[:rows], self._middle[:rows]
         self.points = [Point(point.u_memory[:rows], point.z[:rows], point.a[:rows]) for point in self.points]
 
