@@ -55,3 +55,9 @@ def shared_folder(tmp_path_factory, worker_id):
 def host_build(shared_folder):
     """The folder of the CUDA sources' module for the CPU."""
     return once(shared_folder / "host_build", build)
+
+
+@pytest.fixture
+def triton_cache(monkeypatch, tmp_path_factory):
+    """The folder of kernels that Triton compiles, shared by this run's tests and never by an earlier run's."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))

@@ -51,7 +51,7 @@ def propagate(
         used = blocks[method.blocks_of(n)]
         names = [[name for name, _ in block.module.named_parameters()] for block in used]
         parameters = [parameter for block in used for _, parameter in block.module.named_parameters()]
-        evaluation = Evaluation(used, names, arguments)
+        evaluation = TracedEvaluation(used, names, arguments)
         x, *shadows = TracedStep.apply(Step(method, n), evaluation, blank, x, *shadows, *argument_tensors, *parameters)
     return x
 
@@ -68,7 +68,7 @@ def propagate_checkpointed(method: Method, blocks: Sequence[Block], x: Tensor, c
     return x
 
 
-class Evaluation:
+class TracedEvaluation:
     """A step's blocks, as functions of the state and of the tensors that they use: those among the arguments, then each
     block's parameters."""
 
@@ -102,7 +102,7 @@ class Function:
         return self.block(x, self.arguments.filled(tensors[:count]), parameters)
 
 
-class BlockVjps:
+class TracedVjps:
     """`vjp.BlockVjps`, by torch.func.vjp."""
 
     def __init__(self, wants: Sequence[bool]) -> None:
@@ -135,7 +135,7 @@ class TracedStep(torch.autograd.Function):
     """`node.AdjointStep`, with one blank element more among the inputs."""
 
     @staticmethod
-    def forward(ctx: Any, step: Step, evaluation: Evaluation, blank: Tensor, x: Tensor, *rest: Any) -> Any:
+    def forward(ctx: Any, step: Step, evaluation: TracedEvaluation, blank: Tensor, x: Tensor, *rest: Any) -> Any:
         shadows, tensors = rest[: step.shadow_count], rest[step.shadow_count :]
         stages = step.scheme.stages(evaluation.functions(tensors), x, step.h)
         x_next = step.scheme.add(x, stages, step.h)
@@ -158,7 +158,7 @@ class TracedStep(torch.autograd.Function):
         gamma = step.scheme.weight(step.h) * g if step.is_last else g
         functions = ctx.evaluation.functions(tensors)
         y = states[-1] if step.is_anchored else step.predict(functions, trajectory)
-        vjps = BlockVjps(wants)
+        vjps = TracedVjps(wants)
         evaluated = step.scheme.vjp(functions, y, step.h, gamma, vjps.linearize)
         weights = step.weights_before if needs_state else None
         update = backward_update(step, trajectory, y, evaluated, gamma if needs_x else None, weights)

@@ -28,7 +28,7 @@ from .cuda_operands import (
     NetworkOperands,
     addresses,
 )
-from .driver import Boundary, NetworkKernels, Scratch, SlabDriver, padded_dim, rows_apart
+from .driver import NetworkKernels, Scratch, SlabDriver, StatePass, padded_dim, rows_apart
 from .network import Network
 from .norms import EPSILON
 from .signature import AdjointResult, ParameterGradients, SavedStates, Wanted
@@ -150,16 +150,8 @@ class CudaKernels(NetworkKernels):
         )
         self._launch(self.library.mlp_forward, operands)
 
-    def adjoint(
-        self,
-        start: Boundary,
-        end: Boundary,
-        anchored: Tensor | None,
-        squares: Tensor,
-        scratch: Scratch,
-        steps: range,
-        adds_gradients: bool,
-    ) -> None:
+    def adjoint(self, state_pass: StatePass) -> None:
+        start, end, anchored, squares, scratch, steps, _ = state_pass
         count, solver = len(self.method), self.method.solver
         last_increment = increment_before = None
         increments_in = start.increments

@@ -64,6 +64,23 @@ class Boundary(NamedTuple):
     that the forward pass has saved: newest first, in the parameters' dtype, and one if there is one step."""
 
 
+class StatePass(NamedTuple):
+    """A slab's way back through a range of steps."""
+
+    start: Boundary
+    """After the last of the steps."""
+    end: Boundary
+    """Before the first one: to be filled."""
+    anchored: Tensor | None
+    """[anchors, rows, dim], the starting states of all anchored steps of the stack."""
+    squares: Tensor
+    """From `NetworkKernels.squares`, to be filled."""
+    scratch: Scratch
+    """To be filled, unless the pass adds gradients up itself."""
+    steps: range
+    adds_gradients: bool
+
+
 class NetworkKernels(ABC):
     """The kernels, with what all of them take of a network and a method: weights, padded, and the schedule.
 
@@ -104,17 +121,8 @@ class NetworkKernels(ABC):
         """Take x_0 through the first steps, and fill what is given."""
 
     @abstractmethod
-    def adjoint(
-        self,
-        start: Boundary,
-        end: Boundary,
-        anchored: Tensor | None,
-        squares: Tensor,
-        scratch: Scratch,
-        steps: range,
-        adds_gradients: bool,
-    ) -> None:
-        """Go back through the steps, from `start`, after the last one, to `end`. Fill scratch, or add gradients."""
+    def adjoint(self, state_pass: StatePass) -> None:
+        """Go back through the steps, rebuilding the states."""
 
     @abstractmethod
     def exact(self, x: Tensor, g_last: Tensor, g_first: Tensor, scratch: Scratch, steps: range) -> None:
@@ -204,7 +212,7 @@ class SlabDriver:
                     d = None if start.increments is None else x.new_empty((2, *x.shape))
                     end = Boundary(torch.empty_like(x), g_first[slab], d)
                 adds_gradients = wanted.parameters and not two_passes
-                kernels.adjoint(start, end, anchored, parts, scratch, steps, adds_gradients)
+                kernels.adjoint(StatePass(start, end, anchored, parts, scratch, steps, adds_gradients))
                 if two_passes:
                     kernels.add_gradients(scratch, len(x), steps)
                 start = end

@@ -15,7 +15,7 @@ from resode_cuda.fused.signature import Wanted
 from resode_cuda.method import Method
 from resode_cuda.ops import build_info
 from resode_cuda.reverse import Reverse
-from tests.support.fused_cases import CASES, Case, check, moved
+from tests.support.fused_cases import CASES, Case, check, check_that_gradients_are_repeated
 from tests.support.host_build import ROOT, load
 from tests.support.networks import Midpoint, pretend_to_have_a_gpu
 
@@ -261,14 +261,4 @@ def test_sanitize_on_a_gpu(dim):
 
 @pytest.mark.gpu
 def test_deterministic_gradients_on_a_gpu():
-    network, x, g = Case(dim=64, hidden=128, rows=3000, steps=10).operands(torch.bfloat16)
-    network, x, g = moved(network, torch.bfloat16, "cuda"), x.cuda(), g.cuda()
-    torch.use_deterministic_algorithms(True)
-    try:
-        method, wanted = network.method(), Wanted(parameters=True)
-        states = cuda.forward(network, method, x)
-        runs = [cuda.adjoint(network, method, g, states, wanted).gradients for _ in range(5)]
-    finally:
-        torch.use_deterministic_algorithms(False)
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+    check_that_gradients_are_repeated(cuda, Case(dim=64, hidden=128, rows=3000, steps=10))

@@ -12,7 +12,7 @@ from resode_cuda.fused.reference import passes as reference
 from resode_cuda.fused.reference import tile
 from resode_cuda.fused.signature import SavedStates, Wanted
 from resode_cuda.fused.triton import passes as triton_passes
-from tests.support.fused_cases import CASES, Case, check, moved, prefer_one_pass
+from tests.support.fused_cases import CASES, Case, check, check_that_gradients_are_repeated, moved, prefer_one_pass
 
 pytestmark = [
     pytest.mark.gpu,
@@ -98,17 +98,7 @@ def test_slabs_and_ranges_of_the_depth(monkeypatch):
 
 
 def test_gradients_in_two_passes_are_repeated_bit_by_bit():
-    network, x, g = Case(dim=64, hidden=128, rows=20_000, steps=10).operands(torch.bfloat16)
-    network, x, g = moved(network, torch.bfloat16, "cuda"), x.cuda(), g.cuda()
-    torch.use_deterministic_algorithms(True)
-    try:
-        method, wanted = network.method(), Wanted(parameters=True)
-        states = triton_passes.forward(network, method, x)
-        runs = [triton_passes.adjoint(network, method, g, states, wanted).gradients for _ in range(5)]
-    finally:
-        torch.use_deterministic_algorithms(False)
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+    check_that_gradients_are_repeated(triton_passes, Case(dim=64, hidden=128, rows=20_000, steps=10))
 
 
 def trained(gradient, reverse="extrapolated", depth=32, rows=40_000, dim=64, hidden=128):

@@ -5,12 +5,8 @@ import importlib
 import importlib.util
 import itertools
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +23,7 @@ from resode_cuda.method import Method
 from resode_cuda.reverse import Reverse
 from resode_cuda.schemes import SCHEMES, Euler
 from tests.support.fused_cases import Case
+from tests.support.interpreted import assert_passes
 from tests.support.networks import Midpoint, pretend_to_capture, pretend_to_have_a_gpu
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -46,22 +43,13 @@ if HAS_TRITON:
 else:
     TESTED = EVERY_KERNEL = []
 
-ROOT = Path(__file__).parents[2]
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(monkeypatch, tmp_path_factory):
-    """The folder of kernels that Triton compiles, shared by this run's tests and never by an earlier run's."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
+pytestmark = pytest.mark.usefixtures("triton_cache")
 
 
 @needs_triton
 def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", ROOT / "tests/fused/interpreted.py"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0, "\n".join((done.stdout + done.stderr).splitlines()[-60:])
-    assert re.search(r"^\d+ passed in ", done.stdout, re.MULTILINE), done.stdout[-500:]
+    assert_passes("tests/fused/interpreted.py")
 
 
 @needs_triton

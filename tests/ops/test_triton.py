@@ -2,11 +2,8 @@
 
 import importlib.util
 import json
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +11,7 @@ import torch
 from resode_cuda.ops import reference
 from resode_cuda.ops import triton as triton_ops
 from resode_cuda.ops.operands import ForwardStepOperands, HeunStepOperands, ReverseUpdateOperands
+from tests.support.interpreted import assert_passes
 from tests.support.kernel_cases import CASES, DTYPE_PAIRS, SCALARS, Case, by_kernel, check, operands, pair_id
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -24,24 +22,16 @@ if HAS_TRITON:
 else:
     TESTED = []
 
-ROOT = Path(__file__).parents[2]
 TILE = max(triton_ops.VALUES_PER_TILE.values())
 FLOAT32, FLOAT64 = (torch.float32, torch.float32), (torch.float64, torch.float64)
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(monkeypatch, tmp_path_factory):
-    """The folder of kernels that Triton compiles, shared by this run's tests and never by an earlier run's."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
+pytestmark = pytest.mark.usefixtures("triton_cache")
 
 
 @needs_triton
 def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", ROOT / "tests/ops/interpreted.py"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0, "\n".join((done.stdout + done.stderr).splitlines()[-60:])
-    assert re.search(r"^\d+ passed in ", done.stdout, re.MULTILINE), done.stdout[-500:]
+    assert_passes("tests/ops/interpreted.py")
 
 
 def wide_accesses(kernel, kind):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from resode_cuda import Plan, ResidualStack, calibrate
+from resode_cuda import Candidate, Plan, ResidualStack, Reverse, calibrate
 from tests.support.networks import (
     half_square,
     mlps,
@@ -25,6 +25,17 @@ def test_a_plan_prints_and_keeps(tmp_path):
         Plan.load(tmp_path / "other.json")
 
 
+def test_a_plan_keeps_its_set_of_anchors(tmp_path):
+    cost = {"evaluations": 24, "seconds": 0.1, "held_bytes": 100}
+    candidate = Candidate("adjoint", Reverse("step"), (0, 3), **cost, error=1e-3, defect=1e-3)
+    plan = Plan(1e-2, (candidate,))
+    assert "step, anchors {0, 3}" in str(plan)
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    stack = ResidualStack(mlps("euler", 5)).apply_plan(plan)
+    assert stack.anchors == (0, 3)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -32,6 +43,9 @@ def test_a_plan_prints_and_keeps(tmp_path):
         {"reverse": None},
         {"anchors": 2.5},
         {"anchors": 0},
+        {"anchors": [0, 1.5]},
+        {"anchors": [-1]},
+        {"anchors": "0"},
         {"error": "small"},
         {"error": -1.0},
         {"defect": -1.0},

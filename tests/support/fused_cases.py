@@ -159,3 +159,18 @@ def _check_squares(case, squares, expected, eps):
     exact_defect, exact_size = expected.sqrt().unbind(1)
     assert ((defect - exact_defect).abs() <= 8 * case.steps * eps * exact_size).all()
     assert ((size - exact_size).abs() <= 8 * case.steps * eps * exact_size).all()
+
+
+def check_that_gradients_are_repeated(backend, case):
+    """In deterministic mode a GPU adds up the gradients in one order, bit by bit the same each time."""
+    network, x, g = case.operands(torch.bfloat16)
+    network, x, g = moved(network, torch.bfloat16, "cuda"), x.cuda(), g.cuda()
+    method, wanted = network.method(), Wanted(parameters=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        states = backend.forward(network, method, x)
+        first, *others = (backend.adjoint(network, method, g, states, wanted).gradients for _ in range(5))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for gradients in others:
+        assert all(torch.equal(a, b) for a, b in zip(gradients, first, strict=True))

@@ -20,7 +20,7 @@ from ...method import Method
 from ...ops import triton as triton_ops
 from ...schemes import Euler, Heun
 from .. import requirements, timings
-from ..driver import Boundary, NetworkKernels, Scratch, SlabDriver, padded_dim, rows_apart
+from ..driver import NetworkKernels, Scratch, SlabDriver, StatePass, padded_dim, rows_apart
 from ..network import Network
 from ..norms import EPSILON
 from ..reference import passes as reference
@@ -134,18 +134,10 @@ class TritonKernels(NetworkKernels):
             SAVED_INCREMENTS=0 if increments is None else len(increments),
         )
 
-    def adjoint(
-        self,
-        start: Boundary,
-        end: Boundary,
-        anchored: Tensor | None,
-        squares: Tensor,
-        scratch: Scratch,
-        steps: range,
-        adds_gradients: bool,
-    ) -> None:
+    def adjoint(self, state_pass: StatePass) -> None:
         from .adjoint import adjoint_kernel
 
+        start, end, anchored, squares, scratch, steps, adds_gradients = state_pass
         tile = self.tiles.one_pass if adds_gradients else self.tiles.two_pass
         rows = len(start.g)
         self._launch(
