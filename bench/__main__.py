@@ -43,7 +43,7 @@ def main() -> int:
     console.print(where, highlight=False)
     tables, targets = _run_sections(options, device, record, console)
     _show(tables, targets, options, console)
-    results.save_tables(tables, where, options.output)
+    results.save_tables(tables, [] if options.quick else targets, where, options.output)
     wall = ", ".join(f"{name} {figures['wall_seconds']:.0f} s" for name, figures in record["sections"].items())
     console.print(f"{wall}. Results: {options.output}", highlight=False)
     return int(any("failure" in figures for figures in record["sections"].values()))

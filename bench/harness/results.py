@@ -1,4 +1,4 @@
-"""The files that a run leaves: results.json, with every figure, and table.md."""
+"""The files that a run leaves: results.json, with every figure, and table.md, with the targets met and missed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .tables import Table
+from .tables import Table, Target
 
 
 def save(record: dict[str, Any], directory: Path) -> None:
@@ -17,6 +17,8 @@ def save(record: dict[str, Any], directory: Path) -> None:
     unfinished.replace(directory / "results.json")
 
 
-def save_tables(tables: Sequence[Table], where: str, directory: Path) -> None:
+def save_tables(tables: Sequence[Table], targets: Sequence[Target], where: str, directory: Path) -> None:
     parts = [table.markdown() for table in tables]
+    if targets:
+        parts.append("\n".join(["**Targets**", "", *(f"- {target}" for target in targets)]))
     (directory / "table.md").write_text("\n\n".join([*parts, f"Measured on {where}."]) + "\n")

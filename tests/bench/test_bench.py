@@ -12,6 +12,7 @@ from bench import options, section
 from bench.harness import gradients, memory, models, resident, timing
 from bench.harness.modes import MODES, REBUILDING, SCHEMES
 from bench.harness.plots import spread_apart
+from bench.harness.results import save_tables
 from bench.harness.tables import Table, Target
 from bench.sections import digits, kernels, sweep
 from resode_cuda import ops
@@ -232,6 +233,15 @@ def test_trainings_of_a_scheme_start_alike():
     torch.rand(7)  # whatever was drawn before
     one, other = start.net("heun"), start.net("heun")
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_a_run_leaves_its_targets_beside_its_tables(tmp_path):
+    table = Table("cost", ["N", "mode", "time"])
+    save_tables([table], [Target("time", 1.3, 1.4), Target("peak", 13.0, 12.0)], "some CPU", tmp_path)
+    written = (tmp_path / "table.md").read_text()
+    assert "**Targets**\n\n- met: time 1.30, at most 1.4\n- missed: peak 13.00, at most 12\n\nMeasured on" in written
+    save_tables([table], [], "some CPU", tmp_path)
+    assert "Targets" not in (tmp_path / "table.md").read_text()
 
 
 def test_targets_say_met_or_missed():
