@@ -123,13 +123,12 @@ def _anchors_to_try(steps: int, defects: Sequence[float], tolerance: float) -> I
 def anchors_by_defect(defects: Sequence[float], tolerance: float) -> Iterator[tuple[int, ...]]:
     """Sets of steps with large defects, the worst 1, 2, 4, ... of them, each with the first step.
 
-    A defect is large above the tolerance. Where most are, no few states will help, and there are no sets.
+    A defect is large above the tolerance. Sets have at most half of the steps: with more, checkpointing is the choice.
     """
     large = [n for n, defect in enumerate(defects) if n > 0 and not defect <= tolerance]
-    if len(large) > len(defects) // 2:
-        return
     # A defect that is not a number is the worst.
     large.sort(key=lambda n: math.inf if math.isnan(defects[n]) else defects[n], reverse=True)
+    large = large[: len(defects) // 2]
     count = 1
     while large and count < 2 * len(large):
         yield tuple(sorted({0, *large[:count]}))

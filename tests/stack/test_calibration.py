@@ -136,7 +136,7 @@ def test_anchors_are_tried_where_steps_are_rebuilt_badly_before_they_are_at_regu
     assert list(anchors_by_defect(defects, 0.3)) == [(0, 2)]
     assert list(anchors_by_defect(defects, 1.0)) == []
     assert list(anchors_by_defect([0.0, math.nan, 0.5, 0.0, 0.0], 0.1)) == [(0, 1), (0, 1, 2)]
-    assert list(anchors_by_defect([0.5] * 8, 0.1)) == []  # all are bad: no few states will help
+    assert list(anchors_by_defect([0.5] * 8, 0.1)) == [(0, 1), (0, 1, 2), (0, 1, 2, 3, 4)]
 
 
 def wild(stack, *steps):
