@@ -47,8 +47,8 @@ def residual_mlp(
         gradient: "adjoint" rebuilds the states from x_N and stores none; "checkpoint" is exact: it stores x_0, and
             only the rows that it works on have N states; "backprop" stores everything and has higher derivatives.
         reverse, anchors: how the adjoint rebuilds, as for `ResidualStack`.
-        backend: "torch" runs everywhere; "triton" on CUDA devices; "auto" takes what can run. One that is named runs
-            or raises.
+        backend: "torch" runs everywhere, "triton" and "cuda" on CUDA devices; "auto" takes what can run. One that is
+            named runs or raises.
 
     Returns:
         x_N, shape and dtype of x, contiguous.

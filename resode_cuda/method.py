@@ -6,6 +6,7 @@ reverse solver in `reverse`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -98,19 +99,31 @@ def checked_anchors(where: str, anchors: Anchors, steps: int) -> int | tuple[int
     """
     if anchors is None:
         return None
-    if isinstance(anchors, int) and not isinstance(anchors, bool):
-        if anchors < 1:
-            raise ValueError(f"{where}: anchors must be >= 1, got {anchors}; use None for no anchors")
-        return anchors
+    if (interval := _integer(anchors)) is not None:
+        if interval < 1:
+            raise ValueError(f"{where}: anchors must be >= 1, got {interval}; use None for no anchors")
+        return interval
     if isinstance(anchors, (str, bytes)) or not isinstance(anchors, Iterable):
         raise TypeError(f"{where}: anchors must be an integer, a collection of step numbers or None, got {anchors!r}")
-    numbers = tuple(anchors)
-    for n in numbers:
-        if not isinstance(n, int) or isinstance(n, bool):
-            raise TypeError(f"{where}: anchors must be step numbers, got {n!r}; use integers from 0 to {steps - 1}")
+    numbers = set()
+    for given in anchors:
+        n = _integer(given)
+        if n is None:
+            raise TypeError(f"{where}: anchors must be step numbers, got {given!r}; use integers from 0 to {steps - 1}")
         if not 0 <= n < steps:
             raise ValueError(f"{where}: anchors must be numbers of the {steps} steps, got {n}; count them from 0")
-    return tuple(sorted(set(numbers)))
+        numbers.add(n)
+    return tuple(sorted(numbers))
+
+
+def _integer(value: object) -> int | None:
+    """An integer of any kind, NumPy's and torch's too, as Python's; None for what is none."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def anchored_steps(anchors: int | Sequence[int] | None, steps: int) -> tuple[int, ...]:

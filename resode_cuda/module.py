@@ -149,7 +149,7 @@ class AdjointModule(nn.Module):
         }
 
     def _replicate_for_data_parallel(self) -> AdjointModule:
-        # Replicas run in threads at once; each measures its own drift, and nobody reads it.
+        # Replicas run in threads at once; each measures a drift of its own, which is not read.
         replica: AdjointModule = super()._replicate_for_data_parallel()
         replica._monitor = copy.copy(self._monitor)
         return replica

@@ -162,8 +162,8 @@ SCHEMES: dict[str, type[Scheme]] = {scheme.name: scheme for scheme in (Euler, He
 def add(x: Tensor, f: Tensor, h: float) -> Tensor:
     """x + h f.
 
-    The ops are for what nobody differentiates or compiles: torch's own addition has derivatives of every kind, and a
-    compiler fuses it with what the blocks do.
+    The ops are for what is neither differentiated nor compiled: torch's own addition has derivatives of every kind, and
+    a compiler fuses it with what the blocks do.
     """
     if torch.compiler.is_compiling():
         # Without alpha, which Inductor drops where f is a matrix product (torch 2.13; pytorch/pytorch#167313).
@@ -174,7 +174,7 @@ def add(x: Tensor, f: Tensor, h: float) -> Tensor:
 
 
 def _is_transformed() -> bool:
-    """Whether somebody differentiates, batches or compiles what is computed here."""
+    """Whether what is computed here is differentiated, batched or compiled."""
     return (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()

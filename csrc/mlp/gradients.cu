@@ -5,7 +5,7 @@
 // A block takes a chunk of a layer's hidden dimension over a range of the rows. Its weights stay in shared memory; tiles of rows
 // of u and c come by asynchronous copies, one ahead; a and dz are shared in the parameters' dtype; the sums are fp32, in
 // registers, dW2's transposed, and are added to memory by reductions that nothing waits for. With one range their order is fixed.
-// Must match Tile.layer_vjp of resode_cuda/fused/reference/tile.py.
+// Must match RowTile.vjp of resode_cuda/fused/reference/tile.py.
 //
 // State: compiled for sm_80 to sm_120 and executed on a CPU (tests/fused/test_fused_cuda.py). It has not run on a GPU yet.
 #include "mlp/gradients.h"

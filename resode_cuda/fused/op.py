@@ -31,6 +31,7 @@ from .signature import (
     StackExactAdjointOperands,
     StackOperands,
     Wanted,
+    check_tensor,
     method_of,
     network_of,
 )
@@ -143,14 +144,44 @@ def checked_stack(operands: StackOperands) -> tuple[Network, Method]:
         raise ValueError(f'mlp_stack: gradient must be "adjoint" or "checkpoint", got {operands.gradient!r}')
     network, method = network_of(operands), method_of("mlp_stack", operands)
     network.check("mlp_stack", method, operands.x)
+    if operands.squares is not None:
+        squares = operands.squares
+        check_tensor("mlp_stack", "squares", squares, (len(method), 2), network.stream_dtype, operands.x)
+    return network, method
+
+
+def checked_adjoint(operands: StackAdjointOperands) -> tuple[Network, Method]:
+    """The network and the method of `mlp_stack_adjoint`.
+
+    Raises:
+        TypeError, ValueError: for operands that do not fit.
+    """
+    where, x = "mlp_stack_adjoint", operands.x_last
+    network, method = network_of(operands), method_of(where, operands)
+    network.check(where, method, x)
+    check_tensor(where, "g", operands.g, x.shape, x.dtype, x)
+    check_tensor(where, "increments", operands.increments, (method.kept_increments, *x.shape), network.dtype, x)
+    check_tensor(where, "anchored", operands.anchored, (method.anchor_count, *x.shape), x.dtype, x)
+    return network, method
+
+
+def checked_exact_adjoint(operands: StackExactAdjointOperands) -> tuple[Network, Method]:
+    """The network and the method of `mlp_stack_exact_adjoint`.
+
+    Raises:
+        TypeError, ValueError: for operands that do not fit.
+    """
+    where, x = "mlp_stack_exact_adjoint", operands.x
+    network, method = network_of(operands), method_of(where, operands)
+    network.check(where, method, x)
+    check_tensor(where, "g", operands.g, x.shape, x.dtype, x)
     return network, method
 
 
 def adjoint(*operands: Any) -> tuple[Tensor, ...]:
     """`mlp_stack_adjoint`."""
     o = StackAdjointOperands(*operands)
-    network, method = network_of(o), method_of("mlp_stack_adjoint", o)
-    network.check("mlp_stack_adjoint", method, o.x_last)
+    network, method = checked_adjoint(o)
     backend = BACKENDS[select("mlp_stack_adjoint", BACKENDS, o.backend, network, method, o.g)]
     states = SavedStates(_rows(o.x_last), _stacked_rows(o.increments), _stacked_rows(o.anchored))
     found = backend.adjoint(network, method, _rows(o.g), states, Wanted(o.wants_parameters, o.wants_input))
@@ -161,8 +192,7 @@ def adjoint(*operands: Any) -> tuple[Tensor, ...]:
 def exact_adjoint(*operands: Any) -> tuple[Tensor, ...]:
     """`mlp_stack_exact_adjoint`."""
     o = StackExactAdjointOperands(*operands)
-    network, method = network_of(o), method_of("mlp_stack_exact_adjoint", o)
-    network.check("mlp_stack_exact_adjoint", method, o.x)
+    network, method = checked_exact_adjoint(o)
     backend = BACKENDS[select("mlp_stack_exact_adjoint", BACKENDS, o.backend, network, method, o.g)]
     g_first, gradients = backend.exact_adjoint(network, method, _rows(o.g), _rows(o.x), o.wants_parameters)
     return g_first.view(o.g.shape), *_filled(gradients, network, o.g)

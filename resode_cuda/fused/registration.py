@@ -10,7 +10,7 @@ from torch import Tensor
 from ..ops.schemas import MLP_STACK, MLP_STACK_ADJOINT, MLP_STACK_EXACT_ADJOINT
 from . import op
 from .network import Network
-from .signature import StackAdjointOperands, StackExactAdjointOperands, StackOperands, method_of, network_of
+from .signature import StackAdjointOperands, StackExactAdjointOperands, StackOperands
 
 library = torch.library.Library("resode", "FRAGMENT")
 
@@ -24,8 +24,7 @@ def forward_fake(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def adjoint_fake(*operands: Any) -> tuple[Tensor, ...]:
     o = StackAdjointOperands(*operands)
-    network, method = network_of(o), method_of("mlp_stack_adjoint", o)
-    network.check("mlp_stack_adjoint", method, o.x_last)
+    network, method = op.checked_adjoint(o)
     squares = o.g.new_empty(len(method), 2)
     x_first = o.g.new_empty(o.g.shape if o.wants_input else 0)
     return o.g.new_empty(o.g.shape), *_gradients_fake(network, o.g, o.wants_parameters), squares, x_first
@@ -33,8 +32,7 @@ def adjoint_fake(*operands: Any) -> tuple[Tensor, ...]:
 
 def exact_adjoint_fake(*operands: Any) -> tuple[Tensor, ...]:
     o = StackExactAdjointOperands(*operands)
-    network, method = network_of(o), method_of("mlp_stack_exact_adjoint", o)
-    network.check("mlp_stack_exact_adjoint", method, o.x)
+    network, _ = op.checked_exact_adjoint(o)
     return o.g.new_empty(o.g.shape), *_gradients_fake(network, o.g, o.wants_parameters)
 
 

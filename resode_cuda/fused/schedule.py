@@ -21,7 +21,8 @@ def schedule(method: Method, device: torch.device) -> Tensor:
     """
     host = _host_schedule(method, device.type == "cuda")
     if is_capturing():
-        _captured[method] = host
+        # An equal one that an earlier graph copies from stays.
+        host = _captured.setdefault(method, host)
     return host.to(device, non_blocking=True)
 
 

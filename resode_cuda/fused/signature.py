@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..dtypes import dtype_name
 from ..method import Method
 from ..reverse import Reverse
 from ..schemes import SCHEMES
@@ -127,6 +128,26 @@ def _method(
     anchors: tuple[int, ...] = (),
 ) -> Method:
     return Method(SCHEMES[scheme], steps, Reverse(*solver), anchors)
+
+
+def check_tensor(where: str, name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, x: Tensor) -> None:
+    """Check an operand beside a state x: kernels are given its address.
+
+    Raises:
+        TypeError: for another dtype.
+        ValueError: for another shape, or a device that is not x's.
+    """
+    if tensor.dtype != dtype:
+        raise TypeError(f"{where}: {name} must be {dtype_name(dtype)}, got {dtype_name(tensor.dtype)}; convert it")
+    if tensor.shape != tuple(shape):
+        raise ValueError(
+            f"{where}: {name} must have shape {list(shape)} with a state {list(x.shape)}, got {list(tensor.shape)}; "
+            "pass what the forward op returned"
+        )
+    if tensor.device != x.device:
+        raise ValueError(
+            f"{where}: {name} must be on the states' device, {x.device}, got {tensor.device}; move it there"
+        )
 
 
 class SavedStates(NamedTuple):

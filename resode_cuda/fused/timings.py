@@ -24,7 +24,7 @@ REACH = 2.0
 
 
 class Size(NamedTuple):
-    """What was measured of one size on one kind of GPU. microseconds: by names as "cuda" and "triton split"."""
+    """What was measured of one size on one kind of GPU. microseconds: by names as "cuda" and "triton two_pass"."""
 
     capability: tuple[int, int]
     itemsize: int

@@ -1,6 +1,6 @@
 """The pointwise ops `torch.ops.resode.*`: each is declared here, with its reference and the kernels that compute it.
 
-`schemas.py` has every schema and says what each op computes; `op.py` checks operands and lays them out;
+`schemas.py` has every schema and says what each op computes; `pointwise.py` checks operands and lays them out;
 `selection.py` picks the backend: on CUDA the first that can run there, on other devices plain torch.
 
 Results are laid out as `torch.empty_like(x)`, what is mutated stays as it lies. Operands that lie as x does, dense in

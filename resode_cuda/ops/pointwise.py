@@ -45,7 +45,7 @@ class Op(Generic[Operands]):
         self._read = [place for place in self._states if place not in self._written]
 
     def __call__(self, *values: Any) -> Any:
-        """The op where nobody differentiates: autograd's own bookkeeping costs as much again."""
+        """Call the op below autograd, whose own bookkeeping would cost as much again."""
         with torch._C._AutoDispatchBelowAutograd():
             return self._overload(*values)
 

@@ -56,7 +56,7 @@ def test_matches_the_specification(case):
 
 @pytest.mark.parametrize(
     "case",
-    [Case(reverse="extrapolated", norm="rms"), Case("heun", activation="gelu_tanh", is_split=True)],
+    [Case(reverse="extrapolated", norm="rms"), Case("heun", activation="gelu_tanh", two_passes=True)],
     ids=str,
 )
 def test_float16(case):
@@ -81,7 +81,7 @@ def test_gpus_without_a_copy_engine(monkeypatch, case):
 )
 def test_slabs_of_rows_and_ranges_of_the_depth(monkeypatch, scheme, norm, reverse, step_bytes):
     monkeypatch.setattr(slabs, "THINNEST_SLAB", 32)
-    case = Case(scheme, norm=norm, reverse=reverse, steps=4, rows=37, is_split=True, anchors=(0, 3))
+    case = Case(scheme, norm=norm, reverse=reverse, steps=4, rows=37, two_passes=True, anchors=(0, 3))
     for fitting_steps, length in ((4, 4), (3, 2)):
         monkeypatch.setattr(slabs, "SCRATCH_BYTES", 32 * fitting_steps * step_bytes)
         assert slabs.slabs(case.rows, case.steps, step_bytes, 64, unit=32) == (32, length)

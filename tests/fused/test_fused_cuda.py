@@ -58,7 +58,7 @@ def test_matches_the_specification(host, case, dtype):
 @pytest.mark.parametrize(("dim", "hidden"), SIZES)
 def test_sizes(host, processors, dim, hidden, dtype):
     check(host, Case("heun", reverse="extrapolated", norm="layer", dim=dim, hidden=hidden, rows=33, steps=2), dtype)
-    check(host, Case(dim=dim, hidden=hidden, rows=18, steps=2, is_split=True), dtype)
+    check(host, Case(dim=dim, hidden=hidden, rows=18, steps=2, two_passes=True), dtype)
 
 
 @pytest.mark.parametrize(("greedy", "late"), SCHEDULES)
@@ -85,8 +85,8 @@ def test_slabs_and_ranges_of_the_depth(monkeypatch, host, scheme):
     case = Case(scheme, reverse="extrapolated", rows=75, steps=5, anchors=(0, 3), norm="rms")
     for fitting in (2**16, 2**14, 2**13):
         monkeypatch.setattr(slabs, "SCRATCH_BYTES", fitting)
-        for is_split in (False, True):
-            check(host, replace(case, is_split=is_split), torch.float32)
+        for two_passes in (False, True):
+            check(host, replace(case, two_passes=two_passes), torch.float32)
         check(host, replace(case, reverse="corrected"), torch.float32)
 
 
@@ -239,8 +239,8 @@ def test_matches_the_specification_on_a_gpu(case, dtype):
 @pytest.mark.parametrize(("dim", "hidden"), [*SIZES, (64, 128), (128, 512)])
 def test_sizes_on_a_gpu(dim, hidden, dtype, rows):
     for reverse in ("corrected", "extrapolated"):
-        for is_split in (False, True):
-            case = Case(reverse=reverse, dim=dim, hidden=hidden, rows=rows, steps=6, is_split=is_split)
+        for two_passes in (False, True):
+            case = Case(reverse=reverse, dim=dim, hidden=hidden, rows=rows, steps=6, two_passes=two_passes)
             check(cuda, case, dtype, "cuda")
             check(cuda, replace(case, scheme="heun", norm="layer"), dtype, "cuda")
 

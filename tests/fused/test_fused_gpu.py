@@ -34,11 +34,13 @@ def test_matches_the_specification(case, dtype):
     check(triton_passes, case, dtype, "cuda")
 
 
-@pytest.mark.parametrize("is_split", [False, True])
+@pytest.mark.parametrize("two_passes", [False, True])
 @pytest.mark.parametrize(("dim", "hidden"), [(16, 16), (32, 100), (64, 128), (100, 300), (128, 512), (256, 512)])
 @pytest.mark.parametrize("reverse", ["paper", "corrected", "extrapolated"])
-def test_sizes_and_presets(reverse, dim, hidden, is_split):
-    case = Case(reverse=reverse, dim=dim, hidden=hidden, rows=1000, steps=6, activation="gelu_tanh", is_split=is_split)
+def test_sizes_and_presets(reverse, dim, hidden, two_passes):
+    case = Case(
+        reverse=reverse, dim=dim, hidden=hidden, rows=1000, steps=6, activation="gelu_tanh", two_passes=two_passes
+    )
     check(triton_passes, case, torch.bfloat16, "cuda")
     check(triton_passes, replace(case, norm="rms"), torch.bfloat16, "cuda")
 
@@ -64,9 +66,11 @@ def test_products_in_16_bits_are_added_to_wider_sums_by_the_product_itself():
 @pytest.mark.parametrize("dim", [64, 128])
 def test_sanitize(dim):
     """Small: compute-sanitizer makes every access slow."""
-    for is_split in (False, True):
+    for two_passes in (False, True):
         for scheme in ("euler", "heun"):
-            case = Case(scheme, reverse="extrapolated", norm="layer", dim=dim, hidden=70, rows=133, is_split=is_split)
+            case = Case(
+                scheme, reverse="extrapolated", norm="layer", dim=dim, hidden=70, rows=133, two_passes=two_passes
+            )
             check(triton_passes, case, torch.bfloat16, "cuda")
 
 
@@ -91,7 +95,7 @@ def test_slabs_and_ranges_of_the_depth(monkeypatch):
                 hidden=128,
                 rows=1500,
                 steps=20,
-                is_split=True,
+                two_passes=True,
                 anchors=(0, 7, 14),
             )
             check(triton_passes, case, torch.bfloat16, "cuda")
@@ -155,9 +159,9 @@ def test_a_training_step_is_captured(gradient):
 
 @pytest.mark.parametrize("depth", [8, 64])
 def test_a_training_step_takes_at_most_five_states_and_the_scratch(depth):
-    for gradient, is_split in (("adjoint", False), ("adjoint", True), ("checkpoint", True)):
+    for gradient, two_passes in (("adjoint", False), ("adjoint", True), ("checkpoint", True)):
         mlp, x = trained(gradient, depth=depth, rows=200_000)
-        torch.use_deterministic_algorithms(is_split)
+        torch.use_deterministic_algorithms(two_passes)
         try:
             mlp(x).sum().backward()
             g = torch.ones_like(x)
@@ -171,8 +175,8 @@ def test_a_training_step_takes_at_most_five_states_and_the_scratch(depth):
         # In float32: the state's dtype. The parameters' gradients are added up in float32, and rounded.
         state = 4 * x.numel()
         of_parameters = 2 * 4 * sum(p.numel() for p in mlp.parameters())
-        scratch = slabs.SCRATCH_BYTES if is_split else 0
-        assert peak <= 5 * state + scratch + of_parameters, (gradient, is_split, peak / state)
+        scratch = slabs.SCRATCH_BYTES if two_passes else 0
+        assert peak <= 5 * state + scratch + of_parameters, (gradient, two_passes, peak / state)
 
 
 def test_offsets_beyond_32_bits():

@@ -91,3 +91,38 @@ def test_errors_say_what_must_hold(mode, name, value, error, message):
     where = nullcontext() if mode == "real" else FakeTensorMode(allow_non_fake_inputs=True)
     with where, pytest.raises(error, match=f"^mlp_stack: {message}"):
         torch.ops.resode.mlp_stack(*values)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake"])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"g": torch.zeros(6, 6).double()}, ValueError, r"g must have shape \[7, 6\] with a state \[7, 6\], got"),
+        ({"g": torch.zeros(7, 6)}, TypeError, "g must be float64, got float32; convert it"),
+        ({"increments": torch.zeros(1, 7, 6).double()}, ValueError, r"increments must have shape \[2, 7, 6\]"),
+        ({"anchored": torch.zeros(2, 7, 6).double()}, ValueError, r"anchored must have shape \[1, 7, 6\]"),
+        ({"anchored": torch.zeros(1, 6, 6).double()}, ValueError, r"anchored must have shape \[1, 7, 6\]"),
+    ],
+    ids=str,
+)
+def test_operands_of_the_backward_ops_must_fit(mode, change, error, message):
+    net = network()
+    net = net.with_parameters([p.detach() for p in net.parameters])
+    x, g = state(net, 7).detach(), state(net, 7).detach()
+    layers = *net.parameters, net.activation, net.norm, net.scheme, list(net.steps)
+    states = torch.ops.resode.mlp_stack(*arguments(net, x, "extrapolate", (2,)))
+    given = {**dict(zip(("g", "x_last", "increments", "anchored"), (g, *states), strict=True)), **change}
+    calls = [("mlp_stack_adjoint", (*given.values(), *layers, "extrapolate", 0, True, False, [2], True, True, "torch"))]
+    if "g" in change:
+        calls.append(("mlp_stack_exact_adjoint", (given["g"], x, *layers, True, "torch")))
+    for name, operands in calls:
+        where = nullcontext() if mode == "real" else FakeTensorMode(allow_non_fake_inputs=True)
+        with where, pytest.raises(error, match=f"^{name}: {message}"):
+            getattr(torch.ops.resode, name)(*operands)
+
+
+def test_the_place_for_squares_must_fit():
+    net = network()
+    for squares, error in ((torch.zeros(4, 2).double(), ValueError), (torch.zeros(5, 2), TypeError)):
+        with pytest.raises(error, match=r"^mlp_stack: squares must"):
+            torch.ops.resode.mlp_stack(*arguments(net, state(net, 7))._replace(squares=squares))

@@ -278,6 +278,9 @@ def test_schedules_are_kept_for_a_while_and_those_of_captured_graphs_for_ever(mo
     for method in methods:
         schedule(method, there)
     assert list(module._captured) == methods
+    first = module._captured[methods[0]]
+    schedule(methods[0], there)  # another graph, after the cache has dropped the schedule
+    assert module._captured[methods[0]] is first
 
 
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 128), (torch.bfloat16, 256), (torch.float16, 256)])

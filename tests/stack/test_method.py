@@ -1,6 +1,8 @@
 """`Method`: what each step keeps, is predicted from, and hands on."""
 
+import numpy as np
 import pytest
+import torch
 
 from resode_cuda import ResidualMLP, ResidualStack, Reverse
 from resode_cuda.method import Method, anchored_steps, checked_anchors
@@ -57,6 +59,10 @@ def test_equal_methods_are_one_key():
         ([3, 1, 3], (1, 3), (1, 3)),
         (range(2), (0, 1), (0, 1)),
         ((), (), ()),
+        (torch.tensor(2), 2, (0, 2, 4)),
+        (torch.tensor([4, 0]), (0, 4), (0, 4)),
+        (np.array([4, 0]), (0, 4), (0, 4)),
+        ((n for n in (3, 1)), (1, 3), (1, 3)),
     ],
 )
 def test_anchors_as_a_number_or_as_a_set_of_steps(anchors, checked, numbers):

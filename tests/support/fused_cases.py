@@ -22,7 +22,7 @@ LARGE = 2**24
 
 @dataclass(frozen=True)
 class Case:
-    """A network, a batch and a solver. `is_split`: gradients by a pass of their own, in a fixed order."""
+    """A network, a batch and a solver. `two_passes`: gradients by a pass of their own, in a fixed order."""
 
     scheme: str = "euler"
     activation: str = "silu"
@@ -34,7 +34,7 @@ class Case:
     dim: int = 16
     hidden: int = 24
     rows: int = 21
-    is_split: bool = False
+    two_passes: bool = False
 
     def __str__(self):
         changed = [value for name, value in vars(self).items() if value != getattr(Case, name)]
@@ -68,19 +68,19 @@ class Case:
 
 CASES = [
     *(Case(scheme, reverse=reverse) for scheme, reverse in itertools.product(("euler", "heun"), PRESETS)),
-    *(Case(scheme, reverse="extrapolated", is_split=True) for scheme in ("euler", "heun")),
+    *(Case(scheme, reverse="extrapolated", two_passes=True) for scheme in ("euler", "heun")),
     *(Case(activation=activation, bias=False) for activation in ("identity", "relu", "gelu", "gelu_tanh", "tanh")),
     *(Case(norm=norm, dim=24) for norm in ("rms", "layer")),
-    *(Case("heun", norm=norm, is_split=True, dim=24) for norm in ("rms", "layer")),
+    *(Case("heun", norm=norm, two_passes=True, dim=24) for norm in ("rms", "layer")),
     Case(reverse=Reverse("step", corrections=2, accelerate=False)),
     Case("heun", reverse=Reverse("extrapolate", corrections=1)),
     Case(reverse="extrapolated", anchors=(0, 2, 4), steps=5),
-    Case(reverse="extrapolated", anchors=(1, 2), steps=5, is_split=True),
-    Case("heun", anchors=(0, 2), is_split=True),
-    *(Case(reverse="extrapolated", steps=steps, is_split=True) for steps in (1, 2)),
-    *(Case(rows=rows, is_split=is_split) for rows in (0, 1, 16) for is_split in (False, True)),
+    Case(reverse="extrapolated", anchors=(1, 2), steps=5, two_passes=True),
+    Case("heun", anchors=(0, 2), two_passes=True),
+    *(Case(reverse="extrapolated", steps=steps, two_passes=True) for steps in (1, 2)),
+    *(Case(rows=rows, two_passes=two_passes) for rows in (0, 1, 16) for two_passes in (False, True)),
     Case(dim=5, hidden=3, norm="layer"),
-    Case(bias=False, is_split=True),
+    Case(bias=False, two_passes=True),
 ]
 
 
@@ -132,7 +132,7 @@ def check(backend, case, dtype, device="cpu"):
     there = moved(network, dtype, device)
     before = torch.are_deterministic_algorithms_enabled()
     # Besides choosing two passes, it fills memory that is not initialised with NaN.
-    torch.use_deterministic_algorithms(case.is_split)
+    torch.use_deterministic_algorithms(case.two_passes)
     try:
         results = results_of(backend, case, there, *inputs[:2], SavedStates(*inputs[2:]))
     finally:

@@ -4,7 +4,7 @@
 
 z, a and dz are computed again from u and c; a call's sums stay in registers over a range of rows. `memory.py` says how
 memory is laid out.
-Must match `Tile` of `reference/tile.py`.
+Must match `RowTile` of `reference/tile.py`.
 """
 
 import triton

@@ -11,7 +11,7 @@ multiple of C, both with zeros, which every activation maps to zero.
 Products are scaled by h before they are rounded, so that the residual update is the accumulator of the matrix product;
 in float16, which would lose small ones, after it (CONFIG.scales_first).
 
-Must match `Tile` of `reference/tile.py`.
+Must match `RowTile` of `reference/tile.py`.
 """
 
 import triton
