@@ -14,9 +14,8 @@
 // State: compiled for sm_80 to sm_120 and executed on a CPU (tests/fused/test_fused_cuda.py). It has not run on a GPU yet.
 #include "mlp/adjoint.h"
 
-#include "common/launch.h"
-#include "mlp/dispatch_shape.h"
 #include "mlp/layer.h"
+#include "mlp/row_groups.h"
 
 namespace {
 template <class T, int kDim>
@@ -64,7 +63,7 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
       for (int k = 0; k <= (is_middle ? 0 : second); k++) {
         auto u = point;
         tile.normalize(network.norm, network.epsilon, u);
-        tile.put(tile.u, Shape::kDimPitch, u);
+        tile.put(tile.u, u);
         const bool is_upper = is_heun && predicts == (k == 0), is_last = k == second || is_middle;
         // After a step's last evaluation comes the product, which starts with its last layer.
         const int next = !is_last ? n + !is_upper : e + 1 < evaluations ? n : n + second;
@@ -86,8 +85,8 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
       State u = k ? point : y, du;
       const auto r = tile.normalize(network.norm, network.epsilon, u);
       const auto c = map([](float g, float through) { return g + 2 * through; }, g, through);
-      tile.put(tile.u, Shape::kDimPitch, u);
-      tile.put(tile.c, Shape::kDimPitch, c);
+      tile.put(tile.u, u);
+      tile.put(tile.c, c);
       if (operands.layer_inputs) {
         const int64_t layer_call = (n - operands.first) * layers_per_step(network) + k;
         const int64_t at = (layer_call * operands.scratch_rows + tile.first_row) * kDim;
@@ -136,28 +135,13 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
     tile.store(operands.increments_out + operands.rows * network.dim, d1);
   }
 }
+
+const RowGroupKernel kAdjoint = {
+    "mlp_adjoint", true, [](auto shape) { return mlp_adjoint_kernel<typename decltype(shape)::Parameter, shape.kDim>; }};
 }  // namespace
 
 void launch_mlp_adjoint(const Network<void>& network, const MlpAdjoint& operands, const MlpLaunch& how) {
-  if (operands.rows == 0) return;
-  dispatch_shape("mlp_adjoint", how.dtype, how.padded_dim, [&](auto shape, auto type) {
-    using Shape = decltype(shape);
-    using T = typename decltype(type)::type;
-    static_assert(Shape::shared(Shape::kGroups, true) <= kLeastShared);
-    const int64_t blocks = (operands.rows - 1) / (how.groups * kGroupRows) + 1;
-    launch("mlp_adjoint", mlp_adjoint_kernel<T, Shape::kDim>, blocks, how.groups * Shape::kGroupThreads,
-           Shape::shared(how.groups, true), how.stream, typed<T>(network), operands);
-  });
+  kAdjoint.launch(network, operands, how);
 }
 
-std::vector<Kernel> mlp_adjoint_kernels() {
-  std::vector<Kernel> kernels;
-  for_each_shape([&](auto shape, auto type) {
-    using Shape = decltype(shape);
-    using T = typename decltype(type)::type;
-    kernels.push_back({std::string("mlp_adjoint_kernel<") + type.name + ", " + std::to_string(Shape::kDim) + ">",
-                       reinterpret_cast<const void*>(mlp_adjoint_kernel<T, Shape::kDim>), Shape::kGroupThreads,
-                       Shape::shared(1, true)});
-  });
-  return kernels;
-}
+std::vector<Kernel> mlp_adjoint_kernels() { return kAdjoint.kernels(); }

@@ -1,6 +1,9 @@
 // From a dtype code and a padded dim, known at run time, to the constants of a depth-fused kernel.
 #pragma once
+#include <vector>
+
 #include "common/dispatch_dtype.h"
+#include "common/kernel.h"
 #include "mlp/network.h"
 #include "mlp/shape.h"
 
@@ -25,10 +28,18 @@ void dispatch_shape(const char* op, DType dtype, int padded_dim, Visit visit) {
   });
 }
 
-// Calls visit for every pair that is served.
-template <class Visit>
-void for_each_shape(Visit visit) {
+// The kernel of every pair that is served, as describe(MlpShape{}, Type of the parameters) gives it; its name gets the pair added.
+template <class Describe>
+std::vector<Kernel> kernel_of_each_shape(Describe describe) {
+  std::vector<Kernel> kernels;
   for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
-    for (int padded_dim : {16, 32, 64, 128}) dispatch_shape("", dtype, padded_dim, visit);
+    for (int padded_dim : {16, 32, 64, 128}) {
+      dispatch_shape("", dtype, padded_dim, [&](auto shape, auto type) {
+        Kernel kernel = describe(shape, type);
+        kernel.name += std::string("<") + type.name + ", " + std::to_string(decltype(shape)::kDim) + ">";
+        kernels.push_back(kernel);
+      });
+    }
   }
+  return kernels;
 }

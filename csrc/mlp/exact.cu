@@ -9,16 +9,14 @@
 // State: compiled for sm_80 to sm_120 and executed on a CPU (tests/fused/test_fused_cuda.py). It has not run on a GPU yet.
 #include "mlp/exact.h"
 
-#include "common/launch.h"
-#include "mlp/dispatch_shape.h"
 #include "mlp/layer.h"
+#include "mlp/row_groups.h"
 
 namespace {
 template <class T, int kDim>
 __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
     mlp_exact_kernel(const Network<T> network, const MlpExact operands) {
-  using Shape = MlpShape<T, kDim>;
-  using State = Values<Shape::kTiles>;
+  using State = typename Tile<T, kDim>::State;
   DYN_SHARED(memory);
   Layers<T, kDim> layers(network, memory, true, operands.rows);
   auto& tile = layers.tile;
@@ -38,7 +36,7 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
       State u = point;
       const auto r = tile.normalize(network.norm, network.epsilon, u);
       const int64_t at = row_of_call(n, k);
-      tile.put(tile.u, Shape::kDimPitch, u);
+      tile.put(tile.u, u);
       tile.put(static_cast<T*>(operands.layer_inputs) + at * kDim, kDim, u);
       if (operands.inverse_rms && tile.warp == 0 && threadIdx.x % 4 == 0) {
         for (int i = 0; i < 2; i++) operands.inverse_rms[at + tile.row(2 * i)] = r.of[i];
@@ -66,8 +64,8 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
         for (int i = 0; i < 2; i++) r.of[i] = operands.inverse_rms[at + tile.row(2 * i)];
       }
       const auto c = map([](float g, float through) { return g + 2 * through; }, g, through);
-      tile.put(tile.u, Shape::kDimPitch, tile.get(static_cast<const T*>(operands.layer_inputs) + at * kDim, kDim));
-      tile.put(tile.c, Shape::kDimPitch, c);
+      tile.put(tile.u, tile.get(static_cast<const T*>(operands.layer_inputs) + at * kDim, kDim));
+      tile.put(tile.c, c);
       tile.put(static_cast<T*>(operands.cotangents) + at * kDim, kDim, c);
       State f, du;
       const int next = k > 0 ? n : n > operands.first ? n - 1 + second : kNoLayer;
@@ -82,27 +80,13 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
   }
   tile.store(operands.g_first, g);
 }
+
+const RowGroupKernel kExact = {
+    "mlp_exact", true, [](auto shape) { return mlp_exact_kernel<typename decltype(shape)::Parameter, shape.kDim>; }};
 }  // namespace
 
 void launch_mlp_exact(const Network<void>& network, const MlpExact& operands, const MlpLaunch& how) {
-  if (operands.rows == 0) return;
-  dispatch_shape("mlp_exact", how.dtype, how.padded_dim, [&](auto shape, auto type) {
-    using Shape = decltype(shape);
-    using T = typename decltype(type)::type;
-    const int64_t blocks = (operands.rows - 1) / (how.groups * kGroupRows) + 1;
-    launch("mlp_exact", mlp_exact_kernel<T, Shape::kDim>, blocks, how.groups * Shape::kGroupThreads,
-           Shape::shared(how.groups, true), how.stream, typed<T>(network), operands);
-  });
+  kExact.launch(network, operands, how);
 }
 
-std::vector<Kernel> mlp_exact_kernels() {
-  std::vector<Kernel> kernels;
-  for_each_shape([&](auto shape, auto type) {
-    using Shape = decltype(shape);
-    using T = typename decltype(type)::type;
-    kernels.push_back({std::string("mlp_exact_kernel<") + type.name + ", " + std::to_string(Shape::kDim) + ">",
-                       reinterpret_cast<const void*>(mlp_exact_kernel<T, Shape::kDim>), Shape::kGroupThreads,
-                       Shape::shared(1, true)});
-  });
-  return kernels;
-}
+std::vector<Kernel> mlp_exact_kernels() { return kExact.kernels(); }

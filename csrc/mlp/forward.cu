@@ -8,9 +8,8 @@
 // State: compiled for sm_80 to sm_120 and executed on a CPU (tests/fused/test_fused_cuda.py). It has not run on a GPU yet.
 #include "mlp/forward.h"
 
-#include "common/launch.h"
-#include "mlp/dispatch_shape.h"
 #include "mlp/layer.h"
+#include "mlp/row_groups.h"
 
 namespace {
 template <class T, int kDim>
@@ -31,7 +30,7 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
     for (int k = 0; k < layers_per_step(network); k++) {
       auto u = point;
       tile.normalize(network.norm, network.epsilon, u);
-      tile.put(tile.u, MlpShape<T, kDim>::kDimPitch, u);
+      tile.put(tile.u, u);
       const bool is_last = n + 1 == operands.steps && k + 1 == layers_per_step(network);
       const auto f = layers.evaluate(n + k, is_last ? kNoLayer : n + 1);
       if (k + 1 < layers_per_step(network)) {
@@ -49,27 +48,13 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
   }
   if (operands.x_last) tile.store(operands.x_last, x);
 }
+
+const RowGroupKernel kForward = {
+    "mlp_forward", false, [](auto shape) { return mlp_forward_kernel<typename decltype(shape)::Parameter, shape.kDim>; }};
 }  // namespace
 
 void launch_mlp_forward(const Network<void>& network, const MlpForward& operands, const MlpLaunch& how) {
-  if (operands.rows == 0) return;
-  dispatch_shape("mlp_forward", how.dtype, how.padded_dim, [&](auto shape, auto type) {
-    using Shape = decltype(shape);
-    using T = typename decltype(type)::type;
-    const int64_t blocks = (operands.rows - 1) / (how.groups * kGroupRows) + 1;
-    launch("mlp_forward", mlp_forward_kernel<T, Shape::kDim>, blocks, how.groups * Shape::kGroupThreads,
-           Shape::shared(how.groups, false), how.stream, typed<T>(network), operands);
-  });
+  kForward.launch(network, operands, how);
 }
 
-std::vector<Kernel> mlp_forward_kernels() {
-  std::vector<Kernel> kernels;
-  for_each_shape([&](auto shape, auto type) {
-    using Shape = decltype(shape);
-    using T = typename decltype(type)::type;
-    kernels.push_back({std::string("mlp_forward_kernel<") + type.name + ", " + std::to_string(Shape::kDim) + ">",
-                       reinterpret_cast<const void*>(mlp_forward_kernel<T, Shape::kDim>), Shape::kGroupThreads,
-                       Shape::shared(1, false)});
-  });
-  return kernels;
-}
+std::vector<Kernel> mlp_forward_kernels() { return kForward.kernels(); }

@@ -168,14 +168,11 @@ void launch_mlp_gradients(const Network<void>& network, const MlpGradients& oper
 }
 
 std::vector<Kernel> mlp_gradients_kernels() {
-  std::vector<Kernel> kernels;
-  for_each_shape([&](auto shape, auto type) {
+  return kernel_of_each_shape([](auto shape, auto type) {
     using Shape = decltype(shape);
     using Own = GradientShape<Shape>;
     using T = typename decltype(type)::type;
-    kernels.push_back({std::string("mlp_gradients_kernel<") + type.name + ", " + std::to_string(Shape::kDim) + ">",
-                       reinterpret_cast<const void*>(mlp_gradients_kernel<T, Shape::kDim>), Own::kThreads,
-                       Own::template shared<T>()});
+    return Kernel{"mlp_gradients_kernel", reinterpret_cast<const void*>(mlp_gradients_kernel<T, Shape::kDim>), Own::kThreads,
+                  Own::template shared<T>()};
   });
-  return kernels;
 }

@@ -20,6 +20,7 @@ template <class T, int kDim>
 struct Layers {
   using Shape = MlpShape<T, kDim>;
   using State = Values<Shape::kTiles>;
+  static_assert(Shape::shared(Shape::kGroups, true) <= kLeastShared);
 
   const Network<T>& network;
   Tile<T, kDim> tile;

@@ -15,6 +15,7 @@ constexpr size_t kLeastShared = 99 << 10;  // bytes that a block can have on eve
 
 template <class T, int kPaddedDim>
 struct MlpShape {
+  using Parameter = T;
   static constexpr int kDim = kPaddedDim;
   static constexpr bool kIsNarrow = sizeof(T) == 2;
   static constexpr int kWarps = kDim == 16 ? 2 : kDim == 32 || !kIsNarrow ? 4 : 8;

@@ -98,6 +98,8 @@ struct Tile {
       for (int i = 0; i < 4; i += 2) store_pair(at + row(i) * pitch + column(t), x.of[t][i], x.of[t][i + 1]);
     }
   }
+  // The same as an operand of products: u or c.
+  __device__ __forceinline__ void put(T* operand, const State& x) const { put(operand, Shape::kDimPitch, x); }
   __device__ __forceinline__ State get(const T* at, int64_t pitch) const {
     State x;
 #pragma unroll
