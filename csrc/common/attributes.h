@@ -8,8 +8,8 @@ struct KernelAttributes {
   int registers;             // of a thread
   size_t static_shared;      // bytes of a block, besides Kernel::shared
   size_t local;              // bytes of a thread: arrays that do not fit in registers, and spills
-  int blocks_per_processor;  // that a multiprocessor holds at a time
+  int blocks_per_processor;  // most that a multiprocessor holds at a time
 };
 
-// Throws, with cudart's message, where there is no device. Not on the host.
+// Throws, with cudart's message, where there is no device. Not compiled for the host.
 KernelAttributes attributes_of(const Kernel& kernel);

@@ -1,7 +1,7 @@
 // The CUDA vocabulary that kernels are written in: nvcc's own on a device, the meaning that tests/support/cuda_host/host.h gives it under
-// RESODE_HOST. A kernel file includes this header and never asks which of the two it is compiled for. All PTX is here, and all by
-// which the threads of a warp work together but __syncwarp, which kernels use as CUDA names it, as they do __syncthreads and
-// atomicAdd.
+// RESODE_HOST. A kernel file includes this header and never asks which of the two it is compiled for. All PTX is here, and every
+// primitive by which the threads of a warp work together, except __syncwarp: kernels call it by CUDA's own name, as they do
+// __syncthreads and atomicAdd.
 #pragma once
 #ifdef RESODE_HOST
 #include "host.h"
@@ -32,8 +32,8 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
-// By the special function units, without the branches that IEEE's rounding takes: 1 / x and 1 / sqrt(x) within 2 units in the
-// last place, e^x within 2 + 1.2 |x|. 1 / x is 0 from 2^126 on.
+// Computed by the special function units, without the branches that IEEE's rounding takes: 1 / x and 1 / sqrt(x) within 2 units
+// in the last place, e^x within 2 + 1.2 |x| of them. 1 / x is 0 from 2^126 on.
 __device__ __forceinline__ float fast_reciprocal(float x) { return __fdividef(1.0f, x); }
 __device__ __forceinline__ float fast_rsqrt(float x) { return rsqrtf(x); }
 __device__ __forceinline__ float fast_exp(float x) { return __expf(x); }
@@ -60,8 +60,8 @@ __device__ __forceinline__ void mma_fp16(float (&d)[4], const uint32_t (&a)[4], 
 #undef RESODE_MMA
 
 // Loads 2 or 4 matrices of 8 x 8 16-bit values from shared memory by a whole warp (ldmatrix). Lane 8 i + j gives the address of
-// row j of matrix i, 16 bytes. Of each matrix a lane gets the two values that a fragment of mma has of it: of row lane / 4 at
-// columns lane % 4 * 2 and + 1, or, transposed, of column lane / 4 at those rows.
+// row j of matrix i, 16 bytes. A lane gets two values of each matrix, as a fragment of mma holds them: those of row lane / 4 in
+// columns lane % 4 * 2 and + 1, or, transposed, those of column lane / 4 in these rows.
 template <bool kTransposed>
 __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
   const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
@@ -93,12 +93,12 @@ __device__ __forceinline__ void load_matrices(uint32_t (&out)[2], const void* ro
 
 constexpr int kLanes = 32;  // threads of a warp
 
-// A condition from memory that is the same for all threads of a warp, which the compiler learns from this: what depends on it then
-// stays in registers that the warp shares. All lanes must come here.
+// A condition, read from memory, that is the same for all threads of a warp. The compiler learns so from this, and keeps what
+// depends on it in registers that the warp shares. All lanes must come here.
 __device__ __forceinline__ bool same_for_warp(bool condition) { return __any_sync(~0u, condition); }
 
-// Sums over the lanes whose numbers differ in the bits from kFirst up to below kStop alone, both powers of two: the same for all
-// of them. By default over the warp. All lanes must come here.
+// The sum over the lanes whose numbers differ in no other bits than those from kFirst up to, but not including, kStop, both
+// powers of two. Each of these lanes gets it. By default it is over the warp. All lanes must come here.
 template <int kFirst = 1, int kStop = kLanes, class T>
 __device__ __forceinline__ T sum_over_lanes(T value) {
 #pragma unroll

@@ -46,7 +46,7 @@ void dispatch_stream(const char* op, DType x, DType k, Visit visit) {
   });
 }
 
-// Calls visit for every pair that is served.
+// Calls visit(Type of x, Type of k) for every pair that is served.
 template <class Visit>
 void for_each_stream(Visit visit) {
   for (DType x : kDTypes) {

@@ -9,11 +9,11 @@
 
 inline void check(const std::string& what, cudaError_t status) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // reported here; leave nothing behind for the next call to find
+  cudaGetLastError();  // clears it: it is reported here, and the next call must not find it
   throw std::runtime_error(what + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")");
 }
 
-// More shared memory than a block has without asking.
+// Lets a kernel have more dynamic shared memory than a block gets without asking.
 inline void allow_shared(const std::string& op, const void* kernel, size_t shared) {
   constexpr size_t kWithoutAsking = 48 * 1024;
   if (shared <= kWithoutAsking) return;

@@ -17,7 +17,7 @@ __device__ __forceinline__ Pack<T, kValues> load(const T* at) {
   return *reinterpret_cast<const Pack<T, kValues>*>(at);
 }
 
-// Zeros where there is no such operand; all threads then skip the access alike.
+// Zeros where the operand is absent, which all threads then skip alike.
 template <int kValues, class T>
 __device__ __forceinline__ Pack<T, kValues> load_if_there(const T* operand, int64_t at) {
   return operand ? load<kValues>(operand + at) : Pack<T, kValues>{};

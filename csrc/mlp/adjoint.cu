@@ -5,10 +5,11 @@
 //     x_n = x_{n+1} - Phi_n(y), where increments are reused; y where not, or where it was anchored
 // R_n is the scheme run backwards, and a Heun step is written by its middle y + h f_n(y):
 //     c2 = g,  through = h/2 (df_{n+1})^T c2,  c1 = g + 2 through,  g_n = g + through + h/2 (df_n)^T c1
-// A row group keeps its 16 rows of x, y, g and of the last two increments d1 and d2 in registers, fp32; u, c, a and dz, the
-// operands of products, and two chunks of weights are in shared memory (layer.h). What the gradients of a layer need, its u
-// and c less the factor h or h/2, goes to scratch memory for gradients.cu. Layer call i is that of a step's only layer, or with
-// Heun that of its first (2 i) or second (2 i + 1), i counting from the range's first step.
+// A row group keeps its 16 rows of x, y, g and of the last two increments d1 and d2 in registers, fp32; u, c, a and dz,
+// the operands of products, and two chunks of weights are in shared memory (layer.h). What gradients.cu needs of each
+// layer call goes to scratch memory: u, the layer's input, and c, the cotangent of its output without the factor h or
+// h/2. Layer calls are numbered from the range's first step on: the i-th step, from 0 on, has call i, or with Heun the
+// calls 2 i of layer n and 2 i + 1 of layer n + 1.
 // Must match ReverseSweep of resode_cuda/fused/reference/passes.py.
 //
 // State: compiled for sm_80 to sm_120 and executed on a CPU (tests/fused/test_fused_cuda.py). It has not run on a GPU yet.
@@ -27,8 +28,9 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
   Layers<T, kDim> layers(network, memory, true, operands.rows);
   auto& tile = layers.tile;
   const bool is_heun = network.is_heun;
-  const int corrections = operands.corrections, second = is_heun;
-  // The layer that a step starts with.
+  const int corrections = operands.corrections;
+  const int second = is_heun;  // the place of a step's last layer call, from 0 on
+  // The layer that a backward step evaluates first.
   const auto entry = [&](int n, float anchor) {
     return !is_heun || operands.extrapolates || same_for_warp(anchor >= 0) ? n : n + 1;
   };

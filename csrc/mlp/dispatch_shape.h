@@ -28,7 +28,8 @@ void dispatch_shape(const char* op, DType dtype, int padded_dim, Visit visit) {
   });
 }
 
-// The kernel of every pair that is served, as describe(MlpShape{}, Type of the parameters) gives it; its name gets the pair added.
+// The kernel of every pair that is served, as describe(MlpShape{}, Type of the parameters) gives it, with the pair added to
+// its name.
 template <class Describe>
 std::vector<Kernel> kernel_of_each_shape(Describe describe) {
   std::vector<Kernel> kernels;

@@ -1,9 +1,9 @@
 // The exact adjoint of a residual MLP stack over a range of its depth, one launch: each row group goes forward from the exact state,
 // as in forward.cu, and back,
 //     g_n = g_{n+1} + (dPhi_n/dx_n)^T g_{n+1}
-// with Heun's product as in adjoint.cu. u of each layer call, and r of its norm, wait for the way back in scratch memory, where c,
-// the cotangent of the layer's output less the factor h or h/2, joins them for gradients.cu. x and g are in registers, the
-// operands of products and the weights in shared memory (layer.h).
+// with Heun's product as in adjoint.cu. u of each layer call, and r = 1 / RMS from its norm, wait in scratch memory for
+// the way back, which adds c, the cotangent of the layer's output without the factor h or h/2, for gradients.cu. x and g
+// are in registers, the operands of products and the weights in shared memory (layer.h).
 // Must match exact_adjoint of resode_cuda/fused/reference/passes.py.
 //
 // State: compiled for sm_80 to sm_120 and executed on a CPU (tests/fused/test_fused_cuda.py). It has not run on a GPU yet.
@@ -20,7 +20,8 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
   DYN_SHARED(memory);
   Layers<T, kDim> layers(network, memory, true, operands.rows);
   auto& tile = layers.tile;
-  const int second = network.is_heun;
+  const int second = network.is_heun;  // the place of a step's last layer call, from 0 on
+  // Where the group's first row of a layer call is in scratch memory.
   const auto row_of_call = [&](int n, int k) {
     return ((n - operands.first) * layers_per_step(network) + k) * operands.scratch_rows + tile.first_row;
   };

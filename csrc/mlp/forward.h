@@ -4,6 +4,7 @@
 #include "common/kernel.h"
 #include "mlp/network.h"
 
+// The forward pass through the whole depth. States are [rows, dim] fp32.
 struct MlpForward {
   const float* x_first;
   float* x_last;          // null where only the anchored states are wanted

@@ -1,10 +1,11 @@
-// The parameters' gradients of a range of layers, from the u and c that adjoint.cu or exact.cu has left of each layer call:
+// The parameters' gradients over a range of layers, from u and c of each layer call as adjoint.cu or exact.cu has stored them:
 //     z = W1 u + b1,  a = s(z),  dz = s'(z) W2^T c
 //     dW1 += scale dz u^T,  db1 += scale sum dz,  dW2 += scale c a^T,  db2 += scale sum c,  sums over rows
 // scale: h of the step, or h/2 with Heun, where an inner layer is called by two steps.
 // A block takes a chunk of a layer's hidden dimension over a range of the rows. Its weights stay in shared memory; tiles of rows
-// of u and c come by asynchronous copies, one ahead; a and dz are shared in the parameters' dtype; the sums are fp32, in
-// registers, dW2's transposed, and are added to memory by reductions that nothing waits for. With one range their order is fixed.
+// of u and c come by asynchronous copies, one ahead; a and dz are in shared memory, too, in the parameters' dtype. The sums are
+// fp32, in registers, that of dW2 transposed, and are added to memory by atomics that nothing waits for. With one range of rows
+// their order is fixed.
 // Must match RowTile.vjp of resode_cuda/fused/reference/tile.py.
 //
 // State: compiled for sm_80 to sm_120 and executed on a CPU (tests/fused/test_fused_cuda.py). It has not run on a GPU yet.
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(GradientShape<MlpShape<T, kDim>>::kThreads, kD
                      i % kChunkPacks * kInPack);
   }
   copy_commit();
-  // Starts the copies of a tile of u and c. Padding after the rows is zero, and so are its products.
+  // Starts the copies of a tile of u and c. Rows after the last are padding, zero, and so are their products.
   const auto fetch = [&](int stage, int64_t layer_call, int64_t at) {
     T* const to = stages + stage * 2 * Own::kOperand;
     constexpr int kPacks = kDim / kInPack;

@@ -4,9 +4,9 @@
 // A pass walks through the chunks of the layer's hidden dimension. A chunk's weights have come into one of two stages of shared
 // memory by asynchronous copies, which were started a chunk earlier; the last chunk of a pass starts the first one of the next
 // pass, which is why each pass takes the next one's layer. Of z = W1 u + b1 a warp computes its slice of the chunk; a = s(z) goes
-// to shared memory in the parameters' dtype; of W2 a it computes its own columns. So there are two barriers to a chunk:
-//     the chunk has landed, u and c are there, no thread reads the other stage any more
-//     a and dz are there
+// to shared memory in the parameters' dtype; of W2 a it computes its own columns. So each chunk takes two barriers, after which
+//     first: the chunk has landed, u and c are there, and no thread reads the other stage any more
+//     second: a and dz are there
 // u and c may be written again after a pass's last barrier, that is, after the pass.
 //
 // Sums are fp32, in registers, and scaled by h after the product. Must match resode_cuda/fused/reference/tile.py.
@@ -27,7 +27,7 @@ struct Layers {
   T* stages;
   T* a;   // [16, kChunk], of the group
   T* dz;
-  int stage;  // that the next chunk lands in, or has
+  int stage;  // where the next chunk lands, or has landed
 
   // memory: Shape::shared(groups, has_vjp) bytes. rows: how many there are of the states in memory.
   __device__ __forceinline__ Layers(const Network<T>& network, unsigned char* memory, bool has_vjp, int64_t rows)
@@ -55,7 +55,7 @@ struct Layers {
     copy_rows<kDim, Shape::kChunk>(to, Shape::kDimPitch, network.w1 + unit * kDim, kDim);
     copy_rows<Shape::kChunk, kDim>(to + Shape::kW2, Shape::kChunkPitch,
                                    network.w2 + int64_t{layer} * kDim * network.hidden + chunk * Shape::kChunk, network.hidden);
-    // By a warp each.
+    // b1 by the block's first warp, b2 by its second.
     const int at = threadIdx.x % 32 * kInPack;
     if (threadIdx.x / 32 == 0 && network.b1 && at < Shape::kChunk) copy_async16(to + Shape::kB1 + at, network.b1 + unit + at);
     if (threadIdx.x / 32 == 1 && network.b2 && at < kDim)
@@ -106,8 +106,9 @@ struct Layers {
 
   static constexpr int kInPack = 16 / sizeof(T);
 
-  // kValues consecutive values of each of kRows rows, by all threads of the block; of two groups each takes every other share.
-  // Shares are known when this is compiled, however many groups there are, or their addresses would cost more than the copies.
+  // Copies kValues consecutive values of each of kRows rows, by all threads of the block; of two groups each takes every other
+  // share. The shares are the same for one group and for two, so constants: computed, their addresses would cost more than the
+  // copies.
   template <int kValues, int kRows>
   __device__ __forceinline__ static void copy_rows(T* to, int to_pitch, const T* from, int64_t from_pitch) {
     constexpr int kPacks = kValues / kInPack, kRowsOfShare = Shape::kGroupThreads / kPacks;
@@ -124,14 +125,14 @@ struct Layers {
     }
   }
 
-  // Waits for a chunk, whose copies the pass before has started, and starts those of the one after it.
+  // Waits for a chunk, whose copies are under way, and starts those of the chunk after it. Returns the stage that it is in.
   __device__ __forceinline__ const T* arrive(int layer, int chunk, int next) {
     copy_wait<0>();
     __syncthreads();
     const T* here = stages + stage * Shape::kStage;
     const bool is_last = (chunk + 1) * Shape::kChunk == network.hidden;
     const int next_layer = is_last ? next : layer, next_chunk = is_last ? 0 : chunk + 1;
-    // A chunk that comes again stays.
+    // The same chunk again, a layer's only one, is there already.
     if (next_layer != kNoLayer && (next_layer != layer || next_chunk != chunk)) {
       stage ^= 1;
       fetch(next_layer, next_chunk);

@@ -20,7 +20,7 @@ constexpr const char* kNormNames[] = {nullptr, "rms", "layer"};  // by their cod
 // One 16-byte access. Kernels read it a step before it is needed, or each step would wait.
 struct alignas(16) ScheduledStep {
   float h, a, b;
-  float anchor;  // place of the step's starting state among the anchored ones, exact in fp32; -1 where it is not kept
+  float anchor;  // place of the step's starting state among the anchored ones, exact in fp32; -1 where it is not one
 };
 
 // T: dtype of the parameters; void at the Python boundary.

@@ -15,7 +15,7 @@ struct RowGroupKernel {
   bool has_vjp;        // whether it computes vector-Jacobian products
   KernelOf kernel_of;  // the kernel for a MlpShape{}; it takes a Network and the op's operands
 
-  // operands: of `rows` rows.
+  // operands.rows: how many rows there are of the states.
   template <class Operands>
   void launch(const Network<void>& network, const Operands& operands, const MlpLaunch& how) const {
     if (operands.rows == 0) return;

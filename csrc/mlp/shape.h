@@ -27,13 +27,13 @@ struct MlpShape {
   static constexpr int kTiles = kDim / kMatrixColumns / kWarps;
   static constexpr int kHiddenTiles = kChunk / kMatrixColumns / kWarps;
 
-  // 16 bytes more than a power of two: rows 8 apart, or 8 rows, then lie in different banks.
+  // 16 bytes more than a power of two, so that 8 consecutive rows start in different banks.
   static constexpr int kPad = 16 / sizeof(T);
   static constexpr int kDimPitch = kDim + kPad, kChunkPitch = kChunk + kPad;
 
   // Parts of a stage, in values: W1, W2, b1, b2.
   static constexpr int kW2 = kChunk * kDimPitch, kB1 = kW2 + kDim * kChunkPitch, kB2 = kB1 + kChunk, kStage = kB2 + kDim;
-  // Operands of a row group, in values: u [16, kDim] and a [16, kChunk]; for a vector-Jacobian product their cotangents c and dz, too.
+  // Operands of a row group, in values: u [16, kDim] and a [16, kChunk]; for a vector-Jacobian product c and dz, too.
   static constexpr int kOperands = kGroupRows * (kDimPitch + kChunkPitch);
   // For a row group, in floats: two buffers of each warp's part of two sums for each row.
   static constexpr int kRowSums = 2 * kWarps * 2 * kGroupRows;

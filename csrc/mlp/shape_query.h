@@ -12,5 +12,5 @@ struct MlpTiles {
 MlpTiles mlp_tiles(int padded_dim, DType dtype);
 
 // How many groups of 16 rows a block is to take, on the current device. A second group halves what the multiprocessors fetch of
-// the weights, and is in the way while there are not enough blocks for all of them. Neither has been timed yet.
+// the weights, but with few rows it leaves some of them without a block. Neither has been timed yet.
 int mlp_groups(int64_t rows, int padded_dim, DType dtype);

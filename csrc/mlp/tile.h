@@ -1,4 +1,4 @@
-// A row group's 16 rows of states, in registers of its warps, and what its warps tell each other about them.
+// A row group's 16 rows of states, in registers of its warps, and their norms, for which the warps exchange sums over rows.
 //
 // Lane 4 r + c of warp w holds columns 8 (w kTiles + t) + 2 c and + 1 of rows r and r + 8, as the sums of a product lie
 // (product.h). Columns from dim on are padding, zero; rows beyond the end are zero, too.
@@ -40,7 +40,7 @@ struct Tile {
   using State = Values<Shape::kTiles>;
 
   int64_t first_row;  // of the group
-  int rows;           // that are there from it on
+  int rows;           // of the group that exist: 16, fewer at the end, none where this is 0 or less
   int dim;
   float inverse_dim;
   int warp;  // of the group
@@ -138,7 +138,7 @@ struct Tile {
     float of[2];
   };
 
-  // x <- u = norm(x), and r.
+  // x <- u = norm(x). Returns r, zeros without a norm.
   __device__ __forceinline__ Scales normalize(Norm norm, float epsilon, State& x) {
     Scales r = {0, 0};
     if (norm == Norm::kNone) return r;
@@ -167,7 +167,7 @@ struct Tile {
   __device__ __forceinline__ State norm_vjp(Norm norm, const Scales& r, const State& du) {
     if (norm == Norm::kNone) return du;
     const State point = get(u, Shape::kDimPitch);
-    float sums[4] = {0, 0, 0, 0};  // of du u and of du
+    float sums[4] = {0, 0, 0, 0};  // over the row: of du u, and of du
 #pragma unroll
     for (int i = 0; i < Shape::kTiles * 4; i++) {
       const float value = du.of[i / 4][i % 4];

@@ -18,8 +18,9 @@
 #include "pointwise/grid.h"
 
 namespace {
-// 1536 threads, 2 or 3 loads of 16 bytes each: 48 KB or more on their way, where a multiprocessor of an H100 needs some 18 KB (its
-// share of 3.35 TB/s during 0.7 us). More blocks would leave 32 registers, too few on sm_100.
+// 1536 threads, 2 or 3 loads of 16 bytes each: 48 KB or more in flight, where a multiprocessor of an H100 needs some 18 KB (its
+// share of 3.35 TB/s during 0.7 us). More blocks would leave 32 registers, too few on sm_100; on sm_120 the 40 that six blocks
+// leave are already a few short, and three of the kernels spill.
 constexpr int kBlocksPerProcessor = 6;
 
 template <class X, class F>

@@ -26,7 +26,7 @@
 #include "pointwise/grid.h"
 
 namespace {
-// Up to 80 registers a thread; 3 to 8 operands on their way at a time make up for fewer threads.
+// Up to 80 registers a thread; 3 to 8 operands in flight at a time make up for fewer threads.
 constexpr int kReverseBlocksPerProcessor = 3;
 constexpr int kAdjointBlocksPerProcessor = 6;  // as in forward_step.cu
 

@@ -1,7 +1,8 @@
 // Kernels that test the host's execution itself. Faults are deliberate, and chosen at compile time as in a real kernel; nvcc
 // compiles this file too, so that what the host is asked to imitate is CUDA.
-#include "common/device.h"
 #include "harness.h"
+
+#include "common/device.h"
 #include "common/launch.h"
 
 namespace {
@@ -69,7 +70,7 @@ __global__ void product_kernel(const float* a, const float* b, float* d) {
 __global__ void nothing_kernel() {}
 
 template <Fault kFault>
-void launch_faulty(const void* in, void* out, int64_t blocks, int rounds) {
+void launch_sum_with(const void* in, void* out, int64_t blocks, int rounds) {
   const auto* floats = static_cast<const float*>(in);
   launch("sum", sum_kernel<kFault>, blocks, kBlock, kBlock * sizeof(float), nullptr, floats, static_cast<float*>(out), rounds);
 }
@@ -77,10 +78,10 @@ void launch_faulty(const void* in, void* out, int64_t blocks, int rounds) {
 
 void launch_sum(Fault fault, const void* in, void* out, int64_t blocks, int rounds) {
   switch (fault) {
-    case Fault::kReadsTooEarly: return launch_faulty<Fault::kReadsTooEarly>(in, out, blocks, rounds);
-    case Fault::kOverwritesTooEarly: return launch_faulty<Fault::kOverwritesTooEarly>(in, out, blocks, rounds);
-    case Fault::kDivergentBarrier: return launch_faulty<Fault::kDivergentBarrier>(in, out, blocks, rounds);
-    default: return launch_faulty<Fault::kNone>(in, out, blocks, rounds);
+    case Fault::kReadsTooEarly: return launch_sum_with<Fault::kReadsTooEarly>(in, out, blocks, rounds);
+    case Fault::kOverwritesTooEarly: return launch_sum_with<Fault::kOverwritesTooEarly>(in, out, blocks, rounds);
+    case Fault::kDivergentBarrier: return launch_sum_with<Fault::kDivergentBarrier>(in, out, blocks, rounds);
+    default: return launch_sum_with<Fault::kNone>(in, out, blocks, rounds);
   }
 }
 
