@@ -19,18 +19,17 @@ from torch import Tensor
 
 from .adjoint.drift import DriftMonitor, root_mean_square
 from .adjoint.replay import buffers_untouched, submodules
+from .method import CheckedAnchors, anchored_steps
 from .module import AdjointModule
 from .plan import Candidate, Plan, checked_tolerance
 from .reverse import Reverse
 
 Loss = Callable[[Tensor], Tensor]
 MOST_CORRECTIONS = 4
-PROBE = Reverse("step")
-"""Its defects, with the first state kept, tell which other states are worth keeping."""
 
 
 class CalibrationError(ValueError):
-    """The batch does not allow to compare gradients."""
+    """The batch allows no comparison of gradients."""
 
 
 def calibrate(
@@ -77,12 +76,9 @@ def calibrate(
             "calibrate on another batch"
         )
     tried: list[Candidate] = []
-    defects: list[float] = []  # those of the probe, once it has run
-    for anchors in _anchors_to_try(len(stack.steps), defects, tolerance):
+    for anchors in _anchors_to_try(trial, len(stack.steps), tolerance):
         for reverse in SOLVERS:
             outcome = trial.run(Choice("adjoint", reverse, anchors))
-            if (reverse, anchors) == (PROBE, FIRST_STATE):
-                defects.extend(outcome.defects)
             difference = _norm([a - b for a, b in zip(outcome.gradients, exact.gradients, strict=True)])
             error = difference / scale if math.isfinite(difference) else math.inf
             tried.append(replace(outcome.candidate, error=error))
@@ -105,29 +101,33 @@ SOLVERS = tuple(
 """From the cheapest to the dearest."""
 
 
-def _anchors_to_try(steps: int, defects: Sequence[float], tolerance: float) -> Iterator[int | tuple[int, ...] | None]:
-    """Anchors for a stack of so many steps: none, the first state, those after which a step went wrong, every so many.
+def _anchors_to_try(trial: _Trial, steps: int, tolerance: float) -> Iterator[CheckedAnchors]:
+    """Anchors for a stack of so many steps: none, the first state, those after which a step went wrong, every K-th.
 
-    Args:
-        defects: of each step, in a backward pass with the first state kept; read when the first two have been tried.
+    A backward pass with the first state kept tells which steps go wrong; it is taken once the first two have failed.
     """
     yield None
     yield FIRST_STATE
-    yield from anchors_by_defect(defects, tolerance)
+    known: set[tuple[int, ...]] = {FIRST_STATE}
+    for anchors in anchors_by_defect(trial.run(PROBE).defects, tolerance):
+        known.add(anchors)
+        yield anchors
     spacing = math.isqrt(steps)
     while spacing > 1:
-        yield spacing
+        if anchored_steps(spacing, steps) not in known:
+            yield spacing
         spacing //= 2
 
 
 def anchors_by_defect(defects: Sequence[float], tolerance: float) -> Iterator[tuple[int, ...]]:
     """Sets of steps with large defects, the worst 1, 2, 4, ... of them, each with the first step.
 
-    A defect is large above the tolerance. Sets have at most half of the steps: with more, checkpointing is the choice.
+    A defect is large above the tolerance. One that is not finite is the worst; it hides those of all steps before it.
+    Sets have at most half of the steps: with more, checkpointing is the choice.
     """
-    large = [n for n, defect in enumerate(defects) if n > 0 and not defect <= tolerance]
-    # A defect that is not a number is the worst.
-    large.sort(key=lambda n: math.inf if math.isnan(defects[n]) else defects[n], reverse=True)
+    broken = max((n for n, defect in enumerate(defects) if not math.isfinite(defect)), default=0)
+    large = [n for n, defect in enumerate(defects) if n >= max(1, broken) and not defect <= tolerance]
+    large.sort(key=lambda n: math.inf if n == broken else defects[n], reverse=True)
     large = large[: len(defects) // 2]
     count = 1
     while large and count < 2 * len(large):
@@ -140,11 +140,13 @@ class Choice(NamedTuple):
 
     gradient: str
     reverse: Reverse | None = None
-    anchors: int | tuple[int, ...] | None = None
+    anchors: CheckedAnchors = None
 
 
 EXACT = Choice("checkpoint")
 FIRST_STATE = (0,)
+PROBE = Choice("adjoint", Reverse("step"), FIRST_STATE)
+"""Its defects tell which other states are worth keeping."""
 
 
 class _Outcome(NamedTuple):
@@ -167,7 +169,7 @@ class _Trial:
         self.x = x.detach()
         self.parameters: list[Tensor] = [parameter for parameter in stack.parameters() if parameter.requires_grad]
         self.modules = submodules((stack,))
-        self.held_bytes: dict[tuple[str, int, int | tuple[int, ...] | None], int] = {}
+        self.held_bytes: dict[tuple[str, int, CheckedAnchors], int] = {}
         with self._as_before(), _set(stack, EXACT), torch.no_grad():
             out = stack(self.x, *args, **kwargs)
         with self._as_before(), _without_effects(), torch.enable_grad():
@@ -275,8 +277,8 @@ def _without_effects() -> Iterator[None]:
 
 
 def _checked_stack(stack: AdjointModule) -> AdjointModule:
-    # A stack has blocks; a residual MLP has parameters of its own.
-    if not isinstance(stack, AdjointModule) or next(stack.children(), None) is None:
+    # Only what has blocks of its own can be planned for.
+    if not isinstance(stack, AdjointModule) or not hasattr(stack, "apply_plan"):
         raise TypeError(
             f"calibrate: stack must be a ResidualStack, got {type(stack).__name__}; pass the stack itself, unwrapped"
         )

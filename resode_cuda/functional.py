@@ -75,7 +75,8 @@ def residual_mlp(
         raise ValueError(f"{where}: gradient must be one of {GRADIENTS}, got {gradient!r}")
     count = (weight_in.shape[0] if weight_in.dim() else 0) + 1 - SCHEMES[scheme].blocks_per_step
     steps = checked_steps(where, step, count) if count > 0 else ()
-    kept = anchored_steps(checked_anchors(where, anchors, count), count)
+    # Without steps, what is wrong is the parameters' shape, which `apply` tells.
+    kept = anchored_steps(checked_anchors(where, anchors, count), count) if count > 0 else ()
     method = Method(SCHEMES[scheme], steps, solver_from(where, reverse), kept)
     network = Network(weight_in, bias_in, weight_out, bias_out, activation, norm)
     return apply(where, network, method, x, gradient, backend)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from .method import CheckedAnchors
 from .mlp import ResidualMLP
 from .stack import ResidualStack
 
@@ -85,12 +86,12 @@ def deepen(stack: ResidualStack, steps: int) -> ResidualStack:
         steps: steps of the new stack, >= N. N gives an exact copy.
 
     Returns:
-        A `ResidualStack` of the same scheme and settings (a step that was anchored by its number is, wherever it is
-        now); `drift` starts empty. Each block is a deep copy of the
-        nearest old block (the earlier of two) with its parameters interpolated: buffers, attributes, hooks, dtype,
-        device, train/eval and `requires_grad` flags are that block's. Modules and parameters that old blocks share
-        become independent copies; modules that a subclass holds besides its blocks are left out. For weights smooth in
-        depth the output differs from the old one's by O(1/N) under Euler, O(1/N^2) under Heun.
+        A `ResidualStack` of the same scheme and settings; steps anchored by number stay anchored, at the first new step
+        that begins there or after. `drift` starts empty. Each block is a deep copy of the nearest old block (the
+        earlier of two) with its parameters interpolated: buffers, attributes, hooks, dtype, device, train/eval and
+        `requires_grad` flags are that block's. Modules and parameters that old blocks share become independent copies;
+        modules that a subclass holds besides its blocks are left out. For weights smooth in depth the output differs
+        from the old one's by O(1/N) under Euler, O(1/N^2) under Heun.
 
     Raises:
         TypeError: if stack is not a ResidualStack, or steps not an int.
@@ -123,7 +124,7 @@ def deepen(stack: ResidualStack, steps: int) -> ResidualStack:
     return deeper
 
 
-def _deeper_anchors(stack: ResidualStack, steps: int) -> int | tuple[int, ...] | None:
+def _deeper_anchors(stack: ResidualStack, steps: int) -> CheckedAnchors:
     """The new steps that begin where the stack's anchored steps do, or first after them."""
     anchors, count = stack.anchors, len(stack.steps)
     return tuple(-(-n * steps // count) for n in anchors) if isinstance(anchors, tuple) else anchors

@@ -1,20 +1,22 @@
 """The method of a stack: its scheme, its steps, its reverse solver, and which exact states are kept.
 
-This is the one place that knows what each step stores, predicts from and hands on. Formulas are in `schemes`, the
-reverse solver in `reverse`.
+This is the one place that knows which states and increments a step keeps, and what it is predicted from. Formulas are
+in `schemes`, the reverse solver in `reverse`.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from .reverse import Reverse, extrapolation_weights
 from .schemes import Scheme
 
 Anchors = int | Collection[int] | None
-"""Steps whose starting states are kept exactly: every so many, these, or none."""
+"""Steps whose starting states are kept exactly: every K-th, these, or none."""
+CheckedAnchors = int | tuple[int, ...] | None
+"""The same, as modules and plans keep it: step numbers ascending, each once."""
 WEIGHTS_OF_THE_LAST_TWO_STEPS = (0.0, -1.0)
 """They are predicted by their own increments, which the forward pass has saved, in the place of d_{n+2}."""
 
@@ -90,7 +92,7 @@ class Method:
         return slice(n, n + self.scheme.blocks_per_step)
 
 
-def checked_anchors(where: str, anchors: Anchors, steps: int) -> int | tuple[int, ...] | None:
+def checked_anchors(where: str, anchors: Anchors, steps: int) -> CheckedAnchors:
     """Anchors as a user gives them, sorted, each once.
 
     Raises:
@@ -103,7 +105,7 @@ def checked_anchors(where: str, anchors: Anchors, steps: int) -> int | tuple[int
         if interval < 1:
             raise ValueError(f"{where}: anchors must be >= 1, got {interval}; use None for no anchors")
         return interval
-    if isinstance(anchors, (str, bytes)) or not isinstance(anchors, Iterable):
+    if isinstance(anchors, (str, bytes)) or not isinstance(anchors, Iterable) or getattr(anchors, "ndim", 1) == 0:
         raise TypeError(f"{where}: anchors must be an integer, a collection of step numbers or None, got {anchors!r}")
     numbers = set()
     for given in anchors:
@@ -117,8 +119,11 @@ def checked_anchors(where: str, anchors: Anchors, steps: int) -> int | tuple[int
 
 
 def _integer(value: object) -> int | None:
-    """An integer of any kind, NumPy's and torch's too, as Python's; None for what is none."""
-    if isinstance(value, bool):
+    """An integer of any kind, NumPy's and torch's too, as Python's; None for what is none.
+
+    Tensors of one element are collections, and truth values are no numbers.
+    """
+    if getattr(value, "ndim", 0) > 0 or "bool" in str(getattr(value, "dtype", type(value).__name__)):
         return None
     try:
         return operator.index(value)  # type: ignore[arg-type]
@@ -126,7 +131,7 @@ def _integer(value: object) -> int | None:
         return None
 
 
-def anchored_steps(anchors: int | Sequence[int] | None, steps: int) -> tuple[int, ...]:
+def anchored_steps(anchors: CheckedAnchors, steps: int) -> tuple[int, ...]:
     """Numbers of the steps whose starting state is kept, from anchors that were checked."""
     if anchors is None:
         return ()

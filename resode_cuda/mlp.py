@@ -45,7 +45,7 @@ class ResidualMLP(AdjointModule):
             depth: `smooth_init_`), or a `Reverse`. Accelerated corrections, the default from 2 on, mix iterates row by
             row, and only "torch", and "triton" for rows wider than it keeps on chip, have them;
             `accelerate=False` runs everywhere.
-        anchors: keep the exact starting state of every so many steps, or of the steps with these numbers; None keeps
+        anchors: keep the exact starting state of every K-th step, or of the steps with these numbers; None keeps
             none.
         max_drift, on_drift: the defect that is accepted, and what a larger one leads to, as for `ResidualStack`.
         backend: "auto" takes the fastest that can run, as far as that was measured; "torch" runs everywhere, "cuda"

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from .adjoint.drift import ON_DRIFT, Drift, DriftMonitor
-from .method import Anchors, Method, anchored_steps, checked_anchors
+from .method import Anchors, CheckedAnchors, Method, anchored_steps, checked_anchors
 from .reverse import Reverse, solver_from
 from .schemes import SCHEMES
 
@@ -41,7 +41,7 @@ class AdjointModule(nn.Module):
         super().__init__()
         self._method = Method(SCHEMES[scheme], tuple(steps))
         self._monitor = DriftMonitor(self._where, len(self._method))
-        self._recalibration: Any = None  # of the classes that calibrate themselves
+        self._recalibration: Any = None  # set by ResidualStack.recalibrate_every
         self.max_drift = max_drift
         self.on_drift = on_drift
         self.gradient = gradient
@@ -86,7 +86,7 @@ class AdjointModule(nn.Module):
         self._monitor.gradient_error_per_defect = None
 
     @property
-    def anchors(self) -> int | tuple[int, ...] | None:
+    def anchors(self) -> CheckedAnchors:
         """Steps from one kept state to the next, or the numbers of the steps whose starting state is kept; may be set
         between training steps."""
         return self._anchors
@@ -162,7 +162,7 @@ class AdjointModule(nn.Module):
 
 
 def checked_steps(where: str, step: float | Sequence[float] | None, count: int) -> tuple[float, ...]:
-    """h of each of so many steps; None is 1/count.
+    """h of each of `count` steps; None is 1/count.
 
     Raises:
         TypeError: for what is no number.

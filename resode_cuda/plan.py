@@ -7,6 +7,7 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from .method import CheckedAnchors
 from .reverse import Reverse
 
 
@@ -18,7 +19,7 @@ class Candidate:
     """"adjoint" or "checkpoint"."""
     reverse: Reverse | None
     """None for "checkpoint"."""
-    anchors: int | tuple[int, ...] | None
+    anchors: CheckedAnchors
     evaluations: int
     """Block evaluations of a training step, forward pass included."""
     seconds: float
@@ -157,7 +158,7 @@ def _are_anchors(anchors: object) -> bool:
     return anchors is None or (type(anchors) is int and anchors >= 1)
 
 
-def _from_json(anchors: int | list[int] | None) -> int | tuple[int, ...] | None:
+def _from_json(anchors: int | list[int] | None) -> CheckedAnchors:
     """JSON has lists for tuples."""
     return tuple(anchors) if isinstance(anchors, list) else anchors
 

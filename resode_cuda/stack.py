@@ -41,10 +41,10 @@ class ResidualStack(AdjointModule):
             stores everything and is the only one with higher derivatives, torch.func and forward mode.
         reverse: how the adjoint rebuilds: `"paper"`, `"corrected"`, `"extrapolated"`, or a `Reverse`, which
             states costs and orders.
-        anchors: K keeps the exact starting state of every K-th step, counted from 0; a collection of step numbers that
-            of these steps. The error of the reconstruction starts afresh there, at one state of memory each, and
-            `anchors=1` is exact. None keeps none. Where a single layer is wild, mostly the first, `anchors={0}` may be
-            all that is needed.
+        anchors: K keeps the exact starting state of every K-th step, counted from 0; a collection of step numbers
+            keeps those of the steps that it names. The error of the reconstruction starts afresh there, at one state of
+            memory each, and `anchors=1` is exact. None keeps none. Where a single layer is wild, mostly the first,
+            `anchors={0}` may be all that is needed.
         max_drift: the largest defect |y - x_n| / |x_n| of a step that is accepted, dimensionless. It compares defects,
             the relative error of the points where vector-Jacobian products are taken, not an error of the gradient;
             `calibrate` measures that one.
@@ -79,8 +79,8 @@ class ResidualStack(AdjointModule):
     Discrete adjoint method: Sander, Ablin and Peyré, NeurIPS 2022, arXiv:2205.14612.
 
     Raises:
-        ValueError: for no block, one block under Heun, unknown names, a step that is not positive and finite or as many
-            as there are steps, anchors below 1 or no step's number.
+        ValueError: for no block, one block under Heun, unknown names, a step that is not positive and finite or
+            not one for each step, anchors below 1 or that no step has for its number.
         TypeError: for blocks that are no modules, a step or anchors that is no number, or a `stream_dtype` that is no
             floating dtype.
     """
@@ -217,7 +217,8 @@ class ResidualStack(AdjointModule):
         Its measured ratio of gradient error to defects makes `drift.gradient_error` an estimate of the former.
         """
         chosen = plan.chosen
-        self.gradient, self.anchors = chosen.gradient, chosen.anchors
+        # Anchors first: if they don't fit the stack, nothing has changed.
+        self.anchors, self.gradient = chosen.anchors, chosen.gradient
         if chosen.reverse is not None:
             self.reverse = chosen.reverse
         # The setters have forgotten the last plan's.
@@ -227,7 +228,7 @@ class ResidualStack(AdjointModule):
     def recalibrate_every(
         self, steps: int, tolerance: float = 1e-2, *, share: float = 0.01, loss: Loss | None = None
     ) -> ResidualStack:
-        """Calibrate on the batch at hand at the next training step and every so many after it, and apply the plan.
+        """Calibrate on the batch at hand at the next training step and every `steps` after it, and apply the plan.
 
         Args:
             steps: training steps (forward passes in train mode with gradients) from one calibration to the next; 0 ends

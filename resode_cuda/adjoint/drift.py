@@ -132,7 +132,7 @@ class DriftMonitor:
             return
         if self._squares.device.type == "cpu":
             self._judge(self._squares)
-        elif not self._settled():
+        elif not self._has_warned_of_all():
             host = torch.empty(self._squares.shape, dtype=self._squares.dtype, pin_memory=True)
             host.copy_(self._squares, non_blocking=True)
             arrived = torch.get_device_module(self._squares.device).Event()
@@ -170,13 +170,13 @@ class DriftMonitor:
         difference, scale = squares.sqrt().unbind(1)
         return torch.where(difference == 0, difference, difference / scale)
 
-    def _settled(self) -> bool:
-        """Nothing that is found any more would be told."""
-        told = {"ignore": {"broken"}, "warn": {"broken", "drift"}}
-        return self.on_drift in told and told[self.on_drift] <= self._warned_of
+    def _has_warned_of_all(self) -> bool:
+        """Whether no further finding would be reported."""
+        reported = {"ignore": {"broken"}, "warn": {"broken", "drift"}}
+        return self.on_drift in reported and reported[self.on_drift] <= self._warned_of
 
     def _judge(self, squares: Tensor) -> None:
-        if self._settled():
+        if self._has_warned_of_all():
             return
         broken = squares[:-1].isfinite().logical_not_().any(dim=1).nonzero()
         if len(broken):

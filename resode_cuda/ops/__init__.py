@@ -34,7 +34,6 @@ forward_step = FunctionalOp(
     reference.forward_step,
     lambda backend: backend.forward_step,
     stages=("f",),
-    stage_weight=1.0,
 )
 heun_step = FunctionalOp(
     schemas.HEUN_STEP,
@@ -42,7 +41,6 @@ heun_step = FunctionalOp(
     reference.heun_step,
     lambda backend: backend.heun_step,
     stages=("k1", "k2"),
-    stage_weight=0.5,
 )
 reverse_update_ = MutatingOp(
     schemas.REVERSE_UPDATE_,

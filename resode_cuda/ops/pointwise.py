@@ -25,15 +25,25 @@ class Op(Generic[Operands]):
     Args:
         schema: one of `schemas.py`.
         operands: the structure of its arguments.
+        reference: the function that computes it in plain torch.
+        kernel: takes from a backend the function that launches it.
         stages: names of the operands that blocks have returned, of the stream's dtype or a narrower one.
         streams: names of further operands of the stream's dtype.
     """
 
     def __init__(
-        self, schema: str, operands: type[Operands], *, stages: Sequence[str] = (), streams: Sequence[str] = ()
+        self,
+        schema: str,
+        operands: type[Operands],
+        reference: Callable[[Operands], Any],
+        kernel: Callable[[KernelBackend], Callable[..., None]],
+        *,
+        stages: Sequence[str] = (),
+        streams: Sequence[str] = (),
     ) -> None:
         parsed = torch._C.parse_schema(f"resode::{schema}")
         self.schema, self.operands = schema, operands
+        self._reference, self._kernel = reference, kernel
         self.qualified_name: str = parsed.name
         self.name = parsed.name.removeprefix("resode::")
         # Places among the operands, with their names where errors need them.
@@ -95,26 +105,7 @@ class Op(Generic[Operands]):
 
 
 class FunctionalOp(Op[Operands]):
-    """An op with a result, differentiable: x + stage_weight h (sum of the stages).
-
-    Args:
-        reference: the function that computes it in plain torch.
-        kernel: takes from a backend the function that launches it.
-        Others as for `Op`.
-    """
-
-    def __init__(
-        self,
-        schema: str,
-        operands: type[Operands],
-        reference: Callable[[Operands], Tensor],
-        kernel: Callable[[KernelBackend], Callable[[Operands, Tensor], None]],
-        *,
-        stages: Sequence[str],
-        stage_weight: float,
-    ) -> None:
-        super().__init__(schema, operands, stages=stages)
-        self._reference, self._kernel, self._stage_weight = reference, kernel, stage_weight
+    """An op with a result, differentiable: x + h times the mean of the stages."""
 
     def register(self, library: torch.library.Library) -> None:
         super().register(library)
@@ -147,7 +138,7 @@ class FunctionalOp(Op[Operands]):
     def _backward(self, ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, the stages and h, which has none."""
         wanted = ctx.needs_input_grad[1:-1]
-        scaled = self._stage_weight * ctx.h * g if any(wanted) else g
+        scaled = ctx.h / len(self._stages) * g if any(wanted) else g
         stages = (scaled.to(dtype) if wants else None for wants, dtype in zip(wanted, ctx.stage_dtypes, strict=True))
         return g, *stages, None
 
@@ -164,26 +155,7 @@ class FunctionalOp(Op[Operands]):
 
 
 class MutatingOp(Op[Operands]):
-    """An op that writes what its schema marks, wherever that lies, and returns nothing.
-
-    Args:
-        reference: the function that computes it in plain torch.
-        kernel: takes from a backend the function that launches it.
-        Others as for `Op`.
-    """
-
-    def __init__(
-        self,
-        schema: str,
-        operands: type[Operands],
-        reference: Callable[[Operands], None],
-        kernel: Callable[[KernelBackend], Callable[[Operands], None]],
-        *,
-        stages: Sequence[str] = (),
-        streams: Sequence[str],
-    ) -> None:
-        super().__init__(schema, operands, stages=stages, streams=streams)
-        self._reference, self._kernel = reference, kernel
+    """An op that writes what its schema marks, wherever that lies, and returns nothing."""
 
     def _fake(self, *values: Any) -> None:
         self._check(self.operands(*values))

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from resode_cuda import Candidate, Plan, ResidualStack, Reverse, calibrate
+from resode_cuda import Candidate, Plan, ResidualMLP, ResidualStack, Reverse, calibrate
 from resode_cuda.calibration import FIRST_STATE, SOLVERS, anchors_by_defect
+from resode_cuda.method import anchored_steps
 from tests.support.exact import errors_of
 from tests.support.networks import (
     block_count,
@@ -135,7 +136,9 @@ def test_anchors_are_tried_where_steps_are_rebuilt_badly_before_they_are_at_regu
     assert list(anchors_by_defect(defects, 1e-2)) == [(0, 2), (0, 2, 4), (0, 2, 4, 5)]
     assert list(anchors_by_defect(defects, 0.3)) == [(0, 2)]
     assert list(anchors_by_defect(defects, 1.0)) == []
-    assert list(anchors_by_defect([0.0, math.nan, 0.5, 0.0, 0.0], 0.1)) == [(0, 1), (0, 1, 2)]
+    # A step whose state is not finite hides those before it, which start from it.
+    assert list(anchors_by_defect([0.0, math.nan, math.nan, 0.5, 0.0, 0.2], 0.1)) == [(0, 2), (0, 2, 3), (0, 2, 3, 5)]
+    assert list(anchors_by_defect([0.0, *[math.nan] * 7, *[1e-3] * 4], 0.1)) == [(0, 7)]
     assert list(anchors_by_defect([0.5] * 8, 0.1)) == [(0, 1), (0, 1, 2), (0, 1, 2, 3, 4)]
 
 
@@ -146,6 +149,24 @@ def wild(stack, *steps):
             for parameter in stack[n].parameters():
                 parameter.mul_(8)
     return stack
+
+
+def test_the_same_steps_are_not_tried_twice():
+    stack = wild(ResidualStack(mlps("euler", 9), step=0.1, on_drift="ignore"), 3, 6)
+    candidates = calibrate(stack, torch.randn(16, 6), tolerance=1e-9).candidates
+    tried = [candidate.anchors for candidate in candidates if candidate.reverse is not None]
+    steps = [anchored_steps(anchors, 9) for anchors in dict.fromkeys(tried)]
+    assert len(set(steps)) == len(steps)
+
+
+def test_a_residual_mlp_is_no_stack_even_with_children():
+    class Measured(ResidualMLP):
+        def __init__(self):
+            super().__init__(6, 10, 3)
+            self.metric = nn.Identity()
+
+    with pytest.raises(TypeError, match=r"^calibrate: stack must be a ResidualStack, got Measured"):
+        calibrate(Measured(), torch.randn(2, 6))
 
 
 @pytest.mark.parametrize(("steps", "expected"), [((0,), FIRST_STATE), ((0, 5), (0, 5)), ((0, 3, 6), (0, 3, 6))])

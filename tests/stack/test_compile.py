@@ -69,6 +69,7 @@ STEPS = [0.3, 0.2, 0.4]
         ({"reverse": "corrected"}, False),
         ({"reverse": "extrapolated"}, True),
         ({"reverse": Reverse("extrapolate", corrections=2), "anchors": 2}, False),
+        ({"anchors": {0, 2}}, True),
         ({"gradient": "checkpoint"}, True),
         ({"gradient": "backprop"}, False),
     ],

@@ -205,7 +205,7 @@ def test_on_a_gpu_a_broken_reconstruction_warns_at_the_next_forward_pass():
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("anchors", [None, 5])
+@pytest.mark.parametrize("anchors", [None, 5, {20}, {3, 20}])
 @pytest.mark.parametrize("reverse", ["paper", "corrected", "extrapolated"])
 def test_a_kept_input_gives_the_true_error_of_the_reconstruction(float64, scheme, anchors, reverse):
     blocks, x = reference_blocks(block_count(scheme, 32), "smooth"), reference_input()

@@ -324,6 +324,11 @@ def test_settings_and_flags_are_carried():
     assert deepen(stack.half(), 8)[3][0][0].weight.dtype == torch.float16
 
 
+def test_kept_states_stay_at_their_times_or_the_step_after():
+    stack = ResidualStack(initialised(4), anchors={0, 3})
+    assert [deepen(stack, steps).anchors for steps in (4, 5, 6, 8)] == [(0, 3), (0, 4), (0, 5), (0, 6)]
+
+
 def test_buffers_come_from_the_nearest_block():
     blocks = [mlp() for _ in range(3)]
     for n, block in enumerate(blocks):

@@ -96,10 +96,10 @@ def test_bytes_held_by_backprop_grow_with_depth():
 
 def test_anchors_hold_one_state_each():
     x, sizes = torch.randn(ROWS, DIM), []
-    for anchors in (None, 16, 4):
+    for anchors in (None, 16, 4, {0, 1, 40}, {63}):
         sizes.append(held(ResidualStack(mlps("euler", 64, dim=DIM, hidden=8), anchors=anchors), x) / STATE)
     # x_0 is an anchor too, but the caller holds it anyway.
-    assert sizes == pytest.approx([1, 1 + 3, 1 + 15], rel=0.01)
+    assert sizes == pytest.approx([1, 1 + 3, 1 + 15, 1 + 2, 1 + 1], rel=0.01)
 
 
 def test_dropout_holds_its_random_state_alone():

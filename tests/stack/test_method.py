@@ -1,4 +1,4 @@
-"""`Method`: what each step keeps, is predicted from, and hands on."""
+"""`Method`: what each step keeps, and what it is predicted from."""
 
 import numpy as np
 import pytest
@@ -62,12 +62,34 @@ def test_equal_methods_are_one_key():
         (torch.tensor(2), 2, (0, 2, 4)),
         (torch.tensor([4, 0]), (0, 4), (0, 4)),
         (np.array([4, 0]), (0, 4), (0, 4)),
+        (torch.tensor([2]), (2,), (2,)),
+        (np.array([2]), (2,), (2,)),
+        (np.int64(2), 2, (0, 2, 4)),
         ((n for n in (3, 1)), (1, 3), (1, 3)),
     ],
 )
 def test_anchors_as_a_number_or_as_a_set_of_steps(anchors, checked, numbers):
     assert checked_anchors("here", anchors, 5) == checked
     assert anchored_steps(checked, 5) == numbers
+
+
+@pytest.mark.parametrize(
+    "anchors",
+    [
+        True,
+        torch.tensor(True),
+        np.True_,
+        torch.tensor([True, False]),
+        np.array([True]),
+        [np.True_],
+        2.0,
+        torch.tensor(2.0),
+    ],
+    ids=repr,
+)
+def test_truth_values_and_fractions_are_no_anchors(anchors):
+    with pytest.raises(TypeError, match=r"^here: anchors must be "):
+        checked_anchors("here", anchors, 5)
 
 
 @pytest.mark.parametrize("scheme", ["euler", "heun"])

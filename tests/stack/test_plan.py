@@ -34,6 +34,10 @@ def test_a_plan_keeps_its_set_of_anchors(tmp_path):
     assert Plan.load(tmp_path / "plan.json") == plan
     stack = ResidualStack(mlps("euler", 5)).apply_plan(plan)
     assert stack.anchors == (0, 3)
+    short = ResidualStack(mlps("euler", 2), gradient="checkpoint")
+    with pytest.raises(ValueError, match="anchors must be numbers of the 2 steps, got 3"):
+        short.apply_plan(plan)
+    assert (short.gradient, short.anchors) == ("checkpoint", None)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Networks and comparisons that the tests share. Nothing here uses the library but `stacked`."""
+"""Networks, the plain loop over them, and comparisons, which the tests share."""
 
 from __future__ import annotations
 
