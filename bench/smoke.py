@@ -2,8 +2,9 @@
 
 An illegal access ends all work of its process on a GPU, and is reported by whatever runs there next; an endless loop
 takes the rest of the time. Here either costs one case, which names its kernel, and `bench/gpu.sh` leaves out what needs
-a family of kernels with a failed case; which tests do, `tests/support/kernel_families.py` says. Results are held
-against plain torch's on a CPU; how accurate they are the tests judge.
+a family of kernels with a failed case; which tests do, `tests/support/kernel_families.py` says. A case that had not
+ended when the run was cut off counts as failed. Results are held against plain torch's on a CPU; how accurate they are
+the tests judge.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,9 +27,11 @@ from torch import Tensor
 
 from resode_cuda import ResidualMLP, ops, smooth_init_
 
+from .harness.failed_kernels import ONE_PASS_FAMILY
 from .harness.fused_backends import ONE_PASS, TWO_PASS, step_by, triton_gradient_forms
 from .harness.gradients import relative_error
 from .harness.mlp_networks import batch_of, fused_step
+from .harness.results import write_json
 from .sections import kernels
 
 CPU = torch.device("cpu")
@@ -125,7 +128,7 @@ FUSED: dict[str, Check] = {
     "fused-triton/forward": partial(forward, "triton"),
     "fused-triton/adjoint": partial(backward, "triton", "extrapolated", False),
     "fused-triton/gradients": partial(backward, f"triton {TWO_PASS}", "extrapolated", True),
-    "fused-triton/one-pass": partial(backward, f"triton {ONE_PASS}", "extrapolated", True),
+    f"{ONE_PASS_FAMILY}/gradients": partial(backward, f"triton {ONE_PASS}", "extrapolated", True),
     "fused-triton/exact": partial(backward, "triton", "checkpoint", False),
     "wide-triton/adjoint": partial(backward, "triton", "extrapolated", True, sizes=WIDE),
     "torch/adjoint": partial(backward, "torch", "extrapolated", True),
@@ -161,18 +164,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if given.case:
         return run_here(given.case, torch.device(given.device))
-    outcomes: list[Outcome] = []
-    with ThreadPoolExecutor(WORKERS) as pool:
-        for outcome in pool.map(partial(run_elsewhere, device=given.device), CASES):
-            outcomes.append(outcome)
-            last_line = outcome.reason.rstrip().rpartition("\n")[2]
-            print(f"{outcome.case:42} {outcome.outcome:8} {outcome.seconds:5.1f} s  {last_line}".rstrip(), flush=True)
-            if given.output:  # each time: whoever stops it wants what there is
-                given.output.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")
+    outcomes = run_all(given.device, given.output)
     not_ok = [outcome for outcome in outcomes if outcome.outcome in (WRONG, FAILED)]
     for outcome in not_ok:
         print(f"\n{outcome.case}\n{outcome.reason}")
     return int(bool(not_ok))
+
+
+def run_all(device: str, file: Path | None) -> list[Outcome]:
+    """Each case in a process of its own, a few at a time; the file has what became of those that have ended."""
+    outcomes: list[Outcome] = []
+    pool = ThreadPoolExecutor(WORKERS)
+    try:
+        for ended in as_completed([pool.submit(run_elsewhere, name, device) for name in CASES]):
+            outcome = ended.result()
+            outcomes.append(outcome)
+            last_line = outcome.reason.rstrip().rpartition("\n")[2]
+            print(f"{outcome.case:42} {outcome.outcome:8} {outcome.seconds:5.1f} s  {last_line}".rstrip(), flush=True)
+            if file:
+                write_json([asdict(outcome) for outcome in outcomes], file)
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupted run begins no further case
+    return outcomes
 
 
 def runs_on_a_cpu(name: str) -> bool:
@@ -219,11 +232,15 @@ def run_elsewhere(name: str, device: str, seconds: float = SECONDS) -> Outcome:
 
 
 def failed_families(file: Path) -> list[str]:
-    """The families with a case that failed, in the order of `CASES`; wrong results harm nothing that comes later."""
-    if not file.exists():
-        return []
-    outcomes = [Outcome(**row) for row in json.loads(file.read_text())]
-    return list(dict.fromkeys(outcome.family for outcome in outcomes if outcome.outcome == FAILED))
+    """The families with a case that failed, in the order of `CASES`; wrong results harm nothing that comes later.
+
+    A case that the file lacks had not ended when the run was cut off, and may be the one that hangs: it failed too. So
+    did all without a file.
+    """
+    rows = json.loads(file.read_text()) if file.exists() else []
+    outcomes = {row["case"]: Outcome(**row) for row in rows}
+    found = [outcomes.get(name, Outcome(name, FAILED, 0)) for name in CASES]
+    return list(dict.fromkeys(outcome.family for outcome in found if outcome.outcome == FAILED))
 
 
 def _networks(

@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             path = item.path.relative_to(ROOT).as_posix()
-            reason = reason_to_skip(path) if torch.cuda.is_available() else "needs a CUDA device"
+            reason = reason_to_skip(path, item.originalname) if torch.cuda.is_available() else "needs a CUDA device"
             if reason is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 

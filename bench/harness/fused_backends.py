@@ -13,6 +13,7 @@ from resode_cuda.fused.op import BACKENDS
 from resode_cuda.fused.triton import passes as triton_passes
 from resode_cuda.method import Method
 
+from .failed_kernels import ONE_PASS_FAMILY, failed_kernels
 from .mlp_networks import Batch, fused_step
 from .modes import set_mode
 
@@ -33,8 +34,10 @@ def usable(mlp: ResidualMLP, mode: str) -> list[str]:
 
 
 def triton_gradient_forms(mlp: ResidualMLP) -> list[str]:
-    """The gradient forms of Triton's adjoint that can compute this, as `step_by` takes them."""
-    return [f"triton {form}" for form in triton_passes.gradient_forms(mlp._network(), mlp.weight_in.device)]
+    """The gradient forms of Triton's adjoint that can compute this, as `step_by` takes them; none that failed."""
+    failed = (ONE_PASS,) if ONE_PASS_FAMILY in failed_kernels() else ()
+    forms = triton_passes.gradient_forms(mlp._network(), mlp.weight_in.device)
+    return [f"triton {form}" for form in forms if form not in failed]
 
 
 def taken_by_auto(mlp: ResidualMLP, mode: str, rows: int) -> str:

@@ -11,10 +11,14 @@ from .tables import Table, Target
 
 
 def save(record: dict[str, Any], directory: Path) -> None:
-    """Whole or not at all: an interrupted run leaves the file of the section before."""
-    unfinished = directory / "results.json.unfinished"
-    unfinished.write_text(json.dumps(record, indent=1) + "\n")
-    unfinished.replace(directory / "results.json")
+    write_json(record, directory / "results.json")
+
+
+def write_json(content: Any, file: Path) -> None:
+    """Whole or not at all: an interrupted run leaves the file as it was."""
+    unfinished = file.with_name(f"{file.name}.unfinished")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished.replace(file)
 
 
 def save_tables(tables: Sequence[Table], targets: Sequence[Target], where: str, directory: Path) -> None:

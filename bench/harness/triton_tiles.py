@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from resode_cuda.fused.triton import passes as triton_backend
+from resode_cuda.fused.triton import passes as triton_passes
 from resode_cuda.fused.triton import tiles as library_tiles
 from resode_cuda.fused.triton.tiles import Tile, Tiles, tiles_for
 
@@ -62,12 +62,12 @@ def instead_of(entry: Entry, kernel: str, tile: Tile) -> Iterator[None]:
     """The library takes this tile for a kernel, whatever the network."""
     tiles = entry.tiles._replace(**{kernel: tile})
     # Not by unittest.mock, whose patches take as long as a small kernel.
-    library_choice = triton_backend.tiles_for
-    triton_backend.tiles_for = lambda *_: tiles
+    library_choice = triton_passes.tiles_for
+    triton_passes.tiles_for = lambda *_: tiles
     try:
         yield
     finally:
-        triton_backend.tiles_for = library_choice
+        triton_passes.tiles_for = library_choice
 
 
 def rewritten(source: str, entry: Entry) -> str:

@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+from bench.harness.failed_kernels import ONE_PASS_FAMILY
 from tests.support import kernel_families
 from tests.support.bench_run import ROOT
 
@@ -117,6 +118,14 @@ def test_what_needs_kernels_that_failed_is_left_out(rehearse):
     checks = [call for call in calls if "--tb=short" in call and "--maxfail" not in call and call.startswith("python3")]
     assert len(checks) == 3
     assert all(call.endswith("[]") for call in checks)  # they are to tell why the kernels fail
+
+
+def test_one_pass_alone_leaves_no_part_out_but_is_told_to_each(rehearse):
+    done, calls = rehearse("gpu.sh", "mlp", "backends", "tiles", FAILED=ONE_PASS_FAMILY)
+    assert all(outcome.endswith(" ok") for outcome in summary(done).values())
+    parts = [call for call in calls if "-m bench " in call or call.startswith("python3 -m bench.tiles")]
+    assert len(parts) == 3
+    assert all(call.endswith(f"[{ONE_PASS_FAMILY}]") for call in parts)
 
 
 def test_offsets_are_left_out_where_memory_is_short(rehearse):

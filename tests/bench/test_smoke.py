@@ -3,12 +3,19 @@
 import json
 import re
 import sys
+import threading
+import time
 
 import pytest
 import torch
 
 from bench import smoke
-from tests.support import kernel_families
+from bench.harness import results
+from bench.harness.failed_kernels import ONE_PASS_FAMILY, VARIABLE
+from bench.harness.fused_backends import ONE_PASS, TWO_PASS, triton_gradient_forms
+from resode_cuda import ResidualMLP
+from resode_cuda.fused.triton import passes as triton_passes
+from tests.support import fused_cases, kernel_families
 from tests.support.bench_run import ROOT
 
 CPU = torch.device("cpu")
@@ -84,12 +91,62 @@ def test_a_run_says_what_became_of_each_case_and_names_the_families_that_failed(
     assert smoke.main(["--device", "cpu", "--output", str(file)]) == 1
     printed = capsys.readouterr().out
     assert re.search(r"fused-cuda/exact +FAILED +0.1 s  why", printed)
-    assert [row["case"] for row in json.loads(file.read_text())] == list(smoke.CASES)
+    assert sorted(row["case"] for row in json.loads(file.read_text())) == sorted(smoke.CASES)
     assert smoke.main(["--failed", str(file)]) == 0
     assert capsys.readouterr().out == "fused-cuda\n"  # what is only wrong harms nothing that comes later
     outcomes.clear()
     assert smoke.main(["--device", "cpu"]) == 0
-    assert smoke.failed_families(tmp_path / "none.json") == []
+
+
+def test_a_case_of_a_run_that_was_cut_off_failed_if_it_had_not_ended(monkeypatch, tmp_path):
+    file, first = tmp_path / "smoke.json", next(iter(smoke.CASES))
+    seen, done = [], threading.Event()
+
+    def run_elsewhere(name, device):
+        if name == first:  # this one hangs until all others are in the file
+            assert done.wait(30)
+        return smoke.Outcome(name, smoke.OK, 0.1)
+
+    def write_json(rows, file):
+        results.write_json(rows, file)
+        if len(rows) == len(smoke.CASES) - 1:
+            seen.extend(smoke.failed_families(file))
+            done.set()
+
+    monkeypatch.setattr(smoke, "run_elsewhere", run_elsewhere)
+    monkeypatch.setattr(smoke, "write_json", write_json)
+    assert smoke.main(["--device", "cpu", "--output", str(file)]) == 0
+    assert seen == [first.partition("/")[0]]
+    assert smoke.failed_families(file) == []
+    assert smoke.failed_families(tmp_path / "none.json") == FAMILIES
+
+
+def test_an_interrupted_run_begins_no_further_case(monkeypatch, tmp_path):
+    begun = []
+
+    def run_elsewhere(name, device):
+        begun.append(name)
+        time.sleep(0.2)
+        return smoke.Outcome(name, smoke.OK, 0.1)
+
+    def interrupt(rows, file):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(smoke, "WORKERS", 1)
+    monkeypatch.setattr(smoke, "run_elsewhere", run_elsewhere)
+    monkeypatch.setattr(smoke, "write_json", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        smoke.run_all("cpu", tmp_path / "smoke.json")
+    assert len(begun) <= 2
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "smoke.json"
+    results.write_json(["before"], file)
+    with pytest.raises(TypeError):
+        results.write_json([object()], file)
+    assert json.loads(file.read_text()) == ["before"]
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_without_a_gpu_the_cases_that_need_one_say_so(capsys):
@@ -107,13 +164,40 @@ def test_every_file_with_tests_on_a_gpu_says_which_kernels_they_launch():
     }
     own = "tests/bench/test_smoke.py"
     assert marked - {own} == set(kernel_families.FAMILIES)
-    assert {family for needed in kernel_families.FAMILIES.values() for family in needed} <= set(FAMILIES)
+    apart = kernel_families.FAMILIES_OF_TESTS
+    assert all(f"\ndef {test}(" in (ROOT / path).read_text() for path, test in apart)
+    needs = (*kernel_families.FAMILIES.values(), *apart.values())
+    assert {family for needed in needs for family in needed} <= set(FAMILIES)
 
 
 def test_tests_of_a_family_that_failed_are_left_out(monkeypatch):
     path = "tests/ops/test_cuda_kernels.py"
-    monkeypatch.delenv(kernel_families.FAILED, raising=False)
-    assert kernel_families.reason_to_skip(path) is None
-    monkeypatch.setenv(kernel_families.FAILED, "pointwise-cuda fused-triton")
-    assert "pointwise-cuda fail" in kernel_families.reason_to_skip(path)
-    assert kernel_families.reason_to_skip("tests/ops/test_triton.py") is None
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert kernel_families.reason_to_skip(path, "test_on_a_gpu") is None
+    monkeypatch.setenv(VARIABLE, "pointwise-cuda fused-triton")
+    assert "pointwise-cuda fail" in kernel_families.reason_to_skip(path, "test_on_a_gpu")
+    assert kernel_families.reason_to_skip("tests/ops/test_triton.py", "test_on_a_gpu") is None
+
+
+def test_kernels_that_only_some_tests_of_a_file_need_leave_the_others_in(monkeypatch):
+    path = "tests/fused/test_fused_gpu.py"
+    monkeypatch.setenv(VARIABLE, "wide-triton one-pass-triton")
+    assert kernel_families.reason_to_skip(path, "test_sizes_and_presets") is None
+    assert "wide-triton fail" in kernel_families.reason_to_skip(path, "test_wide_layers")
+    (memory,) = (test for _, test in kernel_families.FAMILIES_OF_TESTS if "five_states" in test)
+    assert "one-pass-triton fail" in kernel_families.reason_to_skip(path, memory)
+
+
+def test_without_its_kernel_one_pass_is_neither_measured_nor_preferred(monkeypatch):
+    mlp = ResidualMLP(8, 8, 2, on_drift="ignore")
+    monkeypatch.setattr(triton_passes, "gradient_forms", lambda network, device: (TWO_PASS, ONE_PASS))
+    for failed, forms in (("fused-cuda", [TWO_PASS, ONE_PASS]), ("one-pass-triton", [TWO_PASS])):
+        monkeypatch.setenv(VARIABLE, failed)
+        assert triton_gradient_forms(mlp) == [f"triton {form}" for form in forms]
+        fused_cases.prefer_one_pass(monkeypatch)
+        assert triton_passes.gradient_form(mlp._network(), 1, CPU) == forms[-1]
+
+
+def test_one_pass_is_no_part_of_the_families_of_its_peers():
+    (case,) = (name for name, check in smoke.FUSED.items() if f"triton {ONE_PASS}" in check.args)
+    assert [name for name in smoke.CASES if name.startswith(f"{ONE_PASS_FAMILY}/")] == [case]
