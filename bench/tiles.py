@@ -8,14 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
 import os
 import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,8 +27,10 @@ from resode_cuda.fused.triton.tiles import Tile
 from .harness import environment
 from .harness.fused_backends import ONE_PASS, TWO_PASS, step_by, triton_gradient_forms
 from .harness.mlp_networks import batch_of, fused_step
+from .harness.results import write_json
 from .harness.timing import by_events, in_turns, ratios
 from .harness.triton_tiles import KERNELS, SOURCE, Entry, candidates, entry_at, entry_for, instead_of, rewritten
+from .harness.workers import run_within
 
 ROWS, DEPTH = 262_144, 64
 """Rows and depth of so much work that the device takes longer over a call than the host."""
@@ -42,8 +42,12 @@ SECONDS = 125
 """Time after which no kernel is begun."""
 GAIN = 0.98
 """Time of another tile, of that in use, at most, for which the table is changed."""
+SLOWEST = 3.0
+"""Time of a tile's first call after it is compiled, of that of the tile in use, from which on it is not measured."""
+IN_USE, FASTEST = "that in use", "the fastest"
 
-Timed = Callable[[Callable[[], None]], float]
+Timed = Callable[[Callable[[], None], int], float]
+"""Seconds of a call, over so many."""
 Row = dict[str, Any]
 
 
@@ -130,10 +134,10 @@ def time_all(file: Path) -> None:
                 record["left_out"].append({**asdict(network), "kernel": kernel})
             else:
                 entry = entry_of(network)
-                rows = measure(entry, kernel, partial(call_of, mlp, entry, kernel), partial(by_events, times=CALLS))
+                rows = measure(entry, kernel, partial(call_of, mlp, entry, kernel), by_events)
                 record["rows"] += [{**asdict(network), **row} for row in rows]
                 print("\n".join(shown(network, row) for row in rows), flush=True)
-            file.write_text(json.dumps(record, indent=1) + "\n")
+            write_json(record, file)
 
 
 def write_fastest(rows: Sequence[Row]) -> None:
@@ -146,17 +150,27 @@ def write_fastest(rows: Sequence[Row]) -> None:
 
 
 def measure(entry: Entry, kernel: str, call_with: Callable[[Tile], Callable[[], None]], timed: Timed) -> list[Row]:
-    """Each candidate's seconds in each round, and relative to the tile in use; or why it can't be launched."""
+    """Each candidate's seconds in each round, and relative to the tile in use; or why it has none.
+
+    Where the tile in use can't be launched, the others are compared with the fastest of them.
+    """
     tried = {str(index): (tile, call_with(tile)) for index, tile in enumerate(candidates(entry, kernel))}
+    once: dict[str, float] = {}
     reasons: dict[str, str] = {}
     for name, (_, call) in tried.items():
         try:
-            call()
+            call()  # compiles it
+            once[name] = timed(call, 1)
         except Exception:  # most often it needs more shared memory than there is
             reasons[name] = traceback.format_exc(limit=-1)
+    kind = IN_USE if "0" in once else FASTEST
+    shortest = once.get("0", min(once.values(), default=math.inf))
+    for name, elapsed in once.items():
+        if elapsed > SLOWEST * shortest:  # one whose registers spill would take the time of all others
+            reasons[name] = f"not measured: one call took {elapsed / shortest:.1f} times as long as {kind}"
     running = {name: call for name, (_, call) in tried.items() if name not in reasons}
-    seconds = in_turns(running, ROUNDS, timed) if running else {}
-    in_use = seconds.get("0")
+    seconds = in_turns(running, ROUNDS, lambda call: timed(call, CALLS)) if running else {}
+    baseline = seconds.get("0") or min(seconds.values(), key=statistics.median, default=[])
     return [
         {
             "table": entry.table,
@@ -164,7 +178,8 @@ def measure(entry: Entry, kernel: str, call_with: Callable[[Tile], Callable[[], 
             "kernel": kernel,
             "tile": list(tile),
             "seconds": seconds.get(name),
-            "of_in_use": None if in_use is None or name in reasons else ratios(seconds[name], in_use).median,
+            "baseline": kind,
+            "of_baseline": ratios(seconds[name], baseline).median if name in seconds else None,
             "reason": reasons.get(name),
         }
         for name, (tile, _) in tried.items()
@@ -172,16 +187,20 @@ def measure(entry: Entry, kernel: str, call_with: Callable[[Tile], Callable[[], 
 
 
 def fastest(rows: Sequence[Row]) -> list[Entry]:
-    """The rows of the tables that change. Where networks share one, a tile's time is the mean over all of them."""
+    """The rows of the tables that change. Where networks share one, a tile's time is the mean over all of them.
+
+    The first tile of each kernel is that in use.
+    """
     changed: dict[tuple[str, int], Entry] = {}
     for table, key, kernel in dict.fromkeys((row["table"], row["key"], row["kernel"]) for row in rows):
         relative: dict[tuple[int, ...], list[float]] = {}
         for row in rows:
             if (row["table"], row["key"], row["kernel"]) == (table, key, kernel):
                 # What can't be launched for one network is not taken for another.
-                relative.setdefault(tuple(row["tile"]), []).append(row["of_in_use"] or math.inf)
-        best = min(relative, key=lambda tile: statistics.geometric_mean(relative[tile]))
-        if statistics.geometric_mean(relative[best]) <= GAIN:
+                relative.setdefault(tuple(row["tile"]), []).append(row["of_baseline"] or math.inf)
+        means = {tile: statistics.geometric_mean(times) for tile, times in relative.items()}
+        in_use, best = next(iter(means)), min(means, key=lambda tile: means[tile])
+        if means[best] < math.inf and means[best] <= GAIN * means[in_use]:
             entry = changed.get((table, key)) or entry_at(table, key)
             changed[table, key] = entry._replace(tiles=entry.tiles._replace(**{kernel: Tile(*best)}))
     return list(changed.values())
@@ -193,9 +212,9 @@ def shown(network: Network, row: Row) -> str:
     if row["reason"] is not None:
         figures = row["reason"].strip().rpartition("\n")[2]
     else:
-        of_in_use = "" if row["of_in_use"] is None else f"{row['of_in_use']:.2f} of the time of that in use"
-        figures = f"{1e3 * statistics.median(row['seconds']):8.3f} ms  {of_in_use}"
-    return f"{name:36} {row['tile']!s:18} {figures}".rstrip()
+        of_baseline = f"{row['of_baseline']:.2f} of the time of {row['baseline']}"
+        figures = f"{1e3 * statistics.median(row['seconds']):8.3f} ms  {of_baseline}"
+    return f"{name:36} {row['tile']!s:18} {figures}"
 
 
 def entry_of(network: Network) -> Entry:
@@ -225,10 +244,7 @@ def call_of(mlp: ResidualMLP, entry: Entry, kernel: str, tile: Tile, rows: int =
 
 def compile_ahead() -> None:
     """Compile all candidates, those of each network and kernel in a process of its own, into Triton's cache."""
-    pool = ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn"))
-    jobs = [pool.submit(_compile, network, kernel) for network in NETWORKS for kernel in KERNELS]
-    wait(jobs, timeout=COMPILING)
-    pool.shutdown(wait=False, cancel_futures=True)
+    run_within(COMPILING, _compile, [(network, kernel) for network in NETWORKS for kernel in KERNELS], WORKERS)
 
 
 def _compile(network: Network, kernel: str) -> None:

@@ -7,8 +7,13 @@ there are as many workers as torch would use threads. So figures do not depend o
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import connection
+from multiprocessing.context import SpawnProcess
 from typing import Any, TypeVar
 
 import torch
@@ -43,3 +48,43 @@ def results(
             future.result()
             done(pending[future])
         return [future.result() for future in pending]
+
+
+def run_within(seconds: float, function: Callable[..., object], jobs: Sequence[tuple[Any, ...]], count: int) -> None:
+    """Call `function` with the arguments of each job, in a process of its own, so many at a time.
+
+    After so many seconds the processes that still run are ended, with all that they have started, and waited for: what
+    is timed next has the machine to itself. A process that fails costs its own job alone.
+    """
+    context = multiprocessing.get_context("spawn")
+    waiting = [context.Process(target=_in_own_group, args=(function, job)) for job in jobs]
+    running: list[SpawnProcess] = []
+    until = time.monotonic() + seconds
+    try:
+        while waiting or running:
+            while waiting and len(running) < count:
+                process = waiting.pop(0)
+                process.start()
+                running.append(process)
+            ended = connection.wait([process.sentinel for process in running], max(0.0, until - time.monotonic()))
+            if not ended:
+                break
+            running = [process for process in running if process.sentinel not in ended]
+    finally:
+        for process in running:
+            _end(process)
+        for process in running:
+            process.join()
+
+
+def _in_own_group(function: Callable[..., object], job: tuple[Any, ...]) -> None:
+    os.setpgid(0, 0)  # a compiler that the job has started ends with it
+    function(*job)
+
+
+def _end(process: SpawnProcess) -> None:
+    assert process.pid is not None
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has not come so far, or has just ended
+        process.kill()

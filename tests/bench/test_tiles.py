@@ -29,11 +29,15 @@ def measured(entry, kernel, seconds_of, refused=()):
 
         return call
 
-    def timed(call):
-        call()
+    def timed(call, times):
+        for _ in range(times):
+            call()
         return seconds_of(taken[-1])
 
-    return tiles.measure(entry, kernel, call_with, timed)
+    rows = tiles.measure(entry, kernel, call_with, timed)
+    for row in rows:
+        row["calls"] = taken.count(Tile(*row["tile"]))
+    return rows
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -53,23 +57,49 @@ def test_networks_with_a_norm_share_the_tiles_of_twice_their_dim():
 
 def test_tiles_take_turns_and_what_cannot_run_says_why():
     tried = candidates(PLAIN, ADJOINT)
-    rows = measured(PLAIN, ADJOINT, lambda tile: 1.0 + tried.index(tile), refused=tried[2:3])
+    rows = measured(PLAIN, ADJOINT, lambda tile: 1.0 + tried.index(tile) / 2, refused=tried[2:3])
     assert [Tile(*row["tile"]) for row in rows] == tried
-    assert [row["of_in_use"] for row in rows[:4]] == [1.0, 2.0, None, 4.0]
+    assert [row["of_baseline"] for row in rows[:4]] == [1.0, 1.5, None, 2.5]
+    assert {row["baseline"] for row in rows} == {"that in use"}
     assert "shared memory" in rows[2]["reason"]
     assert rows[2]["seconds"] is None
     assert all(len(row["seconds"]) == tiles.ROUNDS for row in rows if row["reason"] is None)
 
 
-def test_a_tile_that_cannot_run_is_compared_with_no_other():
-    rows = measured(PLAIN, ADJOINT, lambda tile: 1.0, refused=candidates(PLAIN, ADJOINT)[:1])
-    assert all(row["of_in_use"] is None for row in rows)
-    assert tiles.fastest(rows) == []
+def test_where_the_tile_in_use_cannot_run_the_fastest_replaces_it():
+    tried = candidates(PLAIN, ADJOINT)
+    rows = measured(PLAIN, ADJOINT, lambda tile: 1.0 if tile == tried[2] else 2.0, refused=tried[:1])
+    assert [row["of_baseline"] for row in rows[:4]] == [None, 2.0, 1.0, 2.0]
+    assert {row["baseline"] for row in rows} == {"the fastest"}
+    (changed,) = tiles.fastest(rows)
+    assert changed.tiles == PLAIN.tiles._replace(**{ADJOINT: tried[2]})
+
+
+def test_a_tile_in_use_that_runs_for_one_network_alone_is_replaced_by_one_that_runs_for_all():
+    tried = candidates(PLAIN, ADJOINT)
+    times = {tried[1]: 1.0, tried[2]: 1.2}
+    rows = measured(PLAIN, ADJOINT, lambda tile: times.get(tile, 0.9), refused=tried[1:2])
+    rows += measured(PLAIN, ADJOINT, lambda tile: times.get(tile, 3.0), refused=(tried[0], *tried[3:]))
+    (changed,) = tiles.fastest(rows)
+    assert changed.tiles == PLAIN.tiles._replace(**{ADJOINT: tried[2]})
 
 
 def test_where_no_tile_can_run_each_says_why():
     rows = measured(PLAIN, ADJOINT, lambda tile: 1.0, refused=candidates(PLAIN, ADJOINT))
     assert all("shared memory" in row["reason"] and row["seconds"] is None for row in rows)
+    assert tiles.fastest(rows) == []
+
+
+def test_a_slow_tile_gets_no_rounds():
+    tried = candidates(PLAIN, ADJOINT)
+    times = {tried[1]: 3.1, tried[2]: 2.9}
+    rows = measured(PLAIN, ADJOINT, lambda tile: times.get(tile, 1.0))
+    assert rows[1]["calls"] == 2
+    assert rows[1]["reason"] == "not measured: one call took 3.1 times as long as that in use"
+    assert tiles.shown(tiles.NETWORKS[0], rows[1]).endswith(rows[1]["reason"])
+    assert rows[2]["calls"] == 2 + tiles.CALLS * (tiles.ROUNDS + 1)
+    assert [row["of_baseline"] for row in rows[:3]] == [1.0, None, 2.9]
+    assert tiles.fastest(rows) == []
 
 
 def test_the_file_has_what_was_measured_and_what_was_left_out(monkeypatch, tmp_path):

@@ -5,14 +5,13 @@ Those of one dim compile in seconds, those of all dims in turn in longer than th
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
 
 import torch
 
 from ...harness.fused_backends import reasons_against
 from ...harness.mlp_networks import Size, batch_of, fused_step
+from ...harness.workers import run_within
 
 WORKERS = 8
 SECONDS = 40
@@ -24,9 +23,7 @@ def compile_ahead(sizes: Sequence[Size], mode: str, device: torch.device) -> Non
     by_dim: dict[int, list[Size]] = {}
     for size in sizes:
         by_dim.setdefault(size.dim, []).append(size)
-    pool = ProcessPoolExecutor(min(WORKERS, len(by_dim)), mp_context=multiprocessing.get_context("spawn"))
-    wait([pool.submit(_run, group, mode, device) for group in by_dim.values()], timeout=SECONDS)
-    pool.shutdown(wait=False, cancel_futures=True)
+    run_within(SECONDS, _run, [(group, mode, device) for group in by_dim.values()], WORKERS)
 
 
 def _run(sizes: Sequence[Size], mode: str, device: torch.device) -> None:
