@@ -8,7 +8,7 @@ GPU the same op is called until the queue is full, and the launches are among wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,9 +18,18 @@ import torch
 from resode_cuda import ops
 from resode_cuda.ops import pointwise
 from resode_cuda.ops.cuda import CompiledKernels
+from resode_cuda.ops.pointwise import FunctionalOp, Op
 
 H = 0.1
-NAMES = ("forward_step", "heun_step", "reverse_update_", "reverse_extrapolate_", "adjoint_update_")
+OPS: dict[Op[Any], Callable[..., None]] = {
+    ops.forward_step: CompiledKernels.forward_step,
+    ops.heun_step: CompiledKernels.heun_step,
+    ops.reverse_update_: CompiledKernels.reverse_update_,
+    ops.reverse_extrapolate_: CompiledKernels.reverse_extrapolate_,
+    ops.adjoint_update_: CompiledKernels.adjoint_update_,
+}
+"""Each op, and what hands its arguments to a compiled function."""
+each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 
 
 @pytest.fixture(autouse=True)
@@ -30,48 +39,48 @@ def no_gradients() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("what", ["op", "kernel call", "arguments"])
-@pytest.mark.parametrize("name", NAMES)
-def test_call(benchmark: Any, monkeypatch: pytest.MonkeyPatch, name: str, what: str) -> None:
-    values = _values(name, "cpu")
-    nothing: Any = SimpleNamespace(dtype_codes={"float32": 0}, **{name: lambda *_: None})
+@each_op
+def test_call(benchmark: Any, monkeypatch: pytest.MonkeyPatch, op: Op[Any], what: str) -> None:
+    call: Callable[..., Any] = op
+    values = _values(op, "cpu")
+    nothing: Any = SimpleNamespace(dtype_codes={"float32": 0}, **{op.name: lambda *_: None})
     compiled: Any = CompiledKernels(nothing, lambda device: 0)
     if what == "kernel call":
         monkeypatch.setattr(pointwise, "select", lambda device: compiled)
-    call = getattr(compiled if what == "arguments" else ops, name)
     if what == "arguments":
-        out = (torch.empty(1),) if name in NAMES[:2] else ()
-        values = (getattr(ops, name).operands(*values), *out)
-    benchmark.group = f"{name} on one element"
+        out = (torch.empty(1),) if isinstance(op, FunctionalOp) else ()
+        call, values = OPS[op], (compiled, op.operands(*values), *out)
+    benchmark.group = f"{op.name} on one element"
     _describe(benchmark, "cpu")
     benchmark(call, *values)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
-@pytest.mark.parametrize("name", NAMES)
-def test_call_on_a_gpu(benchmark: Any, name: str, backend: str) -> None:
+@each_op
+def test_call_on_a_gpu(benchmark: Any, op: Op[Any], backend: str) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    benchmark.group = f"{name} on one element, GPU"
+    benchmark.group = f"{op.name} on one element, GPU"
     _describe(benchmark, "cuda")
-    values = _values(name, "cuda")
+    values = _values(op, "cuda")
     with ops.using(backend):
-        benchmark(getattr(ops, name), *values)
+        benchmark(op, *values)
     torch.cuda.synchronize()
 
 
-def _values(name: str, device: str) -> tuple[Any, ...]:
+def _values(op: Op[Any], device: str) -> tuple[Any, ...]:
     """An op's arguments, none left out."""
     x, y, d, k1, k2, g, v1, v2 = (torch.randn(1, device=device) for _ in range(8))
     squares, adjoint = torch.zeros(2, device=device), (g, v1, v2, 0.9, 0.1)
-    arguments: dict[str, tuple[Any, ...]] = {
-        "forward_step": (x, k1, H),
-        "heun_step": (x, k1, k2, H),
-        "reverse_update_": (x, y, k1, k2, H, squares, *adjoint),
-        "reverse_extrapolate_": (x, y, d, k1, k2, H, 2.0, 1.0, squares, *adjoint),
-        "adjoint_update_": adjoint,
+    arguments: dict[Op[Any], tuple[Any, ...]] = {
+        ops.forward_step: (x, k1, H),
+        ops.heun_step: (x, k1, k2, H),
+        ops.reverse_update_: (x, y, k1, k2, H, squares, *adjoint),
+        ops.reverse_extrapolate_: (x, y, d, k1, k2, H, 2.0, 1.0, squares, *adjoint),
+        ops.adjoint_update_: adjoint,
     }
-    return arguments[name]
+    return arguments[op]
 
 
 def _describe(benchmark: Any, device: str) -> None:

@@ -10,28 +10,29 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import models
+from .workload import Workload
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A step to measure: the function of `models` that builds the workload, its arguments, the mode."""
+    """A step to measure. build: makes the workload of its arguments, a function that another process can import."""
 
-    build: str
+    build: Callable[..., Workload]
     arguments: dict[str, Any]
     mode: str
 
@@ -50,9 +51,8 @@ def growth(jobs: Sequence[Job], device: torch.device) -> Sequence[int | None]:
 def _growth_elsewhere(jobs: Sequence[Job]) -> list[int]:
     measured = subprocess.run(
         [sys.executable, "-m", __name__],
-        input=json.dumps([asdict(job) for job in jobs]),
+        input=pickle.dumps(jobs),
         capture_output=True,
-        text=True,
         cwd=Path(__file__).parents[2],
         # OpenBLAS would start threads when it is imported, and a process with threads is not safe to fork.
         env={
@@ -63,12 +63,13 @@ def _growth_elsewhere(jobs: Sequence[Job]) -> list[int]:
         },
     )
     if measured.returncode:
-        raise RuntimeError(f"bench.resident: the measuring process must end well, but wrote\n{measured.stderr}")
+        written = measured.stderr.decode(errors="replace")
+        raise RuntimeError(f"bench.resident: the measuring process must end well, but wrote\n{written}")
     return json.loads(measured.stdout)
 
 
 def _growth_here(job: Job) -> int:
-    workload = getattr(models, job.build)(**job.arguments)
+    workload = job.build(**job.arguments)
     # Code that is paged in, threads and buffers that stay are no part of a step.
     workload.step(job.mode)
     _CLEAR.write_text("5")  # the peak of the resident size starts afresh
@@ -102,4 +103,4 @@ def _in_child(job: Job) -> int:
 if __name__ == "__main__":
     import torch.fx.experimental.symbolic_shapes  # as each child's first backward pass would, which takes longer
 
-    print(json.dumps([_in_child(Job(**job)) for job in json.load(sys.stdin)]))
+    print(json.dumps([_in_child(job) for job in pickle.load(sys.stdin.buffer)]))

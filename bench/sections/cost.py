@@ -56,7 +56,7 @@ def measure(options: Options, device: torch.device, progress: Progress) -> dict[
         progress.advance(measuring)
         rows += [{"steps": steps, **step_figures(mode, memories, seconds[steps])} for mode in MODES]
     sizes = {"scheme": "euler", "dim": WIDTH, "hidden": WIDTH, "rows": rows_per_batch, "device": "cpu"}
-    jobs = [resident.Job("mlp_workload", {"steps": row["steps"], **sizes}, row["mode"]) for row in rows]
+    jobs = [resident.Job(mlp_workload, {"steps": row["steps"], **sizes}, row["mode"]) for row in rows]
     for row, grown in zip(rows, resident.growth(jobs, device), strict=True):
         row["resident_bytes"] = grown
     progress.advance(measuring)

@@ -19,7 +19,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from ..harness import gradients, memory, resident, workers
-from ..harness.models import DigitsNet, digits_loss
+from ..harness.models import DigitsNet, digits_loss, digits_workload
 from ..harness.modes import BASELINE, MODES, SCHEMES, set_mode
 from ..harness.tables import MEMORY_NOTE, TIME_NOTE, Table, Target, error, mebibytes, relative_time
 from ..harness.timing import Spread, interleaved
@@ -79,7 +79,7 @@ def measure(options: Options, device: torch.device, progress: Progress) -> dict[
             )
         progress.advance(measuring)
     sizes = {"steps": steps, "channels": CHANNELS, "rows": BATCH_ROWS, "device": "cpu"}
-    jobs = [resident.Job("digits_workload", {"scheme": row["scheme"], **sizes}, row["mode"]) for row in rows]
+    jobs = [resident.Job(digits_workload, {"scheme": row["scheme"], **sizes}, row["mode"]) for row in rows]
     for row, grown in zip(rows, resident.growth(jobs, device), strict=True):
         row["resident_bytes"] = grown
     progress.advance(measuring)

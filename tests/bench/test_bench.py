@@ -150,11 +150,18 @@ def test_memory_of_the_adjoint_does_not_grow_with_depth():
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc/self/clear_refs")
 def test_resident_growth_sees_what_backpropagation_holds():
     arguments = {"scheme": "euler", "steps": 8, "dim": 256, "hidden": 256, "rows": 2048, "device": "cpu"}
-    jobs = [resident.Job("mlp_workload", arguments, mode) for mode in ("backprop", "paper")]
+    jobs = [resident.Job(models.mlp_workload, arguments, mode) for mode in ("backprop", "paper")]
     backprop, paper = resident.growth(jobs, CPU)
     held = 2 * 8 * 2048 * 256 * 4
     assert held < backprop < 1.4 * held
     assert paper < backprop / 1.8
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc/self/clear_refs")
+def test_a_process_that_measures_resident_growth_says_why_it_failed():
+    arguments = {"scheme": "leapfrog", "steps": 2, "channels": 4, "rows": 2, "device": "cpu"}
+    with pytest.raises(RuntimeError, match=r"(?s)must end well, but wrote.*leapfrog"):
+        resident.growth([resident.Job(models.digits_workload, arguments, "paper")], CPU)
 
 
 def test_ratios_compare_within_a_round():
