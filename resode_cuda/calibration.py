@@ -123,7 +123,7 @@ def anchors_by_defect(defects: Sequence[float], tolerance: float) -> Iterator[tu
     """Sets of steps with large defects, the worst 1, 2, 4, ... of them, each with the first step.
 
     A defect is large above the tolerance. One that is not finite is the worst; it hides those of all steps before it.
-    Sets have at most half of the steps: with more, checkpointing is the choice.
+    At most half of the steps join the first: with more, checkpointing is the choice.
     """
     broken = max((n for n, defect in enumerate(defects) if not math.isfinite(defect)), default=0)
     large = [n for n, defect in enumerate(defects) if n >= max(1, broken) and not defect <= tolerance]

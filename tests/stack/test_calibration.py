@@ -116,7 +116,7 @@ def test_checkpointing_is_the_last_resort_and_said_to_be():
     assert plan.chosen.error == 0
     choices = [candidate.anchors for candidate in plan.candidates[:-1] if candidate.reverse == SOLVERS[0]]
     assert choices[:2] == [None, (0,)]
-    assert choices[-1] == 2
+    assert (0, 2) in [anchored_steps(anchors, 4) for anchors in choices]
     assert len(plan.candidates) == len(choices) * len(SOLVERS) + 1
     assert "last resort" in str(plan)
     stack.apply_plan(plan)
