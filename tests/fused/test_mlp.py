@@ -44,7 +44,7 @@ def test_blocks_and_back_are_the_same_network(float64, scheme, activation, norm,
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_settings_travel_with_the_parameters(scheme, dtype):
+def test_settings_come_with_the_parameters(scheme, dtype):
     settings = {
         "gradient": "checkpoint",
         "reverse": Reverse("extrapolate", 2),
