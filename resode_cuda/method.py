@@ -123,7 +123,8 @@ def _integer(value: object) -> int | None:
 
     Tensors of one element are collections, and truth values are no numbers.
     """
-    if getattr(value, "ndim", 0) > 0 or "bool" in str(getattr(value, "dtype", type(value).__name__)):
+    is_truth_value = isinstance(value, bool) or str(getattr(value, "dtype", None)) in ("bool", "torch.bool")
+    if is_truth_value or getattr(value, "ndim", 0) > 0:
         return None
     try:
         return operator.index(value)  # type: ignore[arg-type]

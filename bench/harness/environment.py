@@ -1,4 +1,4 @@
-"""Where and with what a result was measured."""
+"""Machine, software and settings of a measurement."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ LARGEST_GAP = 1.0  # percentage points
 
 @dataclass(frozen=True)
 class Start:
-    """Where every training of a scheme starts from. `images`: how many are trained on; None is all of them."""
+    """The start that every training of a scheme shares. `images`: how many are trained on; None is all of them."""
 
     steps: int
     seed: int

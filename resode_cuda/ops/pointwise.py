@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -19,7 +20,7 @@ TWO_STAGES = (HeunStepOperands, ReverseUpdateOperands, ReverseExtrapolateOperand
 REVERSE_UPDATES = (ReverseUpdateOperands, ReverseExtrapolateOperands)
 
 
-class Op(Generic[Operands]):
+class Op(ABC, Generic[Operands]):
     """An op of the library `resode`. Its first operand is the stream that all others must fit.
 
     Args:
@@ -66,14 +67,14 @@ class Op(Generic[Operands]):
         torch.library.register_vmap(self.qualified_name, self._vmap, lib=library)
         self._overload = getattr(torch.ops.resode, self.name).default
 
-    def _run(self, *values: Any) -> Tensor | None:
-        raise NotImplementedError
+    @abstractmethod
+    def _run(self, *values: Any) -> Tensor | None: ...
 
-    def _fake(self, *values: Any) -> Tensor | None:
-        raise NotImplementedError
+    @abstractmethod
+    def _fake(self, *values: Any) -> Tensor | None: ...
 
-    def _vmap(self, info: Any, dims: tuple[int | None, ...], *values: Any) -> tuple[Tensor, int]:
-        raise NotImplementedError
+    @abstractmethod
+    def _vmap(self, info: Any, dims: tuple[int | None, ...], *values: Any) -> tuple[Tensor, int]: ...
 
     def _check(self, operands: Operands) -> Tensor:
         """The stream, once all operands fit it."""

@@ -58,7 +58,7 @@ def test_few_kernels_spill_registers():
 
 @pytest.mark.parametrize("source", cuda_compiled.POINTWISE)
 def test_accesses_are_wide(compiled, source):
-    """Where all types have 16 bits the compiler can't tell packs of x from those of k: they count together."""
+    """Packs of x and of k count together where all types have 16 bits: the compiler can't tell them apart."""
     for name, ptx in cuda_compiled.bodies(compiled(source, 90)).items():
         kind = next((kind for kind in ACCESSES if name.startswith(kind)), None)
         if kind is None:

@@ -163,3 +163,18 @@ class Midpoint:
         k2, vjp_next = linearize(f_next, add(x, k1, 0.5 * h))
         through = vjp_next(gamma)
         return StepVjp(Stages(k2), through, vjp(0.5 * h * through))
+
+
+def normed(dim=DIM, hidden=HIDDEN):
+    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.Tanh(), nn.Linear(hidden, dim))
+
+
+def initialised(count, build=normed):
+    """Blocks with PyTorch's default initialisation; the first and the last are the same at every count."""
+    torch.manual_seed(0)
+    blocks = [build() for _ in range(count)]
+    return [blocks[0], *blocks[2:], *blocks[1:2]]
+
+
+def weights(stack, name):
+    return torch.stack([block.get_parameter(name).detach() for block in stack])

@@ -25,7 +25,7 @@ import triton.language as tl
 
 @triton.jit
 def offsets(start: tl.tensor, WIDTH: tl.constexpr, CONFIG: tl.constexpr) -> tl.tensor:
-    """Where a tile's values are among rows of WIDTH values: from its first row on, an int64, with 32 bits."""
+    """Offsets of a tile's values among rows of WIDTH values: from its first row on, an int64, with 32 bits."""
     return start * WIDTH + ((tl.arange(0, CONFIG.rows) * WIDTH)[:, None] + tl.arange(0, CONFIG.padded_dim)[None, :])
 
 
