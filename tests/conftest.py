@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.host_build import build
+from tests.support.host_build import build, load
 from tests.support.kernel_families import reason_to_skip
 from tests.support.once import once
 
@@ -55,6 +55,12 @@ def shared_folder(tmp_path_factory, worker_id):
 def host_build(shared_folder):
     """The folder of the CUDA sources' module for the CPU."""
     return once(shared_folder / "host_build", build)
+
+
+@pytest.fixture(scope="session")
+def kernels(host_build):
+    """The compiled library as built for the CPU: its launchers run the CUDA sources on the host."""
+    return load(host_build, "_kernels")
 
 
 @pytest.fixture

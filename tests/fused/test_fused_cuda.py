@@ -16,7 +16,7 @@ from resode_cuda.method import Method
 from resode_cuda.ops import build_info
 from resode_cuda.reverse import Reverse
 from tests.support.fused_cases import CASES, Case, check, check_that_gradients_are_repeated
-from tests.support.host_build import ROOT, load
+from tests.support.host_build import ROOT
 from tests.support.networks import Midpoint, pretend_to_have_a_gpu
 
 pytestmark = pytest.mark.usefixtures("off_the_kink")
@@ -27,11 +27,6 @@ SCHEDULES = list(itertools.product((False, True), (False, True)))
 """Whether warps run ahead of each other, and whether copies land late."""
 SIZES = [(16, 24), (16, 130), (32, 64), (24, 7), (64, 100), (128, 40), (100, 65)]
 """dim and hidden: padded and not; a chunk has 64 hidden units, or 32."""
-
-
-@pytest.fixture(scope="session")
-def kernels(host_build):
-    return load(host_build, "_kernels")
 
 
 @pytest.fixture

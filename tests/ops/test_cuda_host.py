@@ -6,16 +6,11 @@ import pybind11
 import pytest
 import torch
 
-from tests.support.host_build import ROOT, load, run
+from tests.support.host_build import ROOT, run
 
 NONE, READS_TOO_EARLY, OVERWRITES_TOO_EARLY, DIVERGENT_BARRIER, FORGETS_TO_WAIT = range(5)
 """Faults, numbered as in harness.h."""
 BLOCK = 128
-
-
-@pytest.fixture(scope="session")
-def kernels(host_build):
-    return load(host_build, "_kernels")
 
 
 @pytest.fixture(params=[False, True], ids=["round-robin", "greedy"])

@@ -7,7 +7,6 @@ from resode_cuda.library import require
 from resode_cuda.ops import build_info, reference
 from resode_cuda.ops.cuda import CompiledKernels
 from resode_cuda.ops.operands import ForwardStepOperands
-from tests.support.host_build import load
 from tests.support.kernel_cases import CASES, DTYPE_PAIRS, Case, by_kernel, by_reference, check, operands, pair_id
 
 THREADS = 256
@@ -16,11 +15,6 @@ ONE_PROCESSOR, LARGE_GPU = 0, 1
 """Devices of the host. Tests run on the one with a single multiprocessor unless they say otherwise."""
 MIXED = (torch.float32, torch.bfloat16)
 BARRIERS = [case for case in CASES if case.op.startswith("reverse")]
-
-
-@pytest.fixture(scope="session")
-def kernels(host_build):
-    return load(host_build, "_kernels")
 
 
 @pytest.fixture
