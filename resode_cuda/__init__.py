@@ -1,7 +1,8 @@
 """Training very deep residual networks without storing their activations."""
 
 from . import functional, ops
-from .adjoint.drift import Drift, DriftError, DriftLogger
+from .adjoint.drift import Drift, DriftError
+from .adjoint.drift_log import DriftLogger
 from .available import backends
 from .calibration import calibrate
 from .initialize import deepen, smooth_init_

@@ -12,19 +12,23 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from .adjoint.buffers import work_on_copies
 from .adjoint.drift import DriftMonitor, root_mean_square
-from .adjoint.replay import buffers_untouched, submodules
+from .adjoint.replay import protect, submodules
+from .adjoint.restoration import restoring
 from .method import CheckedAnchors, anchored_steps
 from .module import AdjointModule
 from .plan import Candidate, Plan, checked_tolerance
 from .reverse import Reverse
 
-Loss = Callable[[Tensor], Tensor]
+Loss = Callable[[Any], Tensor]
+T = TypeVar("T")
+Argument = TypeVar("Argument")
 MOST_CORRECTIONS = 4
 
 
@@ -170,18 +174,25 @@ class _Trial:
         self.parameters: list[Tensor] = [parameter for parameter in stack.parameters() if parameter.requires_grad]
         self.modules = submodules((stack,))
         self.held_bytes: dict[tuple[str, int, CheckedAnchors], int] = {}
-        with self._as_before(), _set(stack, EXACT), torch.no_grad():
-            out = stack(self.x, *args, **kwargs)
-        with self._as_before(), _without_effects(), torch.enable_grad():
-            out = out.detach().requires_grad_()
-            value = loss(out)
+        self.g = self._as_before(self._output_cotangents, loss)
+
+    def _output_cotangents(self, loss: Loss) -> list[Tensor]:
+        with _set(self.stack, EXACT), torch.no_grad():
+            out = self.stack(self.x, *self.args, **self.kwargs)
+        outputs = [tensor.detach().requires_grad_() for tensor in _as_tuple(out)]
+        with _without_effects(), torch.enable_grad():
+            value = loss(tuple(outputs) if isinstance(out, tuple) else outputs[0])
             if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
                 raise TypeError(
                     f"calibrate: loss must return a scalar tensor that depends on the output, got {value!r}"
                 )
-            (self.g,) = torch.autograd.grad(value, out)
+            cotangents = torch.autograd.grad(value, outputs, allow_unused=True)
+        return [torch.zeros_like(out) if g is None else g for out, g in zip(outputs, cotangents, strict=True)]
 
     def run(self, choice: Choice) -> _Outcome:
+        return self._as_before(self._run, choice)
+
+    def _run(self, choice: Choice) -> _Outcome:
         calls = 0
 
         def count(module: torch.nn.Module, _: Any) -> None:
@@ -189,13 +200,13 @@ class _Trial:
             calls += module in blocks
 
         blocks = set(self.stack.children())
-        with self._as_before(), _set(self.stack, choice), torch.enable_grad():
+        with _set(self.stack, choice), torch.enable_grad():
             x = self.x.clone().requires_grad_()
             held = self._held_by(x, choice)
             counting = torch.nn.modules.module.register_module_forward_pre_hook(count)
             try:
                 begin = _now(x.device)
-                out = self.stack(x, *self.args, **self.kwargs)
+                out = _as_tuple(self.stack(x, *self.args, **self.kwargs))
                 found = torch.autograd.grad(out, self.parameters or [x], self.g, allow_unused=True)
                 seconds = _now(x.device) - begin
             finally:
@@ -218,30 +229,34 @@ class _Trial:
         extrapolates = choice.reverse is not None and choice.reverse.extrapolates
         what = choice.gradient, extrapolates, choice.anchors
         if what not in self.held_bytes:
-            held: dict[int, int] = {}
-            mine = {tensor.untyped_storage().data_ptr() for tensor in (x, *self.parameters)}
-
-            def keep(tensor: Tensor) -> Tensor:
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in mine:
-                    held[storage.data_ptr()] = storage.nbytes()
-                return tensor
-
-            with self._as_before(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                self.stack(x, *self.args, **self.kwargs)
-            self.held_bytes[what] = sum(held.values())
+            self.held_bytes[what] = self._as_before(self._measured, x)
         return self.held_bytes[what]
 
-    @contextmanager
-    def _as_before(self) -> Iterator[None]:
-        devices = [] if self.x.device.type in ("cpu", "meta") else [self.x.device]
-        with (
-            torch.random.fork_rng(devices, device_type=self.x.device.type if devices else "cuda"),
-            buffers_untouched(self.modules),
-            warnings.catch_warnings(),
-        ):
+    def _measured(self, x: Tensor) -> int:
+        held: dict[int, int] = {}
+        mine = {tensor.untyped_storage().data_ptr() for tensor in (x, *self.parameters)}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in mine:
+                held[storage.data_ptr()] = storage.nbytes()
+            # A node that saved its own output and kept it as it is would be kept alive by it.
+            return tensor.detach()
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            self.stack(x, *self.args, **self.kwargs)
+        return sum(held.values())
+
+    def _as_before(self, run: Callable[[Argument], T], argument: Argument) -> T:
+        """run(argument), after which all modules and random generators are as they were."""
+
+        def protected() -> T:
+            protect(self.modules, self.x.device)
+            return run(argument)
+
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # candidates may well diverge
-            yield
+            return restoring(protected)
 
 
 @contextmanager
@@ -261,19 +276,24 @@ def _set(stack: AdjointModule, choice: Choice | None = None) -> Iterator[None]:
 
 @contextmanager
 def _without_effects() -> Iterator[None]:
-    """Whatever modules run inside, their buffers, and the settings of other stacks, are as before."""
+    """Whatever modules run inside, their buffers, and the settings of other stacks, are as before when the `restoring`
+    around this ends, at the latest."""
     seen: set[torch.nn.Module] = set()
     with ExitStack() as restored:
 
-        def protect(module: torch.nn.Module, _: Any) -> None:
+        def protect_too(module: torch.nn.Module, _: Any) -> None:
             if module not in seen:
                 seen.add(module)
-                restored.enter_context(buffers_untouched([module]))
+                work_on_copies([module])
                 if isinstance(module, AdjointModule):
                     restored.enter_context(_set(module))
 
-        restored.callback(torch.nn.modules.module.register_module_forward_pre_hook(protect).remove)
+        restored.callback(torch.nn.modules.module.register_module_forward_pre_hook(protect_too).remove)
         yield
+
+
+def _as_tuple(out: Any) -> tuple[Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
 
 
 def _checked_stack(stack: AdjointModule) -> AdjointModule:

@@ -84,6 +84,12 @@ class Method:
         return min(2, len(self.steps)) if self.extrapolates else 0
 
     @property
+    def exactly_predicted(self) -> frozenset[int]:
+        """The steps whose vector-Jacobian product is taken at x_n itself, not at an approximation."""
+        count = len(self.steps)
+        return frozenset((*self.anchors, *range(count - self.kept_increments, count)))
+
+    @property
     def block_count(self) -> int:
         return len(self.steps) + self.scheme.blocks_per_step - 1
 

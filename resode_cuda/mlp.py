@@ -187,10 +187,11 @@ class ResidualMLP(AdjointModule):
         """
         if not isinstance(stack, ResidualStack):
             raise TypeError(f"ResidualMLP: from_blocks needs a ResidualStack, got {type(stack).__name__}")
-        if stack.stream_dtype is not None or stack.keep_input:
+        if stack.stream_dtype is not None or stack.keep_input or stack.auxiliary is not None:
             raise ValueError(
-                "ResidualMLP: from_blocks needs a stack with stream_dtype=None and keep_input=False, it has no such "
-                f"settings, got {stack.stream_dtype} and {stack.keep_input}; set them so"
+                "ResidualMLP: from_blocks needs a stack with stream_dtype=None, keep_input=False and auxiliary=None, "
+                "it has no such settings, got "
+                f"{stack.stream_dtype}, {stack.keep_input} and {stack.auxiliary}; set them so"
             )
         blocks = [Perceptron.of(n, block) for n, block in enumerate(stack)]
         first = blocks[0]

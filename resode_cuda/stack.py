@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .adjoint import checkpoint, node, traced
-from .adjoint.blocks import Arguments, Block, Call
-from .adjoint.replay import buffers_untouched
+from .adjoint.arguments import Arguments, Call
+from .adjoint.blocks import Auxiliaries, Block
+from .adjoint.buffers import work_on_copies
+from .adjoint.outputs import Outputs, together
+from .adjoint.restoration import restoring, undo_leftovers
 from .calibration import Loss
 from .devices import is_capturing
 from .dtypes import DTYPES
@@ -54,6 +58,10 @@ class ResidualStack(AdjointModule):
             end of the backward pass on a CPU; on a GPU without waiting for it, by a forward pass once they have
             arrived, except that "raise" and "checkpoint" make the next forward pass wait for them.
         keep_input: keep x_0, one state more, and measure in `drift.reconstruction` how far the rebuilt one is from it.
+        auxiliary: blocks may return (increment, auxiliary), such as the balancing loss of a router, and the stack
+            returns (x_N, auxiliary([...])), with gradients in all modes. A function from the list of what the
+            evaluations returned, in their order, to a tensor, such as Python's `sum`; under Heun most blocks are
+            evaluated twice. None: blocks return one tensor.
         stream_dtype: dtype of the states between blocks. None is float32 for 16-bit inputs, else the input's dtype: the
             reconstruction subtracts small increments, which 16 bits lose. Blocks see, and the stack returns, the
             input's dtype.
@@ -98,6 +106,7 @@ class ResidualStack(AdjointModule):
         max_drift: float = 0.05,
         on_drift: str = "warn",
         keep_input: bool = False,
+        auxiliary: Callable[[list[Tensor]], Tensor] | None = None,
     ) -> None:
         blocks = list(blocks)
         for index, block in enumerate(blocks):
@@ -128,78 +137,127 @@ class ResidualStack(AdjointModule):
             raise TypeError(f"ResidualStack: stream_dtype must be one of {DTYPES} or None, got {stream_dtype!r}")
         self.stream_dtype = stream_dtype
         self.keep_input = keep_input
+        if auxiliary is not None and not callable(auxiliary):
+            raise TypeError(
+                f"ResidualStack: auxiliary must be a function of a list of tensors, got {auxiliary!r}; use sum"
+            )
+        self.auxiliary = auxiliary
 
-    def forward(self, x: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, /, *args: Any, return_states: Sequence[int] | None = None, **kwargs: Any) -> Any:
         """x_N from x_0.
 
         Args:
             x: x_0, any shape, floating dtype, on the blocks' device.
             *args, **kwargs: passed to every block; tensors among them, also inside lists, tuples and dicts, get
-                gradients.
+                gradients. Blocks get the caller's own objects in the forward pass, and what each of them was given
+                when they run again.
+            return_states: numbers n, from 0 to N, of states x_n to be returned too, for U-Nets, deep supervision and
+                early exits. Each takes the memory of a state, and the reconstruction's error starts afresh there.
 
         Returns:
-            x_N, shape and dtype of x.
+            x_N, shape and dtype of x. With `auxiliary` a tuple of it and the reduced auxiliaries; with `return_states`
+            the last entry of the tuple is the list of these states, in the order asked for.
 
         Raises:
             TypeError: if x is not a floating tensor, or a block returns no tensor or another dtype.
-            ValueError: if a block changes the shape or device of its input.
-            RuntimeError: if a block modifies its input in place; in the backward pass, see `gradient`.
+            ValueError: if a block changes the shape or device of its input, or a state that there is none of is asked
+                for.
+            RuntimeError: if a block modifies in place its input, a tensor among its arguments or its parameters; in the
+                backward pass, see `gradient`.
         """
         if torch.compiler.is_compiling():
-            if self._is_traceable():
+            if return_states is None and self._is_traceable():
                 return self._forward_traced(x, args, kwargs)
-            return _forward_uncompiled(self, x, args, kwargs)
-        return self._forward(x, args, kwargs)
+            return _forward_uncompiled(self, x, args, kwargs, return_states)
+        return self._forward(x, args, kwargs, return_states)
 
-    def _forward(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _forward(
+        self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], return_states: Sequence[int] | None
+    ) -> Any:
+        undo_leftovers()
         # A checkpoint around the stack repeats a forward pass within a backward pass.
         is_repeated = torch._C._current_graph_task_id() != -1
         if not is_repeated and not is_capturing():
             self._apply_pending(x, args, kwargs)
+        wanted = self._checked_states(return_states)
         blocks, state = self._blocks_for(x), x.to(self._stream_dtype_for(x))
-        tensors = Arguments.tensors(args, kwargs)
+        arguments = Arguments(args, kwargs)
         differentiable = torch.is_grad_enabled() and any(
-            tensor.requires_grad for tensor in (x, *tensors, *self.parameters())
+            tensor.requires_grad for tensor in (x, *arguments.tensors, *self.parameters())
         )
         if differentiable and self.gradient != "adjoint":
             self._monitor.forget()
         if self.gradient == "backprop" or not differentiable:
-            state = self._propagate_stored(blocks, state, Call(args, kwargs))
+            outputs = self._propagate_stored(blocks, state, Call(args, kwargs), wanted)
         elif self.gradient == "checkpoint":
-            state = checkpoint.propagate(self._method, blocks, state, Call(args, kwargs), tensors)
+            outputs = checkpoint.propagate(self._method, blocks, state, arguments, self._monitor)
         else:
             if torch._C._are_functorch_transforms_active():
                 raise node.unsupported("a torch.func transform")
-            arguments = Arguments(args, kwargs)
-            state = node.propagate(self._method, blocks, state, arguments, tensors, self._monitor, self.keep_input)
-        return state.to(x.dtype)
+            between = {n for n in wanted if 0 < n < len(self.steps)}
+            outputs = node.propagate(
+                self._method, blocks, state, arguments, self._monitor, keep_input=self.keep_input, states=between
+            )
+            outputs.states.update({0: state, len(self.steps): outputs.last})
+        return self._returned(outputs, x.dtype, None if return_states is None else wanted)
+
+    def _returned(self, outputs: Outputs, dtype: torch.dtype, wanted: Sequence[int] | None) -> Any:
+        found: list[Any] = [outputs.last.to(dtype)]
+        if self.auxiliary is not None:
+            found.append(self._reduced(outputs.auxiliaries))
+        if wanted is not None:
+            found.append([outputs.states[n].to(dtype) for n in wanted])
+        return found[0] if len(found) == 1 else tuple(found)
+
+    def _reduced(self, auxiliaries: Sequence[Tensor | None]) -> Any:
+        assert self.auxiliary is not None
+        given = [auxiliary for auxiliary in auxiliaries if auxiliary is not None]
+        if not given:
+            raise TypeError(
+                "ResidualStack: with auxiliary set at least one block must return (increment, auxiliary), but none "
+                "did; leave auxiliary out"
+            )
+        return self.auxiliary(together(given))
+
+    def _checked_states(self, return_states: Sequence[int] | None) -> list[int]:
+        wanted = [] if return_states is None else list(return_states)
+        for n in wanted:
+            if not isinstance(n, int) or isinstance(n, bool) or not 0 <= n <= len(self.steps):
+                raise ValueError(
+                    f"ResidualStack: return_states must be numbers from 0 to {len(self.steps)}, got {n!r}; x_0 is the "
+                    "input, the last one the output"
+                )
+        return wanted
 
     def _is_traceable(self) -> bool:
         """Whether a compiler may trace the stack; else it runs uncompiled inside the compiled model."""
         autocasts = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
         is_watched = self.keep_input or self._monitor.on_drift in ("raise", "checkpoint")
-        wants_eager = autocasts or is_watched or self._recalibration is not None
+        wants_eager = autocasts or is_watched or self._recalibration is not None or self.auxiliary is not None
         return not wants_eager and traced.is_traceable(self.modules())
 
     def _forward_traced(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         blocks, state = self._blocks_for(x), x.to(self._stream_dtype_for(x))
         self._monitor.forget()
         if torch.is_grad_enabled() and self.gradient == "adjoint":
-            arguments, tensors = Arguments(args, kwargs), Arguments.tensors(args, kwargs)
-            state = traced.propagate(self._method, blocks, state, arguments, tensors)
+            state = traced.propagate(self._method, blocks, state, traced.TracedArguments(args, kwargs))
         elif torch.is_grad_enabled() and self.gradient == "checkpoint":
             state = traced.propagate_checkpointed(self._method, blocks, state, Call(args, kwargs))
         else:
-            state = self._propagate_stored(blocks, state, Call(args, kwargs))
+            state = self._propagate_stored(blocks, state, Call(args, kwargs), ()).last
         return state.to(x.dtype)
 
-    def _propagate_stored(self, blocks: Sequence[Block], state: Tensor, call: Call) -> Tensor:
+    def _propagate_stored(self, blocks: Sequence[Block], state: Tensor, call: Call, wanted: Collection[int]) -> Outputs:
         """x_N from x_0 as autograd records it, if it does."""
         scheme = self._method.scheme
+        auxiliaries: Auxiliaries = []
+        states = {0: state}
         for n, h in enumerate(self.steps):
-            functions = [block.function(call) for block in blocks[self._method.blocks_of(n)]]
+            functions = [block.function(call, auxiliaries) for block in blocks[self._method.blocks_of(n)]]
             state = scheme.add(state, scheme.stages(functions, state, h), h)
-        return state
+            if n + 1 in wanted:
+                states[n + 1] = state
+        return Outputs(state, auxiliaries, states)
 
     def _apply_pending(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Change the settings where the last backward pass, or a calibration that is due, asks for it."""
@@ -263,24 +321,30 @@ class ResidualStack(AdjointModule):
         Raises:
             TypeError, ValueError: as the forward pass.
         """
+        undo_leftovers()
         blocks, state = self._blocks_for(x_last), x_last.to(self._stream_dtype_for(x_last))
         call, method, scheme = Call(args, kwargs), self._method, self._method.scheme
+
+        def undone(n: int, state: Tensor, predicted: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            """x_n from x_{n+1}, and the increment where the solver knows it."""
+            used, h = blocks[method.blocks_of(n)], self.steps[n]
+            work_on_copies({module for block in used for module in block.modules})
+            functions = [block.function(call, []) for block in used]
+            y = predict(method.solver, scheme, functions, state, h, predicted)
+            if not method.reuses:
+                return y, None
+            stages = scheme.stages(functions, y, h)
+            state = scheme.add(state, stages, -h)
+            return state, increment(scheme, stages, h, state) if method.extrapolates else None
+
         later: list[Tensor] = []  # the increments of the steps undone so far, newest first
-        for n, h in reversed(list(enumerate(self.steps))):
-            used = blocks[method.blocks_of(n)]
-            functions = [block.function(call) for block in used]
+        for n in reversed(range(len(self.steps))):
             predicted = None
             if method.extrapolates and len(later) == 2:
                 predicted = extrapolate(method.weights[n], state, *later)
-            with buffers_untouched({module for block in used for module in block.modules}):
-                y = predict(method.solver, scheme, functions, state, h, predicted)
-                if not method.reuses:
-                    state = y
-                    continue
-                stages = scheme.stages(functions, y, h)
-            state = scheme.add(state, stages, -h)
-            if method.extrapolates:
-                later = [increment(scheme, stages, h, state), *later[:1]]
+            state, d = restoring(partial(undone, n, state, predicted))
+            if d is not None:
+                later = [d, *later[:1]]
         return state.to(x_last.dtype)
 
     def __len__(self) -> int:
@@ -301,7 +365,8 @@ class ResidualStack(AdjointModule):
         return self._described()
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "stream_dtype": self.stream_dtype, "keep_input": self.keep_input}
+        mine = {"stream_dtype": self.stream_dtype, "keep_input": self.keep_input, "auxiliary": self.auxiliary}
+        return {**super().settings(), **mine}
 
     def _blocks_for(self, x: Tensor) -> list[Block]:
         if not isinstance(x, Tensor):
@@ -310,14 +375,20 @@ class ResidualStack(AdjointModule):
             raise TypeError(
                 f"ResidualStack: x must have a real floating dtype, got {x.dtype}; convert it, or embed it first"
             )
-        return [Block(module, index, x.dtype) for index, module in enumerate(self)]
+        return [Block(module, index, x.dtype, self.auxiliary is not None) for index, module in enumerate(self)]
 
     def _stream_dtype_for(self, x: Tensor) -> torch.dtype:
         return self.stream_dtype or torch.promote_types(x.dtype, torch.float32)
 
 
 @torch._disable_dynamo
-def _forward_uncompiled(stack: ResidualStack, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _forward_uncompiled(
+    stack: ResidualStack,
+    x: Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    return_states: Sequence[int] | None,
+) -> Any:
     # A compiler that traced the adjoint would be free to draw other random numbers, and to move the reconstruction
     # into the forward pass. Blocks compiled on their own (block.compile()) stay compiled.
-    return stack._forward(x, args, kwargs)
+    return stack._forward(x, args, kwargs, return_states)

@@ -1,53 +1,25 @@
-"""Calling a block: the arguments it gets, the checks on what it returns, and the parameters it holds."""
+"""Calling a block: what it gets, the checks on what it returns, and the parameters it holds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
-from torch.utils import _pytree as pytree
 
 from ..dtypes import fits
 from ..schemes import BlockFunction
-from .replay import Replayed, Slot, submodules
+from .arguments import Arguments, Call, Given, Versions, left_in
+from .generators import Generators
+from .replay import Replayed, submodules
+from .restoration import Slot, restoring
+from .surroundings import has_fast_path, turn_fast_path_off
 
-
-class Call(NamedTuple):
-    """The arguments that every block gets beside the state."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-class Arguments:
-    """The shape of the arguments that every block gets beside the state, with a place for each tensor in them.
-
-    Tensors are found at any depth of lists, tuples and dicts. They are kept apart so that autograd alone holds them.
-    """
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._leaves, self._spec = pytree.tree_flatten((args, kwargs))
-        self._places = [place for place, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
-        self.count = len(self._places)
-        for place in self._places:
-            self._leaves[place] = None
-        self._constant = None if self._places else Call(args, kwargs)
-
-    @staticmethod
-    def tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        return [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-
-    def filled(self, tensors: Iterable[Tensor]) -> Call:
-        if self._constant is not None:
-            return self._constant
-        leaves = list(self._leaves)
-        for place, tensor in zip(self._places, tensors, strict=True):
-            leaves[place] = tensor
-        return Call(*pytree.tree_unflatten(leaves, self._spec))
+Auxiliaries = list[Tensor | None]
+"""What each evaluation of a block that may return a second tensor gave as one, in their order."""
 
 
 class Block:
@@ -55,17 +27,40 @@ class Block:
 
     Args:
         dtype: of the stack's input, in which the block computes; the state around it may be wider.
+        has_auxiliary: whether the block may return a second tensor.
     """
 
-    def __init__(self, module: nn.Module, index: int, dtype: torch.dtype) -> None:
-        self.module, self.index, self.dtype = module, index, dtype
+    def __init__(self, module: nn.Module, index: int, dtype: torch.dtype, has_auxiliary: bool = False) -> None:
+        self.module, self.index, self.dtype, self.has_auxiliary = module, index, dtype, has_auxiliary
+
+    @property
+    def where(self) -> str:
+        return f"ResidualStack: block {self.index}"
 
     @cached_property
     def modules(self) -> list[nn.Module]:
         return submodules((self.module,))
 
-    def __call__(self, x: Tensor, call: Call, parameters: dict[str, Tensor] | None = None) -> Tensor:
-        """f_n(x), in the dtype of x or a narrower one; with other parameters, by name, than the module holds."""
+    @cached_property
+    def has_fast_path(self) -> bool:
+        return has_fast_path(self.modules)
+
+    def __call__(
+        self, x: Tensor, call: Call, auxiliaries: Auxiliaries, parameters: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """f_n(x), in the dtype of x or a narrower one; with other parameters, by name, than the module holds.
+
+        What the block returns beside it is appended to the auxiliaries.
+        """
+        if not torch.compiler.is_compiling() and self.has_fast_path:
+            return restoring(lambda: self._call_without_fast_path(x, call, auxiliaries))
+        return self._call(x, call, auxiliaries, parameters)
+
+    def _call_without_fast_path(self, x: Tensor, call: Call, auxiliaries: Auxiliaries) -> Tensor:
+        turn_fast_path_off()
+        return self._call(x, call, auxiliaries, None)
+
+    def _call(self, x: Tensor, call: Call, auxiliaries: Auxiliaries, parameters: dict[str, Tensor] | None) -> Tensor:
         args, kwargs = call
         given = x.to(self.dtype)
         version = None if torch.compiler.is_compiling() or given.is_inference() else given._version
@@ -73,16 +68,31 @@ class Block:
             out = self.module(given, *args, **kwargs)
         else:
             out = torch.func.functional_call(self.module, parameters, (given, *args), kwargs)
+        if self.has_auxiliary:
+            out = self._without_auxiliary(out, auxiliaries)
         self._check(given, version, out)
         return out if fits(out.dtype, x.dtype) else out.to(x.dtype)
 
-    def function(self, call: Call) -> BlockFunction:
-        return lambda x: self(x, call)
+    def function(self, call: Call, auxiliaries: Auxiliaries) -> BlockFunction:
+        return lambda x: self(x, call, auxiliaries)
+
+    def _without_auxiliary(self, out: Any, auxiliaries: Auxiliaries) -> Any:
+        if not isinstance(out, tuple):
+            auxiliaries.append(None)
+            return out
+        if len(out) != 2 or not (isinstance(out[1], Tensor) and out[1].is_floating_point()):
+            shown = tuple(type(entry).__name__ for entry in out)
+            raise TypeError(f"{self.where} must return (increment, auxiliary), two floating tensors, got {shown}")
+        auxiliaries.append(out[1])
+        return out[0]
 
     def _check(self, given: Tensor, version: int | None, out: Any) -> None:
-        where = f"ResidualStack: block {self.index}"
+        where = self.where
         if not isinstance(out, Tensor):
-            raise TypeError(f"{where} must return one tensor, got {type(out).__name__}; wrap it to return that tensor")
+            hint = "" if self.has_auxiliary else ', or let the stack add up auxiliaries with auxiliary="sum"'
+            raise TypeError(
+                f"{where} must return one tensor, got {type(out).__name__}; wrap it to return that tensor{hint}"
+            )
         if out.shape != given.shape:
             raise ValueError(
                 f"{where} must keep the shape of its input, got {list(given.shape)} -> {list(out.shape)}; "
@@ -115,12 +125,58 @@ def _autocast_dtypes(device_type: str) -> tuple[torch.dtype, ...]:
 class BlockCall:
     """A block's evaluation in one step of one forward pass, run again in the backward pass as it first ran."""
 
-    def __init__(self, block: Block, device: torch.device) -> None:
+    def __init__(self, block: Block, device: torch.device, generators: Generators) -> None:
         self.block = block
-        self.replayed = Replayed(block.modules, device)
+        self.replayed = Replayed(block.modules, device, generators)
+        self.given: Given | None = None
+        self.left_behind: list[str] = []
+        """Where the last re-evaluation left tensors that have gradients; they have been taken off."""
 
-    def function(self, call: Call) -> BlockFunction:
-        return lambda x: self.replayed(lambda: self.block(x, call))
+    def first(self, arguments: Arguments, auxiliaries: Auxiliaries) -> BlockFunction:
+        """The block in the forward pass."""
+        return lambda x: self._record(x, arguments, auxiliaries)
+
+    def again(self, tensors: Sequence[Tensor], auxiliaries: Auxiliaries) -> BlockFunction:
+        """The block in the backward pass, with these tensors for those among its arguments."""
+        assert self.given is not None, "first comes first"
+        given = self.given
+
+        def evaluated(x: Tensor) -> Tensor:
+            call = given.call(tensors)
+            out = self.replayed.again(lambda: self.block(x, call, auxiliaries))
+            self.left_behind = list(self.replayed.left_behind)
+            if given.has_containers and left_in(call):
+                self.left_behind.append("a container among the arguments")
+            return out
+
+        return evaluated
+
+    def _record(self, x: Tensor, arguments: Arguments, auxiliaries: Auxiliaries) -> Tensor:
+        assert arguments.call is not None
+        self.given, call = arguments.given(), arguments.call
+        watched = Versions((*arguments.tensors, *self.given.tensors, *_parameters(self.block.modules)))
+        out = self.replayed.record(lambda: self.block(x, call, auxiliaries))
+        written = watched.written()
+        if written is not None:
+            self._refuse(written, arguments)
+        return out
+
+    def _refuse(self, written: Tensor, arguments: Arguments) -> None:
+        """Raise for a tensor that the block has written, whose value before is lost to its re-evaluation."""
+        for name, parameter in self.block.module.named_parameters():
+            if parameter is written:
+                raise RuntimeError(
+                    f"{self.block.where} must not write its parameters in its forward pass, which cannot be run again "
+                    f'then, but it wrote {name!r}; make it a buffer, or use gradient="backprop"'
+                )
+        raise RuntimeError(
+            f"{self.block.where} must not write a tensor among its arguments, which cannot be run again then, but it "
+            f'wrote {arguments.name_of(written)}; let it work on a copy, make it a buffer, or use gradient="backprop"'
+        )
+
+
+def _parameters(modules: Sequence[nn.Module]) -> list[Tensor]:
+    return [parameter for module in modules for parameter in module._parameters.values() if parameter is not None]
 
 
 class HeldParameter(NamedTuple):

@@ -2,28 +2,49 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..method import Method
-from .blocks import Block, BlockCall, Call, held_parameters, modified_in_place
-from .replay import swapped
+from ..schemes import Stages
+from .arguments import Arguments, Versions
+from .blocks import Auxiliaries, Block, BlockCall, held_parameters, modified_in_place
+from .drift import DriftMonitor
+from .generators import Generators
+from .outputs import Outputs
+from .reevaluation import projections
+from .restoration import put, restoring
+
+_passes = itertools.count()
+"""Numbers forward passes, so that each step has its turn to be compared."""
 
 
 def propagate(
-    method: Method, blocks: Sequence[Block], x: Tensor, call: Call, argument_tensors: Sequence[Tensor]
-) -> Tensor:
-    """x_N from x_0, with torch's non-reentrant checkpointing of every step.
+    method: Method, blocks: Sequence[Block], x: Tensor, arguments: Arguments, monitor: DriftMonitor
+) -> Outputs:
+    """x_N from x_0 and all states between, with torch's non-reentrant checkpointing of every step.
 
-    The blocks replay themselves, buffers included, which torch's own preserve_rng_state does not.
+    The blocks replay themselves, buffers included, which torch's own preserve_rng_state does not. In each pass one step
+    in turn is recomputed to its end, and compared; the others stop before the operations that gradients don't need.
     """
+    generators = Generators(x.device)
+    outputs = Outputs(x, [], {0: x})
+    compared = next(_passes) % len(method)
     for n in range(len(method)):
-        step = _Step(method, n, blocks, x.device, call, argument_tensors)
-        x = checkpoint(step, x, use_reentrant=False, preserve_rng_state=False)
-    return x
+        calls = [BlockCall(block, x.device, generators) for block in blocks[method.blocks_of(n)]]
+        step = _Step(method, n, calls, arguments, monitor if n == compared else None)
+        with set_checkpoint_early_stop(n != compared):
+            x, *auxiliaries = checkpoint(step, x, use_reentrant=False, preserve_rng_state=False)
+        outputs.auxiliaries.extend(auxiliaries)
+        outputs.states[n + 1] = x
+    arguments.release()
+    generators.release()
+    return outputs._replace(last=x)
 
 
 class _Step:
@@ -33,21 +54,41 @@ class _Step:
         self,
         method: Method,
         n: int,
-        blocks: Sequence[Block],
-        device: torch.device,
-        call: Call,
-        argument_tensors: Sequence[Tensor],
+        calls: Sequence[BlockCall],
+        arguments: Arguments,
+        monitor: DriftMonitor | None,
     ) -> None:
-        self.scheme, self.h = method.scheme, method.steps[n]
-        used = blocks[method.blocks_of(n)]
-        self.functions = [BlockCall(block, device).function(call) for block in used]
-        self.parameters = held_parameters(used)
-        watched = [*argument_tensors, *(parameter.tensor for parameter in self.parameters)]
-        self.versions = [(tensor, tensor._version) for tensor in watched]
+        self.n, self.scheme, self.h = n, method.scheme, method.steps[n]
+        self.calls, self.arguments, self.monitor = calls, arguments, monitor
+        self.numbers: Tensor | None = None
+        self.tensors = list(arguments.tensors)
+        self.parameters = held_parameters([call.block for call in calls])
+        self.versions = Versions([*self.tensors, *(parameter.tensor for parameter in self.parameters)])
+        self.is_first = True
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if any(tensor._version != version for tensor, version in self.versions):
+    def __call__(self, x: Tensor) -> Any:
+        if self.versions.written() is not None:
             raise modified_in_place()
-        held = [(slot, parameter.tensor) for parameter in self.parameters for slot in parameter.slots]
-        with swapped([slot for slot, _ in held], [tensor for _, tensor in held]):
-            return self.scheme.add(x, self.scheme.stages(self.functions, x, self.h), self.h)
+        return restoring(lambda: self._moved(x))
+
+    def _moved(self, x: Tensor) -> Any:
+        for parameter in self.parameters:
+            put(parameter.slots, [parameter.tensor] * len(parameter.slots))
+        auxiliaries: Auxiliaries = []
+        is_first, self.is_first = self.is_first, False
+        if is_first:
+            functions = [call.first(self.arguments, auxiliaries) for call in self.calls]
+        else:
+            functions = [call.again(self.tensors, auxiliaries) for call in self.calls]
+        stages = self.scheme.stages(functions, x, self.h)
+        if self.monitor is not None:
+            with torch.no_grad():
+                self._compare(stages, x, self.monitor)
+        return self.scheme.add(x, stages, self.h), *auxiliaries
+
+    def _compare(self, stages: Stages, x: Tensor, monitor: DriftMonitor) -> None:
+        numbers = projections(stages, self.scheme.weight(self.h), x)
+        if self.numbers is None:
+            self.numbers = numbers
+        else:
+            monitor.check_recomputed(self.calls[0].block.index, self.numbers, numbers, stages.k1.dtype)

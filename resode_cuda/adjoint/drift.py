@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +14,14 @@ from torch._C._functorch import is_legacy_batchedtensor
 
 from ..devices import is_capturing
 from ..dtypes import square_dtype
+from .reevaluation import Increments, change_unexplained, changed_in_between, changes, not_recomputed
 
 ON_DRIFT = ("ignore", "warn", "raise", "checkpoint")
 
 
 class DriftError(RuntimeError):
-    """A defect above `max_drift`, or a state that is not finite, in a stack with `on_drift="raise"`."""
+    """A defect above `max_drift`, a state that is not finite, or a block that became another function between forward
+    and backward pass, in a stack with `on_drift="raise"`."""
 
 
 class Drift(NamedTuple):
@@ -36,9 +40,19 @@ class Drift(NamedTuple):
     reconstruction: Tensor | None = None
     """|rebuilt x_0 - x_0| / |x_0|, shape []: the true error at the end of the reconstruction. None without
     `keep_input=True`, and where the backward pass ended before x_0. With anchors it has grown since the last one."""
+    changes: Tensor | None = None
+    """|d_n of the backward pass - d_n of the forward pass| / |d_n|, shape [steps], estimated from two numbers: 0 where
+    y was x_n and the block ran as before, 0.1 to 2 where it is another function by now. NaN for steps that were not
+    evaluated again; None for a `ResidualMLP`, which has nothing to replay."""
+    replayed: Tensor | None = None
+    """Whether no step's change is larger than the error of y explains, shape []; None for a `ResidualMLP`."""
     gradient_error: Tensor | None = None
     """Estimated relative error of the gradient, shape []: the root mean square of the defects, times the factor between
     the two that `calibrate` measured. None before a plan was applied."""
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 class DriftMonitor:
@@ -58,21 +72,63 @@ class DriftMonitor:
         # [steps + 1, 2]: |y - x_n|^2, |x_n|^2, and at the end the same of the input.
         self._squares: Tensor | None = None
         self._rows: tuple[Tensor, ...] = ()
+        self._increments: Increments | None = None
         self._measured = False
         self._reached_input = False
         self._unchecked = False
         self._warned_of: set[str] = set()
-        # Host copies of the squares, each with the event of its arrival.
-        self._arriving: list[tuple[Tensor, Any]] = []
+        # Judgements of host copies of what was measured, each with the event of their arrival.
+        self._arriving: list[tuple[Callable[[], None], Any]] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copied or unpickled stack has had no backward pass.
         return _monitor, (self._where, self._steps, self.max_drift, self.on_drift, self.gradient_error_per_defect)
 
-    def begin(self, stream: Tensor, measures: bool) -> None:
-        """A backward pass starts; it measures defects, or looks for NaN and Inf alone."""
+    def begin(self, stream: Tensor, measures: bool, increments: Increments | None = None) -> None:
+        """A backward pass starts; it measures defects, or looks for NaN and Inf alone.
+
+        Args:
+            increments: those of its forward pass, where these are evaluated again.
+        """
         self._prepared(stream).zero_()
         self._measured, self._reached_input = measures, False
+        self._increments = increments
+        if increments is not None:
+            increments.begin()
+
+    def check_recomputed(self, index: int, first: Tensor, again: Tensor, dtype: torch.dtype) -> None:
+        """Raise if block `index`, recomputed at the same x, is another function by these numbers, shape [2] each.
+
+        On a GPU the numbers are looked at in a later forward pass.
+
+        Args:
+            dtype: of the block's output, whose rounding may differ.
+        """
+        tolerance = max(1e-4, 4 * torch.finfo(dtype).eps)
+
+        def judge(first: Tensor, again: Tensor) -> None:
+            change = math.dist(first.tolist(), again.tolist()) / max(first.norm().item(), again.norm().item(), 1e-300)
+            if change > tolerance:
+                raise DriftError(f"{self._where}: block {index} {not_recomputed(change)}")
+
+        if first.device.type == "cpu":
+            judge(first, again)
+        elif not (is_capturing() or first.is_meta):
+            self._later(judge, first, again)
+
+    def warn_of_left_behind(self, names: Mapping[str, int]) -> None:
+        """Names of attributes and containers in which blocks left tensors that have gradients, with the block."""
+        if not names or "left behind" in self._warned_of:
+            return
+        self._warned_of.add("left behind")
+        name, index = next(iter(names.items()))
+        warnings.warn(
+            f"{self._where}: block {index} leaves a tensor that has gradients in {name}, but what a block leaves for "
+            "others was computed without: return it with the increment to a stack with auxiliary=sum, ask for states "
+            'with return_states=, or use gradient="checkpoint"; detach it if no gradient is meant to pass',
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def squares(self, stream: Tensor) -> Tensor:
         """Shape [steps + 1, 2], for a backward pass that fills all steps' rows at once."""
@@ -123,46 +179,66 @@ class DriftMonitor:
         torch.linalg.vector_norm(vector, dtype=place.dtype, out=place)
         place.square_()
 
-    def end(self) -> None:
-        """A backward pass rebuilt all that it will. What a CUDA graph measures on its replays is not judged."""
+    def end(self, increments: Increments | None = None) -> None:
+        """A backward pass rebuilt all that it will. What a CUDA graph measures on its replays is not judged.
+
+        Args:
+            increments: those of its forward pass; None takes those of the backward pass that began last.
+        """
         if self._squares is None or not self._unchecked:
             return
         self._unchecked = False
         if is_capturing() or self._squares.is_meta:
             return
+        increments = increments or self._increments
+        tensors = [self._squares]
+        if increments is not None and increments.again is not None:
+            tensors += [increments.first, increments.again]
         if self._squares.device.type == "cpu":
-            self._judge(self._squares)
+            self._judge(increments, *tensors)
         elif not self._has_warned_of_all():
-            host = torch.empty(self._squares.shape, dtype=self._squares.dtype, pin_memory=True)
-            host.copy_(self._squares, non_blocking=True)
-            arrived = torch.get_device_module(self._squares.device).Event()
-            arrived.record()
-            self._arriving.append((host, arrived))
+            self._later(partial(self._judge, increments), *tensors)
+
+    def _later(self, judge: Callable[..., None], *tensors: Tensor) -> None:
+        """Have copies of the tensors judged once they have arrived on the host."""
+        copies = [_host_copy(tensor) for tensor in tensors]
+        arrived = torch.get_device_module(tensors[0].device).Event()
+        arrived.record()
+        self._arriving.append((lambda: judge(*copies), arrived))
 
     def poll(self) -> None:
         """Judge what has arrived by now; all there is, where the answer decides what happens next."""
         self.end()
         must_know = self.on_drift in ("raise", "checkpoint")
         while self._arriving and (must_know or self._arriving[0][1].query()):
-            host, arrived = self._arriving.pop(0)
+            judge, arrived = self._arriving.pop(0)
             arrived.synchronize()
-            self._judge(host)
+            judge()
 
     def forget(self) -> None:
         """The next backward pass is not the adjoint's."""
         self._measured = self._reached_input = False
+        self._increments = None
 
     def read(self) -> Drift | None:
         self.poll()
-        if self._squares is None or not (self._measured or self._reached_input):
+        if self._squares is None or not (self._measured or self._reached_input or self._increments is not None):
             return None
         ratios = self._ratios(self._squares)
         defects = ratios[:-1] if self._measured else torch.full_like(ratios[:-1], torch.nan)
         factor = self.gradient_error_per_defect
+        changed = replayed = None
+        increments = self._increments
+        if increments is not None and increments.again is not None:
+            first, again = increments.first.tolist(), increments.again.tolist()
+            changed = defects.new_tensor(changes(first, again))
+            replayed = torch.tensor(change_unexplained(first, again, increments.exact) is None, device=defects.device)
         return Drift(
             defects,
             defects.max(),
             ratios[-1] if self._reached_input else None,
+            changed,
+            replayed,
             None if factor is None else factor * root_mean_square(defects),
         )
 
@@ -172,12 +248,19 @@ class DriftMonitor:
 
     def _has_warned_of_all(self) -> bool:
         """Whether no further finding would be reported."""
-        reported = {"ignore": {"broken"}, "warn": {"broken", "drift"}}
+        reported = {"ignore": {"replay", "broken"}, "warn": {"replay", "broken", "drift"}}
         return self.on_drift in reported and reported[self.on_drift] <= self._warned_of
 
-    def _judge(self, squares: Tensor) -> None:
+    def _judge(self, increments: Increments | None, squares: Tensor, *numbers: Tensor) -> None:
+        """Act on what a backward pass measured: the squares and, with increments, their numbers first and again."""
         if self._has_warned_of_all():
             return
+        if increments is not None and numbers:
+            first, again = (tensor.tolist() for tensor in numbers)
+            found = change_unexplained(first, again, increments.exact)
+            if found is not None:
+                n, change = found
+                self._act("replay", f"{self._where}: {increments.blocks_of(n)} {changed_in_between(change)}")
         broken = squares[:-1].isfinite().logical_not_().any(dim=1).nonzero()
         if len(broken):
             n = int(broken[-1])
@@ -203,7 +286,7 @@ class DriftMonitor:
         if self.on_drift == "raise":
             raise DriftError(message)
         is_news = what not in self._warned_of
-        if self.on_drift == "checkpoint":
+        if self.on_drift == "checkpoint" and what != "replay":
             is_news, self.fallback_requested = not self.fallback_requested, True
             message += '; gradient="checkpoint" from the next step on'
         if is_news:
@@ -219,53 +302,3 @@ def _monitor(where: str, steps: int, max_drift: float, on_drift: str, factor: fl
 
 def root_mean_square(defects: Tensor) -> Tensor:
     return defects.square().mean().sqrt()
-
-
-class HasDrift(Protocol):
-    @property
-    def drift(self) -> Drift | None: ...
-
-
-class DriftLogger:
-    """Writes the drift of a stack to any callable, such as `SummaryWriter.add_scalar` of TensorBoard.
-
-        from torch.utils.tensorboard import SummaryWriter
-
-        log = DriftLogger(stack, SummaryWriter().add_scalar)
-        for training_step, batch in enumerate(batches):
-            ...
-            loss.backward()
-            log(training_step)
-
-    Args:
-        stack: the `ResidualStack` to watch.
-        write: is called as write(tag, value, training_step) with a str, a float and an int.
-        every: training steps from one reading to the next; reading waits for the device.
-        tag: put before every name. Tags are `<tag>/maximum`, `<tag>/defect/<n>` for each step n of the stack and, where
-            the stack knows them, `<tag>/reconstruction` and `<tag>/gradient_error`.
-
-    Raises:
-        ValueError: if every is below 1.
-    """
-
-    def __init__(
-        self, stack: HasDrift, write: Callable[[str, float, int], object], *, every: int = 1, tag: str = "drift"
-    ) -> None:
-        if every < 1:
-            raise ValueError(f"DriftLogger: every must be >= 1, got {every}; use 1 to log each training step")
-        self._stack, self._write, self._every, self._tag = stack, write, every, tag
-
-    def __call__(self, training_step: int) -> None:
-        """Log the last backward pass, if it is this training step's turn and the stack measured something."""
-        if training_step % self._every:
-            return
-        drift = self._stack.drift
-        if drift is None:
-            return
-        self._write(f"{self._tag}/maximum", drift.maximum.item(), training_step)
-        for name in ("reconstruction", "gradient_error"):
-            value = getattr(drift, name)
-            if value is not None:
-                self._write(f"{self._tag}/{name}", value.item(), training_step)
-        for n, defect in enumerate(drift.defects.tolist()):
-            self._write(f"{self._tag}/defect/{n}", defect, training_step)

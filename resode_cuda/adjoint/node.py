@@ -11,8 +11,8 @@ Discrete adjoint method: Sander, Ablin and Peyré, NeurIPS 2022, arXiv:2205.1461
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,8 +21,13 @@ from torch import Tensor
 from ..layouts import apart
 from ..method import Method
 from ..schemes import BlockFunction
-from .blocks import Arguments, Block, BlockCall, HeldParameter, held_parameters, modified_in_place
+from .arguments import Arguments
+from .blocks import Auxiliaries, Block, BlockCall, HeldParameter, held_parameters, modified_in_place
 from .drift import DriftMonitor
+from .generators import Generators
+from .outputs import Outputs
+from .reevaluation import Increments
+from .restoration import restoring
 from .step import (
     Step,
     Trajectory,
@@ -32,7 +37,7 @@ from .step import (
     trajectory_at_the_end,
     trajectory_from,
 )
-from .vjp import BlockVjps, leaves
+from .vjp import BlockVjps, argument_leaves, parameter_leaves
 
 
 def propagate(
@@ -40,27 +45,41 @@ def propagate(
     blocks: Sequence[Block],
     x: Tensor,
     arguments: Arguments,
-    argument_tensors: Sequence[Tensor],
     monitor: DriftMonitor,
+    *,
     keep_input: bool = False,
-) -> Tensor:
+    states: Collection[int] = (),
+) -> Outputs:
     """x_N from x_0, recorded so that the backward pass rebuilds the states.
 
     Args:
-        arguments, argument_tensors: what every block gets beside the state, and the tensors in it.
-        monitor: gets the defects of the backward pass.
+        arguments: what every block gets beside the state.
+        monitor: gets the defects of the backward pass, and how far increments changed until then.
         keep_input: keep x_0, and measure how far the rebuilt one is from it.
+        states: numbers of the states that are returned too, above 0 and below N. The backward pass starts afresh there.
     """
+    if states:
+        method = replace(method, anchors=tuple(sorted({*method.anchors, *states})))
     blank = x.new_zeros(())
     shadows: Sequence[Tensor | None] = (None,) * shadow_count(method)
+    generators = Generators(x.device)
+    increments = Increments(x, len(method), method.exactly_predicted, method.scheme.blocks_per_step)
+    outputs = Outputs(x, [], {})
     for n in range(len(method)):
         used = blocks[method.blocks_of(n)]
-        parameters = held_parameters(used)
-        calls = [BlockCall(block, x.device) for block in used]
-        evaluation = Evaluation(calls, parameters, arguments, monitor, keep_input and n == 0, blank)
-        tensors = *argument_tensors, *(parameter.tensor for parameter in parameters)
-        x, *shadows = AdjointStep.apply(Step(method, n), evaluation, x, *shadows, *tensors)
-    return x
+        calls = [BlockCall(block, x.device, generators) for block in used]
+        is_input_kept = keep_input and n == 0
+        evaluation = Evaluation(calls, held_parameters(used), arguments, monitor, increments, is_input_kept, blank)
+        step = Step(method, n)
+        if n in states:
+            x, outputs.states[n], *shadows = ReturnedState.apply(step, evaluation, x, *shadows)
+        tensors = *arguments.tensors, *(parameter.tensor for parameter in evaluation.parameters)
+        x, *rest = AdjointStep.apply(step, evaluation, x, *shadows, *tensors)
+        shadows = rest[evaluation.auxiliary_count :]
+        outputs.auxiliaries.extend(rest[: evaluation.auxiliary_count])
+    arguments.release()
+    generators.release()
+    return outputs._replace(last=x)
 
 
 def unsupported(what: str) -> RuntimeError:
@@ -78,22 +97,31 @@ class Evaluation:
     parameters: list[HeldParameter]
     arguments: Arguments
     monitor: DriftMonitor
+    increments: Increments
     is_input_kept: bool
     blank: Tensor
     """One element, the storage of all shadows."""
 
-    def functions(self, tensors: Sequence[Tensor]) -> list[BlockFunction]:
-        """The step's blocks as functions of the state alone; the first tensors are those among their arguments."""
-        call = self.arguments.filled(tensors[: self.arguments.count])
-        return [block_call.function(call) for block_call in self.calls]
+    @property
+    def auxiliary_count(self) -> int:
+        return sum(call.block.has_auxiliary for call in self.calls)
+
+    def first(self, auxiliaries: Auxiliaries) -> list[BlockFunction]:
+        """The step's blocks in the forward pass, as functions of the state alone."""
+        return [call.first(self.arguments, auxiliaries) for call in self.calls]
+
+    def again(self, argument_tensors: Sequence[Tensor], auxiliaries: Auxiliaries) -> list[BlockFunction]:
+        """The same in the backward pass, with these tensors for those among their arguments."""
+        return [call.again(argument_tensors, auxiliaries) for call in self.calls]
 
 
 class AdjointStep(torch.autograd.Function):
     """x_{n+1} = x_n + Phi_n(x_n), and backwards g_n = g_{n+1} + (dPhi_n/dx)^T g_{n+1} at the rebuilt x_n.
 
     Inputs: the step, its evaluation, x_n, the shadows (None for the first step), the tensors among the blocks'
-    arguments, the blocks' parameters. Outputs: x_{n+1} and the shadows, of which the last step has none. Step N - 2
-    gives its increment in the place of the last shadow, for the last step to keep.
+    arguments, the blocks' parameters. Outputs: x_{n+1}, what the blocks returned beside their increments if they may,
+    and the shadows, of which the last step has none. Step N - 2 gives its increment in the place of the last shadow,
+    for the last step to keep.
 
     Cotangents: of x_{n+1} gamma_{n+1}, for the last step g_N; of the shadows the rebuilt x_{n+1}, with extrapolation
     also y, the prediction of x_n, and the increment d_{n+1}. All but those of the last step belong to the step that
@@ -103,73 +131,133 @@ class AdjointStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, step: Step, evaluation: Evaluation, x: Tensor, *shadows_and_tensors: Any) -> Any:
         shadows, tensors = shadows_and_tensors[: step.shadow_count], shadows_and_tensors[step.shadow_count :]
-        stages = step.scheme.stages(evaluation.functions(tensors), x, step.h)
+        auxiliaries: Auxiliaries = []
+        stages = step.scheme.stages(evaluation.first(auxiliaries), x, step.h)
         x_next = step.scheme.add(x, stages, step.h)
+        evaluation.increments.record(step.n, stages, step.scheme.weight(step.h), x)
         start = [x] if step.is_anchored or evaluation.is_input_kept else []
         ctx.save_for_backward(*tensors, *step.saved_for_last(x_next, stages, shadows), *start)
         ctx.set_materialize_grads(False)
         ctx.step, ctx.evaluation = step, evaluation
-        return x_next, *step.shadows(x, stages, evaluation.blank)
+        return x_next, *auxiliaries, *step.shadows(x, stages, evaluation.blank)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *cotangents: Tensor | None) -> Any:
-        step: Step = ctx.step
-        evaluation: Evaluation = ctx.evaluation
-        needs_x, needs_state = ctx.needs_input_grad[2:4]
-        needs_tensors = ctx.needs_input_grad[3 + step.shadow_count :]
         if torch.is_grad_enabled():
             raise unsupported("a double backward (create_graph=True)")
-        if g is None:
+        count = ctx.evaluation.auxiliary_count
+        auxiliary_cotangents, cotangents = cotangents[:count], cotangents[count:]
+        if g is None and all(cotangent is None for cotangent in auxiliary_cotangents):
             return (None,) * len(ctx.needs_input_grad)
-        tensors, of_last, start = _saved_tensors(ctx, len(needs_tensors))
-        trajectory = trajectory_at_the_end(step, of_last) if step.is_last else trajectory_from(cotangents, g)
-        monitor = None if _is_batched(g) else evaluation.monitor
-        gamma = g
-        if step.is_last:
-            gamma = step.scheme.weight(step.h) * g
-            if monitor is not None:
-                monitor.begin(g, measures=step.method.reuses)
-        anchor = start if step.is_anchored else None
-
-        with leaves(evaluation.parameters, tensors, needs_tensors) as used:
-            functions = evaluation.functions(used)
-            y = anchor if anchor is not None else step.predict(functions, trajectory)
-            vjps = BlockVjps(step.n, used, needs_x)
-            evaluated = step.scheme.vjp(functions, y, step.h, gamma, vjps.linearize)
-
-        weights = step.weights_before if needs_state else None
-        needed_gamma = gamma if needs_x else None
-        if monitor is None:
-            update = backward_update(step, trajectory, y, evaluated, needed_gamma, weights)
-        else:
-            # Cotangents belong to this step and may be overwritten; what is saved may not, and the gradient of a tensor
-            # that a block adds to its output may be the cotangent itself.
-            trajectory = _writable(step, trajectory, extrapolates=weights is not None)
-            overwritten = [tensor for tensor in (*trajectory, y, gamma) if tensor is not None]
-            vjps.found = apart(vjps.found, overwritten)
-            update = backward_update_(step, trajectory, y, evaluated, needed_gamma, weights, monitor)
-        if evaluation.is_input_kept and start is not None and monitor is not None:
-            rebuilt = update.x if anchor is None else step.scheme.add(trajectory.x_next, evaluated.stages, -step.h)
-            monitor.record_input(rebuilt, start)
-        shadow_cotangents = update.cotangents if needs_state else ()
-        if not needs_state and monitor is not None:
-            monitor.end()
-        missing = (None,) * (step.shadow_count - len(shadow_cotangents))
-        return None, None, update.gamma, *shadow_cotangents, *missing, *vjps.found
+        return restoring(lambda: _backward(ctx, g, auxiliary_cotangents, cotangents))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise unsupported("forward-mode differentiation")
 
 
-def _saved_tensors(ctx: Any, count: int) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor | None]:
-    """The step's tensors, what the last step saved (x_N and increments, newest first), and the state it starts from."""
+class ReturnedState(torch.autograd.Function):
+    """x_n, which the stack returns too: the backward pass may start there, or pass through.
+
+    Inputs: step n, its evaluation, x_n, the shadows. Outputs: x_n for step n, x_n for the caller, the shadows.
+    Cotangents: as between two steps, and of the caller's x_n its gradient, which adds w_{n-1} times itself to gamma_n.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, step: Step, evaluation: Evaluation, x: Tensor, *shadows: Tensor) -> Any:
+        returned = x.detach()
+        ctx.save_for_backward(returned)
+        ctx.set_materialize_grads(False)
+        ctx.step, ctx.evaluation = step, evaluation
+        return x.detach(), returned, *(shadow.detach() for shadow in shadows)
+
+    @staticmethod
+    def backward(ctx: Any, gamma: Tensor | None, g: Tensor | None, *cotangents: Tensor | None) -> Any:
+        step: Step = ctx.step
+        if torch.is_grad_enabled():
+            raise unsupported("a double backward (create_graph=True)")
+        if g is None:
+            return None, None, gamma, *cotangents
+        weighted = step.weight_before * g
+        if gamma is not None:
+            return None, None, gamma + weighted, *cotangents
+        # Later steps have no gradient: the way back starts here.
+        (x,) = _unpacked(ctx)
+        if not _is_batched(g):
+            ctx.evaluation.monitor.begin(g, step.method.reuses, ctx.evaluation.increments)
+        return None, None, weighted, x.clone(), *(None,) * (len(cotangents) - 1)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise unsupported("forward-mode differentiation")
+
+
+def _backward(
+    ctx: Any, g: Tensor | None, auxiliary_cotangents: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
+) -> Any:
+    step: Step = ctx.step
+    evaluation: Evaluation = ctx.evaluation
+    needs_x, needs_state = ctx.needs_input_grad[2:4]
+    needs_tensors = ctx.needs_input_grad[3 + step.shadow_count :]
+    tensors, of_last, start = _saved_tensors(ctx, len(needs_tensors))
+    if g is None:  # what blocks returned beside their increments has a gradient, and nothing after it
+        x_next = of_last[0] if step.is_last else cotangents[0]
+        assert x_next is not None
+        g = torch.zeros_like(x_next)
+    trajectory = trajectory_at_the_end(step, of_last) if step.is_last else trajectory_from(cotangents, g)
+    monitor = None if _is_batched(g) else evaluation.monitor
+    gamma = g
+    if step.is_last:
+        gamma = step.scheme.weight(step.h) * g
+        if monitor is not None:
+            monitor.begin(g, step.method.reuses, evaluation.increments)
+    anchor = start if step.is_anchored else None
+
+    count = evaluation.arguments.count
+    used = argument_leaves(tensors[:count], evaluation.arguments.kinds, needs_tensors[:count])
+    used += parameter_leaves(evaluation.parameters, tensors[count:], needs_tensors[count:])
+    auxiliaries: Auxiliaries = []
+    functions = evaluation.again(used[:count], auxiliaries)
+    y = anchor if anchor is not None else step.predict(functions, trajectory)
+    vjps = BlockVjps(step.n, used, needs_x, auxiliaries, auxiliary_cotangents)
+    evaluated = step.scheme.vjp(functions, y, step.h, gamma, vjps.linearize)
+
+    weights = step.weights_before if needs_state else None
+    needed_gamma = gamma if needs_x else None
+    if monitor is None:
+        update = backward_update(step, trajectory, y, evaluated, needed_gamma, weights)
+    else:
+        evaluation.increments.compare(step.n, evaluated.stages, step.scheme.weight(step.h), y, trajectory.x_next)
+        monitor.warn_of_left_behind({name: call.block.index for call in evaluation.calls for name in call.left_behind})
+        # Cotangents belong to this step and may be overwritten; what is saved may not, and the gradient of a tensor
+        # that a block adds to its output may be the cotangent itself.
+        trajectory = _writable(step, trajectory, extrapolates=weights is not None)
+        overwritten = [tensor for tensor in (*trajectory, y, gamma) if tensor is not None]
+        vjps.found = apart(vjps.found, overwritten)
+        update = backward_update_(step, trajectory, y, evaluated, needed_gamma, weights, monitor)
+    if evaluation.is_input_kept and start is not None and monitor is not None:
+        rebuilt = update.x if anchor is None else step.scheme.add(trajectory.x_next, evaluated.stages, -step.h)
+        monitor.record_input(rebuilt, start)
+    shadow_cotangents = update.cotangents if needs_state else ()
+    if not needs_state and monitor is not None:
+        monitor.end(evaluation.increments)
+    missing = (None,) * (step.shadow_count - len(shadow_cotangents))
+    return None, None, update.gamma, *shadow_cotangents, *missing, *vjps.found
+
+
+def _unpacked(ctx: Any) -> Sequence[Tensor]:
     try:
-        saved = ctx.saved_tensors
+        saved: Sequence[Tensor] = ctx.saved_tensors
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise
         raise modified_in_place() from error
+    return saved
+
+
+def _saved_tensors(ctx: Any, count: int) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor | None]:
+    """The step's tensors, what the last step saved (x_N and increments, newest first), and the state it starts from."""
+    saved = _unpacked(ctx)
     tensors, states = saved[:count], saved[count:]
     saves_start = ctx.step.is_anchored or ctx.evaluation.is_input_kept
     return (tensors, states[:-1], states[-1]) if saves_start else (tensors, states, None)

@@ -24,9 +24,10 @@ class Trajectory(NamedTuple):
     x_next: Tensor
     """The rebuilt x_{n+1}."""
     predicted: Tensor | None
-    """y, the prediction of x_n; None where the solver does not extrapolate."""
+    """y, the prediction of x_n; None where the reverse step has to predict."""
     d_next: Tensor | None
-    """The increment d_{n+1}; for the last step d_{N-2}; None where the solver does not extrapolate."""
+    """The increment d_{n+1}; for the last step d_{N-2}; None where the solver does not extrapolate, or where the
+    backward pass began with this step."""
 
 
 class BackwardUpdate(NamedTuple):
@@ -34,8 +35,9 @@ class BackwardUpdate(NamedTuple):
 
     x: Tensor
     """The rebuilt x_n."""
-    cotangents: tuple[Tensor, ...]
-    """The shadows' cotangents: x_n and, with extrapolation, the prediction of x_{n-1} and the increment d_n."""
+    cotangents: tuple[Tensor | None, ...]
+    """The shadows' cotangents: x_n and, with extrapolation, the prediction of x_{n-1} and the increment d_n. None where
+    too few increments are known to predict from."""
     gamma: Tensor | None
     """The adjoint gamma_n, or g_0 at the beginning of the stack; None where it is not needed."""
 
@@ -84,13 +86,17 @@ class Step:
         return self.method.weights[self.n - 1] if self.method.extrapolates and self.n else None
 
     @property
+    def weight_before(self) -> float:
+        """w_{n-1}, the factor of g_n in gamma_n."""
+        return self.scheme.weight(self.method.steps[self.n - 1])
+
+    @property
     def adjoint_scales(self) -> tuple[float, float]:
         """(s, t) such that s gamma_{n+1} + t (v1 + v2) is gamma_n or, at the beginning of the stack, g_0."""
         weight = self.scheme.weight(self.h)
         if self.n == 0:
             return 1 / weight, 1.0
-        weight_before = self.scheme.weight(self.method.steps[self.n - 1])
-        return weight_before / weight, weight_before
+        return self.weight_before / weight, self.weight_before
 
     def predict(self, blocks: Sequence[BlockFunction], trajectory: Trajectory) -> Tensor:
         """The point y at which the step is evaluated, where x_n is not kept."""
@@ -187,16 +193,18 @@ def backward_update_(
     if weights is None:
         ops.reverse_update_(x_next, y, *stages, weight, squares, *adjoint)
         return BackwardUpdate(x_next, (x_next,), gamma)
-    assert d_next is not None
+    if d_next is None:
+        d = increment(step.scheme, stages, step.h, x_next)
+        ops.reverse_update_(x_next, y, *stages, weight, squares, *adjoint)
+        return BackwardUpdate(x_next, (x_next, None, d), gamma)
     ops.reverse_extrapolate_(x_next, y, d_next, *stages, weight, *weights, squares, *adjoint)
     return BackwardUpdate(x_next, (x_next, y, d_next), gamma)
 
 
 def _cotangents(
     step: Step, x: Tensor, d_next: Tensor | None, stages: Stages, weights: tuple[float, float] | None
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     if weights is None:
         return (x,)
-    assert d_next is not None
     d = increment(step.scheme, stages, step.h, x)
-    return x, extrapolate(weights, x, d, d_next), d
+    return x, None if d_next is None else extrapolate(weights, x, d, d_next), d

@@ -16,11 +16,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from ..method import Method
 from ..schemes import BlockFunction, Vjp
-from .blocks import Arguments, Block, Call
+from .arguments import Call
+from .blocks import Block
 from .step import Step, backward_update, shadow_count, trajectory_at_the_end, trajectory_from
 
 
@@ -41,9 +43,7 @@ def _is_changing(module: nn.Module) -> bool:
     return isinstance(module, (nn.RReLU, _SpectralNorm))
 
 
-def propagate(
-    method: Method, blocks: Sequence[Block], x: Tensor, arguments: Arguments, argument_tensors: Sequence[Tensor]
-) -> Tensor:
+def propagate(method: Method, blocks: Sequence[Block], x: Tensor, arguments: TracedArguments) -> Tensor:
     """x_N from x_0 with the backward pass of `node.propagate`."""
     blank = x.new_zeros(())
     shadows: Sequence[Tensor | None] = (None,) * shadow_count(method)
@@ -52,14 +52,14 @@ def propagate(
         names = [[name for name, _ in block.module.named_parameters()] for block in used]
         parameters = [parameter for block in used for _, parameter in block.module.named_parameters()]
         evaluation = TracedEvaluation(used, names, arguments)
-        x, *shadows = TracedStep.apply(Step(method, n), evaluation, blank, x, *shadows, *argument_tensors, *parameters)
+        x, *shadows = TracedStep.apply(Step(method, n), evaluation, blank, x, *shadows, *arguments.tensors, *parameters)
     return x
 
 
 def propagate_checkpointed(method: Method, blocks: Sequence[Block], x: Tensor, call: Call) -> Tensor:
     """x_N from x_0 with the backward pass of `checkpoint.propagate`."""
     for n, h in enumerate(method.steps):
-        functions = [block.function(call) for block in blocks[method.blocks_of(n)]]
+        functions = [block.function(call, []) for block in blocks[method.blocks_of(n)]]
 
         def step(x: Tensor, functions: list[BlockFunction] = functions, h: float = h) -> Tensor:
             return method.scheme.add(x, method.scheme.stages(functions, x, h), h)
@@ -68,11 +68,35 @@ def propagate_checkpointed(method: Method, blocks: Sequence[Block], x: Tensor, c
     return x
 
 
+class TracedArguments:
+    """`arguments.Arguments` without identities of tensors, which a compiler can't trace; the same for every block."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._leaves, self._spec = pytree.tree_flatten((args, kwargs))
+        self._places = [place for place, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
+        self.tensors = [self._leaves[place] for place in self._places]
+        self.count = len(self._places)
+
+    def filled(self, tensors: Sequence[Tensor]) -> Call:
+        leaves = list(self._leaves)
+        for place, tensor in zip(self._places, tensors, strict=True):
+            leaves[place] = tensor
+        return Call(*pytree.tree_unflatten(leaves, self._spec))
+
+    def check(self, block: Block, call: Call) -> None:
+        """Raise if the block has changed the containers of its call, which no other block sees."""
+        if len(pytree.tree_leaves(tuple(call))) != len(self._leaves):
+            raise RuntimeError(
+                f"{block.where} must not change a container among its arguments in compiled code; call the stack "
+                "through torch.compiler.disable"
+            )
+
+
 class TracedEvaluation:
     """A step's blocks, as functions of the state and of the tensors that they use: those among the arguments, then each
     block's parameters."""
 
-    def __init__(self, blocks: Sequence[Block], names: Sequence[Sequence[str]], arguments: Arguments) -> None:
+    def __init__(self, blocks: Sequence[Block], names: Sequence[Sequence[str]], arguments: TracedArguments) -> None:
         self.blocks, self.names, self.arguments = blocks, names, arguments
 
     def functions(self, tensors: Sequence[Tensor]) -> list[Function]:
@@ -88,7 +112,12 @@ class Function:
     """A block as a function of the state; `of` also of its tensors, which stand at `places` among the step's."""
 
     def __init__(
-        self, block: Block, names: Sequence[str], arguments: Arguments, places: Sequence[int], tensors: Sequence[Tensor]
+        self,
+        block: Block,
+        names: Sequence[str],
+        arguments: TracedArguments,
+        places: Sequence[int],
+        tensors: Sequence[Tensor],
     ) -> None:
         self.block, self.names, self.arguments, self.places = block, names, arguments, places
         self.tensors = [tensors[place] for place in places]
@@ -99,7 +128,10 @@ class Function:
     def of(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         count = self.arguments.count
         parameters = dict(zip(self.names, tensors[count:], strict=True))
-        return self.block(x, self.arguments.filled(tensors[:count]), parameters)
+        call = self.arguments.filled(tensors[:count])
+        out = self.block(x, call, [], parameters)
+        self.arguments.check(self.block, call)
+        return out
 
 
 class TracedVjps:

@@ -2,74 +2,103 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..schemes import BlockFunction, Vjp
-from .blocks import HeldParameter
-from .replay import swapped
+from .arguments import Kind
+from .blocks import Auxiliaries, HeldParameter
+from .restoration import put
 
 
-@contextmanager
-def leaves(
-    held: Sequence[HeldParameter], tensors: Sequence[Tensor], needs: Sequence[bool]
-) -> Iterator[Sequence[Tensor]]:
-    """Leaves to differentiate for: the arguments' tensors, cut off from their graph, and the parameters, which the
-    blocks hold meanwhile.
+def argument_leaves(tensors: Sequence[Tensor], kinds: Sequence[Kind], needs: Sequence[bool]) -> list[Tensor]:
+    """Leaves to differentiate for in the place of a stack's argument tensors.
 
-    The blocks' own parameters serve where they are still those of the forward pass. They do not after
+    A tensor that has no gradient serves as it is; others are cut off from their graph.
+    """
+    return [
+        kind.given_to(tensor.detach().requires_grad_(need) if tensor.requires_grad else tensor)
+        for tensor, kind, need in zip(tensors, kinds, needs, strict=True)
+    ]
+
+
+def parameter_leaves(held: Sequence[HeldParameter], tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
+    """Leaves to differentiate for, which the blocks hold as parameters until the `restoring` around this ends.
+
+    A block's own parameter serves where it is still that of the forward pass. It is not after
     torch.func.functional_call or under saved-tensor hooks; and hooks on a parameter must fire once, when its whole
     gradient is known, not here.
+
+    Args:
+        tensors: the parameters, as autograd saved them.
     """
-    argument_count = len(tensors) - len(held)
-    found = [tensor.detach().requires_grad_(need) for tensor, need in zip(tensors, needs, strict=True)]
-    parameters = tensors[argument_count:]
-    places = [parameter.slots for parameter in held]
-    if all(
-        all(slot.get() is parameter for slot in slots)
-        and parameter.requires_grad == need
-        and not parameter._backward_hooks
-        for slots, parameter, need in zip(places, parameters, needs[argument_count:], strict=True)
-    ):
-        yield (*found[:argument_count], *parameters)
-    else:
-        pairs = [(slot, leaf) for slots, leaf in zip(places, found[argument_count:], strict=True) for slot in slots]
-        with swapped([slot for slot, _ in pairs], [leaf for _, leaf in pairs]):
-            yield found
+    found = []
+    for (parameter, slots), tensor, need in zip(held, tensors, needs, strict=True):
+        is_own = all(slot.get() is tensor for slot in slots)
+        if not is_own or tensor.requires_grad != need or tensor._backward_hooks:
+            tensor = Kind.of(parameter).given_to(tensor.detach().requires_grad_(need))
+            put(slots, [tensor] * len(slots))
+        found.append(tensor)
+    return found
 
 
 class BlockVjps:
-    """The vector-Jacobian products of step n's blocks for the leaves, summed over the blocks; None where zero."""
+    """The vector-Jacobian products of step n's blocks for the leaves, summed over the blocks; None where zero.
 
-    def __init__(self, n: int, leaves: Sequence[Tensor], needs_x: bool) -> None:
+    Args:
+        needs_x: whether the product for the step's starting state is wanted.
+        auxiliaries: where the blocks leave theirs.
+        auxiliary_cotangents: of each block's; None for zero.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        leaves: Sequence[Tensor],
+        needs_x: bool,
+        auxiliaries: Auxiliaries,
+        auxiliary_cotangents: Sequence[Tensor | None],
+    ) -> None:
         self.found: list[Tensor | None] = [None] * len(leaves)
         self._n, self._leaves = n, leaves
         self._is_point_wanted = needs_x
+        self._auxiliaries = auxiliaries
+        self._auxiliary_cotangents = list(auxiliary_cotangents)
 
     def linearize(self, f: BlockFunction, x: Tensor) -> tuple[Tensor, Vjp]:
         """f(x), and its vector-Jacobian product, which adds the leaves' gradients to those found."""
         point = x.detach().requires_grad_(self._is_point_wanted)
-        with torch.enable_grad():
-            out = f(point)
+        g_auxiliary = self._auxiliary_cotangents.pop(0) if self._auxiliary_cotangents else None
+        out, auxiliary = self._evaluate(f, point)
+        roots = [out] if auxiliary is None or g_auxiliary is None else [out, auxiliary]
+        self._check_all_found(f, point, roots)
         # The next block's input depends on this one's output.
         self._is_point_wanted = self._is_point_wanted or out.requires_grad
 
         def vjp(cotangent: Tensor) -> Tensor | None:
-            return self._vjp(point, out, cotangent.to(out.dtype))
+            cotangents = [cotangent.to(out.dtype), *([] if g_auxiliary is None else [g_auxiliary])]
+            return self._vjp([point, *self._leaves], roots, cotangents[: len(roots)])
 
         return out.detach(), vjp
 
-    def _vjp(self, point: Tensor, out: Tensor, cotangent: Tensor) -> Tensor | None:
-        wanted = [tensor for tensor in (point, *self._leaves) if tensor.requires_grad]
-        if not out.requires_grad:
+    def _evaluate(self, f: BlockFunction, point: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The block's output, and what it returned beside it."""
+        self._auxiliaries.clear()
+        with torch.enable_grad():
+            out = f(point)
+        return out, self._auxiliaries[0] if self._auxiliaries else None
+
+    def _vjp(self, known: Sequence[Tensor], roots: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Tensor | None:
+        wanted = [tensor for tensor in known if tensor.requires_grad]
+        differentiable = [(root, g) for root, g in zip(roots, cotangents, strict=True) if root.requires_grad]
+        if not (wanted and differentiable):
             return None
-        _check_all_found(self._n, out, wanted)
         try:
-            products = torch.autograd.grad(out, wanted, cotangent, allow_unused=True)
+            outputs, their_cotangents = zip(*differentiable, strict=True)
+            products = torch.autograd.grad(outputs, wanted, their_cotangents, allow_unused=True)
         except RuntimeError as error:
             if "use_reentrant" not in str(error):
                 raise
@@ -82,14 +111,32 @@ class BlockVjps:
             product, before = by_tensor.get(id(leaf)), self.found[place]
             if product is not None:
                 self.found[place] = product if before is None else before + product
-        return by_tensor.get(id(point))
+        return by_tensor.get(id(known[0]))
+
+    def _check_all_found(self, f: BlockFunction, point: Tensor, roots: Sequence[Tensor]) -> None:
+        """Raise if the block's output depends on a tensor from outside that has gradients and is not among the leaves.
+
+        Leaves that the block makes itself are its own affair. They are others in another evaluation.
+        """
+        known = {id(point), *map(id, self._leaves)}
+        strangers = _strangers(roots, known)
+        if not strangers:
+            return
+        again = {id(tensor) for tensor in _strangers([t for t in self._evaluate(f, point) if t is not None], known)}
+        for tensor in strangers:
+            if id(tensor) in again:
+                raise RuntimeError(
+                    f"ResidualStack: the blocks of step {self._n} use a tensor of shape {list(tensor.shape)} that "
+                    "needs gradients and is neither their parameter nor an argument of the stack; register it as "
+                    "nn.Parameter, pass it to the stack, or detach it"
+                )
 
 
-def _check_all_found(n: int, out: Tensor, wanted: Sequence[Tensor]) -> None:
-    """Raise if a block's output depends on a tensor that needs gradients and is not among those wanted."""
-    known = set(map(id, wanted))
+def _strangers(roots: Sequence[Tensor], known: set[int]) -> list[Tensor]:
+    """Leaves of the roots' graphs that are not known."""
+    found = [root for root in roots if root.is_leaf and root.requires_grad and id(root) not in known]
     seen: set[Any] = set()
-    pending: list[Any] = [out.grad_fn]
+    pending: list[Any] = [root.grad_fn for root in roots]
     while pending:
         node = pending.pop()
         if node is None or node in seen:
@@ -97,8 +144,5 @@ def _check_all_found(n: int, out: Tensor, wanted: Sequence[Tensor]) -> None:
         seen.add(node)
         pending.extend(following for following, _ in node.next_functions)
         if type(node).__name__ == "AccumulateGrad" and id(node.variable) not in known:
-            raise RuntimeError(
-                f"ResidualStack: the blocks of step {n} use a tensor of shape {list(node.variable.shape)} that needs "
-                "gradients and is neither their parameter nor an argument of the stack; register it as nn.Parameter, "
-                "pass it to the stack, or detach it"
-            )
+            found.append(node.variable)
+    return found

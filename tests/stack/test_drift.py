@@ -10,6 +10,7 @@ from resode_cuda import DriftLogger, ResidualStack, Reverse
 from resode_cuda.adjoint.drift import DriftMonitor
 from resode_cuda.schemes import SCHEMES
 from tests.support.networks import block_count, half_square, mlp, mlps, plain, reference_blocks, reference_input
+from tests.support.stateful import Outside
 
 
 def states(blocks, scheme, x):
@@ -123,11 +124,11 @@ class Overflowing(nn.Module):
 
     def __init__(self, bad):
         super().__init__()
-        self.body, self.calls, self.bad = mlp(), 0, bad
+        self.body, self.outside, self.bad = mlp(), Outside(calls=0), bad
 
     def forward(self, x):
-        self.calls += 1
-        return self.body(x) * (self.bad if self.calls > 1 else 1.0)
+        self.outside.calls += 1
+        return self.body(x) * (self.bad if self.outside.calls > 1 else 1.0)
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
@@ -138,7 +139,7 @@ def test_a_reconstruction_that_is_not_finite_warns_once_with_the_step(bad, rever
     stack, x = ResidualStack(blocks, reverse=reverse), torch.randn(3, 6)
     with pytest.warns(RuntimeWarning, match='reconstruction of step 3 met NaN, Inf.*use gradient="checkpoint"'):
         half_square(stack(x)).backward()
-    blocks[3].calls = 0
+    blocks[3].outside.calls = 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         half_square(stack(x)).backward()
@@ -169,7 +170,7 @@ def test_copies_of_squares_are_read_when_they_have_arrived():
     monitor = DriftMonitor("ResidualStack", 3)
     squares = torch.ones(4, 2)
     squares[1, 0] = torch.nan
-    monitor._arriving.append((squares, Event()))
+    monitor._arriving.append((lambda: monitor._judge(None, squares), Event()))
     monitor.poll()
     monitor.poll()
     with pytest.warns(RuntimeWarning, match="step 1"):

@@ -11,9 +11,12 @@ from torch.profiler import ProfilerActivity, profile
 from resode_cuda import ResidualStack, Reverse
 from resode_cuda.schemes import SCHEMES
 from tests.support.networks import block_count, half_square, mlp, mlps
+from tests.support.stateful import Outside
 
 ROWS, DIM = 512, 64
 STATE = ROWS * DIM * 4
+PER_STEP = 2 * 4
+"""Bytes of the two numbers by which a re-evaluation is compared."""
 
 
 def allocations(run):
@@ -28,6 +31,7 @@ def allocations(run):
 
 def held(stack, x):
     """Bytes held between forward and backward, the output among them."""
+    stack(x)  # the signs of the re-evaluation check are made once
     return sum(allocations(lambda: stack(x)))
 
 
@@ -75,7 +79,7 @@ def test_bytes_held_do_not_depend_on_depth(scheme, reverse, block):
         held(ResidualStack([block() for _ in range(block_count(scheme, n))], scheme, reverse=reverse), x)
         for n in (8, 512)
     )
-    assert deep == pytest.approx(shallow, rel=0.01)
+    assert deep - shallow == (512 - 8) * PER_STEP
     assert shallow == pytest.approx((3 if reverse == "extrapolated" else 1) * STATE, rel=0.01)
 
 
@@ -84,8 +88,9 @@ def test_bytes_held_with_arguments_do_not_depend_on_depth():
     sizes = []
     for n in (8, 64):
         stack = ResidualStack([Shifted() for _ in range(n)])
+        stack(x, shift)
         sizes.append(sum(allocations(lambda stack=stack: stack(x, shift))))
-    assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
+    assert sizes[1] - sizes[0] == (64 - 8) * PER_STEP
 
 
 def test_bytes_held_by_backprop_grow_with_depth():
@@ -121,6 +126,7 @@ def test_the_peak_of_a_step_does_not_depend_on_depth(scheme, reverse):
     assert peaks[1] < (12 if scheme == "euler" else 16)
 
 
+@pytest.mark.filterwarnings("ignore:ResidualStack. block . changed its increment")  # norms of a few rows are steep
 def test_300_training_steps_leave_memory_where_it_was():
     stack = ResidualStack([nn.Sequential(mlp(), nn.Dropout(), nn.BatchNorm1d(6)) for _ in range(4)], anchors=2)
     optimizer, x = torch.optim.SGD(stack.parameters(), lr=0.01), torch.randn(8, 6)
@@ -153,12 +159,12 @@ class Breaking(nn.Module):
 
     def __init__(self, calls, seen):
         super().__init__()
-        self.body, self.calls, self.seen = mlp(), calls, seen
+        self.body, self.outside = mlp(), Outside(calls=calls, seen=seen)
 
     def forward(self, x):
-        self.seen.append(weakref.ref(x))
-        self.calls -= 1
-        if self.calls < 0:
+        self.outside.seen.append(weakref.ref(x))
+        self.outside.calls -= 1
+        if self.outside.calls < 0:
             raise ValueError("broken")
         return self.body(x)
 
@@ -183,7 +189,7 @@ def test_an_exception_leaves_nothing_behind(reverse, calls):
     gc.collect()
     assert seen
     assert not any(reference() is not None for reference in seen)
-    stack[1].calls = 100
+    stack[1].outside.calls = 100
     train()
 
 

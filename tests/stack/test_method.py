@@ -110,10 +110,16 @@ def test_settings_are_what_makes_a_module_behave_alike(scheme):
         "anchors": (0, 2),
         "stream_dtype": None,
         "keep_input": True,
+        "auxiliary": None,
     }
     other = ResidualStack(mlps(scheme, 3), **stack.settings())
     assert len(other) == block_count(scheme, 3)
     assert other.settings() == stack.settings()
     mlp = ResidualMLP(6, 10, 3, scheme, **settings)
     assert mlp.settings() == {**settings, "scheme": scheme, "anchors": (0, 2)}
-    assert mlp.to_blocks().settings() == {**mlp.settings(), "stream_dtype": None, "keep_input": False}
+    assert mlp.to_blocks().settings() == {
+        **mlp.settings(),
+        "stream_dtype": None,
+        "keep_input": False,
+        "auxiliary": None,
+    }

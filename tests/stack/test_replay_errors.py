@@ -9,7 +9,7 @@ from torch import nn
 from resode_cuda import ResidualStack
 from resode_cuda.schemes import SCHEMES
 from tests.support.networks import block_count, half_square, plain, relative_error
-from tests.support.stateful import assert_same_buffers, conv_bn, plain_twin, train_step
+from tests.support.stateful import Outside, assert_same_buffers, conv_bn, plain_twin, train_step
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -22,16 +22,16 @@ class Failing(nn.Module):
 
     def __init__(self, error, calls):
         super().__init__()
-        self.norm, self.body, self.error, self.calls = nn.BatchNorm2d(3), conv_bn(), error, calls
+        self.norm, self.body, self.outside = nn.BatchNorm2d(3), conv_bn(), Outside(error=error, calls=calls)
         self.dropout = nn.Dropout(0.3)
         self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, x):
         self.seen.add_(1)
         x = self.dropout(self.norm(x))
-        self.calls -= 1
-        if self.calls < 0 and self.error is not None:
-            raise self.error("stop here")
+        self.outside.calls -= 1
+        if self.outside.calls < 0 and self.outside.error is not None:
+            raise self.outside.error("stop here")
         return self.body(x)
 
 
@@ -44,13 +44,13 @@ def test_a_block_that_raises_in_backward_leaves_everything_as_it_was(scheme, err
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = half_square(stack(x))
     stack.eval()
-    blocks[2].error, blocks[2].calls = error, evaluation
+    blocks[2].outside.error, blocks[2].outside.calls = error, evaluation
     state = snapshot(stack)
     if gradient == "adjoint" or evaluation == 0:
         with pytest.raises(error, match="stop here"):
             loss.backward()
     assert_unchanged(stack, state)
-    blocks[2].error = None
+    blocks[2].outside.error = None
     stack.train()
     stack.zero_grad()
     fresh_blocks = copy.deepcopy(blocks)

@@ -8,6 +8,13 @@ from torch import nn
 from tests.support.networks import gradients, plain
 
 
+class Outside:
+    """Numbers that a block sees and no re-evaluation restores: not attributes of a module, but of another object."""
+
+    def __init__(self, **numbers):
+        vars(self).update(numbers)
+
+
 def conv_bn(norm=nn.BatchNorm2d):
     return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), norm(4), nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1))
 

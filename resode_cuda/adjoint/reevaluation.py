@@ -1,0 +1,182 @@
+"""Whether a block that ran again was the same function: two numbers of each increment, compared.
+
+The forward pass keeps two projections of a sample of d_n on random signs, r_i . d_n; the backward pass takes them of
+its own evaluation. If the two increments differ by e, so do the projections by r_i . e, whose mean square is |e|^2:
+a sign, an adapter or random numbers that changed show whatever their direction. (|d_n|^2 does not see a sign, and
+<d_n, x_n> is next to zero in many dimensions whatever happens.) Defects can't show any of it: the predictor and the
+evaluation use the same wrong function.
+
+A sample of a few thousand values spread over the state costs the same few microseconds for states of all sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..schemes import Stages
+
+SAMPLE = 2**13
+"""The most values of a state that are looked at."""
+CHANGE = 0.1
+"""The relative change of an increment that is taken for another function, beyond what the error of y explains."""
+
+
+class Increments:
+    """Two numbers of each increment of a forward pass, and of its backward pass.
+
+    Args:
+        like: the state, whose dtype and device they have.
+        steps: the number of steps.
+        exact: the steps that are evaluated again at x_n itself, not at an approximation.
+        blocks_per_step: the number of blocks that a warning has to name.
+    """
+
+    def __init__(self, like: Tensor, steps: int, exact: Collection[int], blocks_per_step: int) -> None:
+        self.first = like.new_empty(steps, 2)
+        """The projections in the forward pass."""
+        self.again: Tensor | None = None
+        """In the last backward pass, shape [steps, 4]: the projections, |d_n| and |y - (x_{n+1} - d_n)|."""
+        self.exact, self.blocks_per_step = exact, blocks_per_step
+
+    def record(self, n: int, stages: Stages, weight: float, like: Tensor) -> None:
+        """Step n was evaluated in the forward pass; its increment is weight (k1 + k2)."""
+        _project(_increment(stages, weight, like), self.first[n])
+
+    def begin(self) -> None:
+        """A backward pass begins."""
+        self.again = self.first.new_full((len(self.first), 4), torch.nan)
+
+    def compare(self, n: int, stages: Stages, weight: float, y: Tensor, x_next: Tensor) -> None:
+        """Step n was evaluated again, at y."""
+        if self.again is None:
+            return
+        row, d = self.again[n], _increment(stages, weight, y)
+        _project(d, row[:2])
+        torch.linalg.vector_norm(d, out=row[2])
+        torch.linalg.vector_norm(_sample(y) - _sample(x_next) + d, out=row[3])
+
+    def blocks_of(self, n: int) -> str:
+        last = n + self.blocks_per_step - 1
+        return f"block {n}" if last == n else f"blocks {n} to {last}"
+
+
+def projections(stages: Stages, weight: float, like: Tensor) -> Tensor:
+    """The two numbers of one increment, shape [2]."""
+    found = like.new_empty(2)
+    _project(_increment(stages, weight, like), found)
+    return found
+
+
+def changes(first: Sequence[Sequence[float]], again: Sequence[Sequence[float]]) -> list[float]:
+    """The relative change of each step's increment; NaN for a step that was not evaluated again."""
+    return [_change(before, now) for before, now in zip(first, again, strict=True)]
+
+
+def _change(first: Sequence[float], again: Sequence[float]) -> float:
+    before, now = first[:2], again[:2]
+    change = math.dist(before, now) / math.sqrt(2)
+    scale = max(again[2], math.hypot(*before) / math.sqrt(2))
+    return change / scale if change else change
+
+
+def explained(again: Sequence[Sequence[float]], exact: Collection[int]) -> list[float]:
+    """What of each change the errors of the points y explain.
+
+    An error of y changes the increment by the step's Jacobian J times it, and shows in y - (x_{n+1} - d_n) as 1 + J
+    times it: with |J| below 1/3, where rebuilding converges well, the former is at most half of the latter. Errors of
+    later steps add up, up to a state that is known exactly.
+
+    Args:
+        exact: the steps whose y is exact.
+    """
+    found, error = [0.0] * len(again), 0.0
+    for n in reversed(range(len(again))):
+        _, _, d, defect = again[n]
+        if n in exact:
+            error = 0.0
+            continue
+        error += defect if math.isfinite(defect) else 0.0
+        found[n] = error / (2 * d) if d else math.inf
+    return found
+
+
+def change_unexplained(
+    first: Sequence[Sequence[float]], again: Sequence[Sequence[float]], exact: Collection[int]
+) -> tuple[int, float] | None:
+    """The step whose change is furthest above what explains it, and its change; None where all are explained.
+
+    Where the errors of y are as large as the increment nothing can be told; the defects say so.
+    """
+    found = [
+        (change - CHANGE - explanation, n, change)
+        for n, (change, explanation) in enumerate(zip(changes(first, again), explained(again, exact), strict=True))
+        if explanation < 1 and change > CHANGE + explanation
+    ]
+    return max(found)[1:] if found else None
+
+
+CAUSES = (
+    "usual causes: an adapter, a cache or a counter was switched, grown or cleared meanwhile, random numbers come from "
+    "a generator of the block's own, or a tensor was changed through .data; pass such things as arguments of the "
+    'stack, leave them alone until the backward pass has ended, or use gradient="backprop"'
+)
+
+
+def changed_in_between(change: float) -> str:
+    """What is told of blocks whose increment changed that much between forward and backward pass."""
+    return (
+        f"changed its increment by {change:.0%} between forward and backward pass, more than the error of the "
+        "reconstruction explains, and the gradient is as far off: it is another function by now, or it is so steep "
+        f"that another state was rebuilt, which resode_cuda.calibrate helps; {CAUSES}"
+    )
+
+
+def not_recomputed(change: float) -> str:
+    """What is told of a block that was recomputed at the same state."""
+    return (
+        f"changed its increment by {change:.0%} between forward and backward pass, at the same state, and the gradient "
+        f"is as far off: it is another function by now; {CAUSES}"
+    )
+
+
+def _increment(stages: Stages, weight: float, like: Tensor) -> Tensor:
+    k1, k2 = stages
+    d = _sample(k1).to(like.dtype) * weight
+    return d if k2 is None else d.add_(_sample(k2), alpha=weight)
+
+
+def _project(d: Tensor, out: Tensor) -> None:
+    torch.mv(_signs(len(d), d.dtype, d.device), d, out=out)
+
+
+def _sample(x: Tensor) -> Tensor:
+    """At most `SAMPLE` values of x, from all over it, as a vector."""
+    return x[_places(x.shape)].reshape(-1)
+
+
+@lru_cache(maxsize=256)
+def _places(shape: torch.Size) -> tuple[slice, ...]:
+    """The entries of each dimension that are sampled: the first dimensions are thinned out first."""
+    excess, strides = math.prod(shape) / SAMPLE, []
+    for size in shape:
+        stride = max(1, min(math.ceil(excess), size // min(size, 4) if size else 1))
+        strides.append(stride)
+        excess /= size / math.ceil(size / stride) if size else 1
+    if excess > 1 and strides:
+        strides[-1] = max(strides[-1], math.ceil(strides[-1] * excess))
+    return tuple(slice(None, None, stride) for stride in strides)
+
+
+@lru_cache(maxsize=64)
+def _signs(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Two rows of random signs, the same at any time, from no generator that a program could share."""
+    bits = torch.arange(1, 2 * count + 1, device=device)
+    for factor, shift in ((-7046029254386353131, 29), (-4658895280553007687, 32)):
+        bits = bits * factor
+        bits = bits ^ (bits >> shift)
+    return (1 - 2 * (bits >> 40 & 1)).to(dtype).view(2, count)
