@@ -56,7 +56,7 @@ class AdjointModule(nn.Module):
     @property
     def drift(self) -> Drift | None:
         """What the last backward pass measured of its error; None before the first, after a forward pass that is not
-        for the adjoint, and for a solver without reuse unless the input was kept.
+        for the adjoint.
 
         Tensors on the device of the input; reading their values is what waits for the device.
         """

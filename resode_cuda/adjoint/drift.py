@@ -255,12 +255,6 @@ class DriftMonitor:
         """Act on what a backward pass measured: the squares and, with increments, their numbers first and again."""
         if self._has_warned_of_all():
             return
-        if increments is not None and numbers:
-            first, again = (tensor.tolist() for tensor in numbers)
-            found = change_unexplained(first, again, increments.exact)
-            if found is not None:
-                n, change = found
-                self._act("replay", f"{self._where}: {increments.blocks_of(n)} {changed_in_between(change)}")
         broken = squares[:-1].isfinite().logical_not_().any(dim=1).nonzero()
         if len(broken):
             n = int(broken[-1])
@@ -270,17 +264,26 @@ class DriftMonitor:
                 f"squared, gradients of steps 0 to {n} are wrong; "
                 'use gradient="checkpoint", more corrections, anchors, or a smaller step',
             )
-        elif self.on_drift != "ignore" and self._measured:
-            defects = self._ratios(squares)[:-1]
-            worst = int(defects.argmax())
-            defect = defects[worst].item()
-            if defect > self.max_drift:
+            return
+        defects = self._ratios(squares)[:-1]
+        worst = int(defects.argmax())
+        defect = defects[worst].item() if self._measured else 0.0
+        if defect > self.max_drift:
+            # Where the states are off, so are the increments.
+            if self.on_drift != "ignore":
                 self._act(
                     "drift",
                     f"{self._where}: the defect of step {worst} must be at most max_drift={self.max_drift:g}, got "
                     f"{defect:.1e}, so gradients may be as far off; choose a solver with resode_cuda.calibrate, or "
                     "use more corrections, anchors, or a smaller step",
                 )
+            return
+        if increments is not None and numbers:
+            first, again = (tensor.tolist() for tensor in numbers)
+            found = change_unexplained(first, again, increments.exact)
+            if found is not None:
+                n, change = found
+                self._act("replay", f"{self._where}: {increments.blocks_of(n)} {changed_in_between(change)}")
 
     def _act(self, what: str, message: str) -> None:
         if self.on_drift == "raise":

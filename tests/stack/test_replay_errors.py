@@ -61,7 +61,7 @@ def test_a_block_that_raises_in_backward_leaves_everything_as_it_was(scheme, err
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_block_that_raises_in_forward_leaves_what_the_plain_loop_leaves(scheme, error):
     blocks = [Failing(None, 0) for _ in range(block_count(scheme, 4))]
-    blocks[2].error = error
+    blocks[2].outside.error = error
     stack, x = ResidualStack(blocks, scheme), torch.randn(4, 3, 5, 5)
     twin, run = plain_twin(blocks, scheme)
     states = []
@@ -70,7 +70,7 @@ def test_a_block_that_raises_in_forward_leaves_what_the_plain_loop_leaves(scheme
         with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(error, match="stop here"):
             run_(x)
         states.append(snapshot(module))
-        module.get_submodule("2").error = None
+        module.get_submodule("2").outside.error = None
     for a, b in zip(*states, strict=True):
         assert len(a) == len(b)
         assert all(torch.equal(p, q) if isinstance(p, torch.Tensor) else p == q for p, q in zip(a, b, strict=True))
