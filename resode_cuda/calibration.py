@@ -225,7 +225,8 @@ class _Trial:
                 storage = tensor.untyped_storage()
                 if storage.data_ptr() not in mine:
                     held[storage.data_ptr()] = storage.nbytes()
-                return tensor
+                # An operation that saves its own output would hold itself for ever by the tensor with its history.
+                return tensor.detach()
 
             with self._as_before(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 self.stack(x, *self.args, **self.kwargs)
