@@ -239,13 +239,18 @@ class ResidualStack(AdjointModule):
                 which that does not suffice yet is left out.
 
         A batch that cannot serve, because its exact gradient is zero or not finite, is warned of and passed over.
-        Copies of the stack do not calibrate again, nor do pickled ones.
+        Copies of the stack do not calibrate again, nor do pickled ones; `training_state` keeps where it stands.
 
         Returns:
             the stack.
         """
         self._recalibration = Recalibration(steps, tolerance, share, loss) if steps != 0 else None
         return self
+
+    def _resumed_recalibration(self, state: dict[str, Any] | None) -> Recalibration | None:
+        given: Recalibration | None = self._recalibration
+        loss = None if given is None else given.loss
+        return None if state is None else Recalibration.resumed(state, loss)
 
     @torch.no_grad()
     def invert(self, x_last: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
