@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from .adjoint.drift import ON_DRIFT, Drift, DriftMonitor
@@ -48,6 +49,8 @@ class AdjointModule(nn.Module):
         self.gradient = gradient
         self.reverse = reverse
         self.anchors = anchors
+        # Further limits are those of the states' dtype, which a forward pass knows.
+        self._method.check_steps(self._where, torch.float64)
 
     @property
     def _where(self) -> str:

@@ -39,7 +39,7 @@ class Recalibration:
         return {
             "steps": self.steps,
             "tolerance": self.tolerance,
-            "share": self.share,
+            "share": float(self.share),
             "has_loss": self.loss is not None,
             "count": self._count,
             "seconds": None if self._begin is None else time.perf_counter() - self._begin,

@@ -79,8 +79,8 @@ class ResidualStack(AdjointModule):
     Discrete adjoint method: Sander, Ablin and Peyré, NeurIPS 2022, arXiv:2205.14612.
 
     Raises:
-        ValueError: for no block, one block under Heun, unknown names, a step that is not positive and finite or
-            not one for each step, anchors below 1 or that no step has for its number.
+        ValueError: for no block, one block under Heun, unknown names, a step that is not positive and finite, or whose
+            inverse is not, or not one for each step, anchors below 1 or that no step has for its number.
         TypeError: for blocks that are no modules, a step or anchors that is no number, or a `stream_dtype` that is no
             floating dtype.
     """
@@ -142,7 +142,8 @@ class ResidualStack(AdjointModule):
 
         Raises:
             TypeError: if x is not a floating tensor, or a block returns no tensor or another dtype.
-            ValueError: if a block changes the shape or device of its input.
+            ValueError: if a block changes the shape or device of its input, or for steps so small, or so different,
+                that the stream's dtype cannot hold h, 1/h or the ratios of successive steps.
             RuntimeError: if a block modifies its input in place; in the backward pass, see `gradient`.
         """
         if torch.compiler.is_compiling():
@@ -156,7 +157,7 @@ class ResidualStack(AdjointModule):
         is_repeated = torch._C._current_graph_task_id() != -1
         if not is_repeated and not is_capturing():
             self._apply_pending(x, args, kwargs)
-        blocks, state = self._blocks_for(x), x.to(self._stream_dtype_for(x))
+        blocks, state = self._blocks_for(x), self._state_from(x)
         tensors = Arguments.tensors(args, kwargs)
         differentiable = torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (x, *tensors, *self.parameters())
@@ -182,7 +183,7 @@ class ResidualStack(AdjointModule):
         return not wants_eager and traced.is_traceable(self.modules())
 
     def _forward_traced(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        blocks, state = self._blocks_for(x), x.to(self._stream_dtype_for(x))
+        blocks, state = self._blocks_for(x), self._state_from(x)
         self._monitor.forget()
         if torch.is_grad_enabled() and self.gradient == "adjoint":
             arguments, tensors = Arguments(args, kwargs), Arguments.tensors(args, kwargs)
@@ -268,7 +269,7 @@ class ResidualStack(AdjointModule):
         Raises:
             TypeError, ValueError: as the forward pass.
         """
-        blocks, state = self._blocks_for(x_last), x_last.to(self._stream_dtype_for(x_last))
+        blocks, state = self._blocks_for(x_last), self._state_from(x_last)
         call, method, scheme = Call(args, kwargs), self._method, self._method.scheme
         later: list[Tensor] = []  # the increments of the steps undone so far, newest first
         for n, h in reversed(list(enumerate(self.steps))):
@@ -317,8 +318,11 @@ class ResidualStack(AdjointModule):
             )
         return [Block(module, index, x.dtype) for index, module in enumerate(self)]
 
-    def _stream_dtype_for(self, x: Tensor) -> torch.dtype:
-        return self.stream_dtype or torch.promote_types(x.dtype, torch.float32)
+    def _state_from(self, x: Tensor) -> Tensor:
+        """x in the stream's dtype, in which there must be all that the steps multiply it by."""
+        dtype = self.stream_dtype or torch.promote_types(x.dtype, torch.float32)
+        self._method.check_steps("ResidualStack", dtype)
+        return x.to(dtype)
 
 
 @torch._disable_dynamo
