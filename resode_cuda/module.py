@@ -262,15 +262,17 @@ def checked_steps(where: str, step: float | Sequence[float] | None, count: int) 
     """h of each of `count` steps; None is 1/count.
 
     Raises:
-        TypeError: for what is no number.
+        TypeError: for what is no number, or a tensor that requires gradients, which would get none.
         ValueError: for another count, or a step that is not positive and finite.
     """
     if step is None:
         return (1 / count,) * count
-    if getattr(step, "requires_grad", False):
+    is_one = not isinstance(step, Iterable) or getattr(step, "ndim", 1) == 0
+    given = [step] * count if is_one else list(step)  # type: ignore[arg-type]
+    if any(getattr(h, "requires_grad", False) for h in (step, *given)):
         raise TypeError(f"{where}: step must not require gradients, got a tensor that does; detach it")
     try:
-        steps = tuple(map(float, step)) if isinstance(step, Iterable) else (float(step),) * count
+        steps = tuple(map(float, given))  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise TypeError(f"{where}: step must be a number, one for each step, or None, got {step!r}") from error
     if len(steps) != count:

@@ -1,9 +1,11 @@
-"""Steps that a dtype cannot hold: h, 1/h, and the ratios that the adjoint and the extrapolation multiply by."""
+"""Steps that are refused: of which a dtype cannot hold h, 1/h or the ratios that are multiplied by, and of tensors that
+ask for gradients."""
 
 import math
 
 import pytest
 import torch
+from torch import nn
 
 from resode_cuda import ResidualMLP, ResidualStack, functional
 from resode_cuda.method import Method
@@ -98,3 +100,31 @@ def test_a_method_of_impossible_steps_says_so_when_it_is_checked(steps):
     for solver in PRESETS.values():
         with pytest.raises(ValueError, match=r"^here: step must keep"):
             Method(SCHEMES["euler"], steps, solver).check_steps("here", torch.float64)
+
+
+def learnable(h=0.25):
+    return nn.Parameter(torch.tensor(h))
+
+
+LEARNABLE = {
+    "a parameter": learnable,
+    "a vector": lambda: nn.Parameter(torch.full((4,), 0.25)),
+    "a list": lambda: [0.25, 0.25, learnable(), 0.25],
+    "a tuple": lambda: (learnable(),) * 4,
+    "a ParameterList": lambda: nn.ParameterList(learnable() for _ in range(4)),
+    "computed ones": lambda: [2 * learnable(0.125) for _ in range(4)],
+    "a generator": lambda: (learnable() for _ in range(4)),
+}
+
+
+@pytest.mark.parametrize("step", LEARNABLE.values(), ids=LEARNABLE)
+@pytest.mark.parametrize("name", MAKERS)
+def test_steps_that_require_gradients_are_refused(name, step):
+    message = f"^{name}: step must not require gradients, got a tensor that does; detach it"
+    with pytest.raises(TypeError, match=message):
+        MAKERS[name](torch.float32, "euler", step=step())(torch.randn(3, 6))
+
+
+@pytest.mark.parametrize("step", [torch.tensor(0.25), torch.full((4,), 0.25), [learnable().detach()] * 4, (0.25,) * 4])
+def test_steps_of_tensors_are_numbers(step):
+    assert stack(torch.float32, "euler", step=step).steps == (0.25,) * 4
