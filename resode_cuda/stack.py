@@ -15,6 +15,7 @@ from .adjoint.replay import buffers_untouched
 from .calibration import Loss
 from .devices import is_capturing
 from .dtypes import DTYPES
+from .export import wants_plain
 from .method import Anchors
 from .module import AdjointModule, checked_steps
 from .plan import Plan
@@ -164,7 +165,8 @@ class ResidualStack(AdjointModule):
         )
         if differentiable and self.gradient != "adjoint":
             self._monitor.forget()
-        if self.gradient == "backprop" or not differentiable:
+        is_plain = wants_plain("ResidualStack", self.gradient, differentiable)
+        if is_plain or self.gradient == "backprop" or not differentiable:
             state = self._propagate_stored(blocks, state, Call(args, kwargs))
         elif self.gradient == "checkpoint":
             state = checkpoint.propagate(self._method, blocks, state, Call(args, kwargs), tensors)
@@ -184,7 +186,8 @@ class ResidualStack(AdjointModule):
 
     def _forward_traced(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         blocks, state = self._blocks_for(x), self._state_from(x)
-        self._monitor.forget()
+        if not torch.compiler.is_exporting():
+            self._monitor.forget()
         if torch.is_grad_enabled() and self.gradient == "adjoint":
             arguments, tensors = Arguments(args, kwargs), Arguments.tensors(args, kwargs)
             state = traced.propagate(self._method, blocks, state, arguments, tensors)
