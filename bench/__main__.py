@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from .command_line import end_with, writable_folder
 from .options import Options, parse
 from .section import SECTIONS, Figures
 
@@ -32,7 +33,7 @@ def main() -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
-    options.output.mkdir(parents=True, exist_ok=True)
+    writable_folder("bench: --output", options.output)
     record: dict[str, Any] = {
         "environment": environment.describe(device),
         "options": {name: value for name, value in asdict(options).items() if name != "output"},
@@ -102,4 +103,4 @@ def _show(tables: Sequence[Table], targets: Sequence[Target], options: Options, 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .command_line import integer
 from .section import DEFAULT, SECTIONS
 
 DEFAULT_OUTPUT = Path("bench/results/latest")
@@ -50,13 +51,17 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         "minutes), accuracy (gradient errors of trained digits nets under every solver, takes about twenty minutes); "
         "default: cost, digits and sweep",
     )
-    parser.add_argument("--epochs", type=_positive, help="epochs of each training on the digits; default: 5")
+    parser.add_argument("--epochs", type=integer(1, 10_000), help="epochs of each training on the digits; default: 5")
     parser.add_argument(
-        "--depths", type=_positive, nargs="+", metavar="N", help="steps N of the sweep; default: 8 16 32 64 128 256"
+        "--depths",
+        type=integer(1, 100_000),
+        nargs="+",
+        metavar="N",
+        help="steps N of the sweep; default: 8 16 32 64 128 256",
     )
     parser.add_argument(
         "--rounds",
-        type=_positive,
+        type=integer(1, 10_000),
         help="rounds of timing, in each of which every mode takes one step; more rounds, narrower spread; the "
         "cost section takes two more, the sweep fewer, but 2 at least, where stacks are deep; default: 4",
     )
@@ -66,10 +71,12 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument(
         "--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIRECTORY", help="default: bench/results/latest"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights, data and batches; default: 0")
+    parser.add_argument(
+        "--seed", type=integer(0, 2**32 - 1), default=0, help="of weights, data and batches; default: 0"
+    )
     parser.add_argument(
         "--threads",
-        type=_positive,
+        type=integer(1, 1024),
         help="CPU threads that torch uses, and trainings on the digits at a time; default: torch's own choice",
     )
     parser.add_argument(
@@ -89,10 +96,3 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         threads=given.threads,
         quick=given.quick,
     )
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {number}")
-    return number

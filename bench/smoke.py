@@ -27,6 +27,7 @@ from torch import Tensor
 
 from resode_cuda import ResidualMLP, ops, smooth_init_
 
+from .command_line import end_with, needing, writable_file
 from .harness.failed_kernels import ONE_PASS_FAMILY
 from .harness.fused_backends import ONE_PASS, TWO_PASS, step_by, triton_gradient_forms
 from .harness.gradients import relative_error
@@ -157,14 +158,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(CASES))
         return 0
     if given.failed:
-        print(" ".join(failed_families(given.failed)))
+        with needing(f"bench.smoke: --failed must be a file that --output wrote, got {given.failed}"):
+            families = failed_families(given.failed)
+        print(" ".join(families))
         return 0
     if given.device == "cuda" and not torch.cuda.is_available():
         print("bench.smoke: --device cuda needs a CUDA device, but torch finds none; use cpu", file=sys.stderr)
         return 2
     if given.case:
         return run_here(given.case, torch.device(given.device))
-    outcomes = run_all(given.device, given.output)
+    outcomes = run_all(given.device, given.output and writable_file("bench.smoke: --output", given.output))
     not_ok = [outcome for outcome in outcomes if outcome.outcome in (WRONG, FAILED)]
     for outcome in not_ok:
         print(f"\n{outcome.case}\n{outcome.reason}")
@@ -268,4 +271,4 @@ def _compare(got: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -24,6 +24,7 @@ import torch
 from resode_cuda import ResidualMLP, smooth_init_
 from resode_cuda.fused.triton.tiles import Tile
 
+from .command_line import end_with, needing, writable_folder
 from .harness import environment
 from .harness.fused_backends import ONE_PASS, TWO_PASS, step_by, triton_gradient_forms
 from .harness.mlp_networks import batch_of, fused_step
@@ -109,7 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(arguments)
     if given.write:
-        write_fastest(json.loads(given.write.read_text())["rows"])
+        with needing(f"bench.tiles: --write must be a tiles.json of this command, got {given.write}"):
+            entries = fastest(json.loads(given.write.read_text())["rows"])
+        with needing(f"bench.tiles: the table must be a file that can be written, got {SOURCE}"):
+            write(entries)
         return 0
     if not os.environ.get("RESULTS"):
         print("bench.tiles: the environment variable RESULTS must name the folder for tiles.json", file=sys.stderr)
@@ -123,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def time_all(file: Path) -> None:
     """Time the tiles of every network's kernels; the file has what there is after each kernel."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    writable_folder("bench.tiles: RESULTS", file.parent)
     until = time.perf_counter() + SECONDS
     compile_ahead()
     record: Row = {"environment": environment.describe(torch.device("cuda")), "rows": [], "left_out": []}
@@ -140,10 +144,10 @@ def time_all(file: Path) -> None:
             write_json(record, file)
 
 
-def write_fastest(rows: Sequence[Row]) -> None:
-    """Put the fastest tiles of a measurement into the library's tables, and say which."""
+def write(entries: Sequence[Entry]) -> None:
+    """Put rows into the library's tables, and say which."""
     source = SOURCE.read_text()
-    for entry in fastest(rows):
+    for entry in entries:
         source = rewritten(source, entry)
         print(f"{entry.table}[{entry.key}]: {entry.tiles}")
     SOURCE.write_text(source)
@@ -259,4 +263,4 @@ def _compile(network: Network, kernel: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import platform
+import signal
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -99,4 +100,6 @@ def _kernels() -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader that has gone, as in `| head -1`, is no error
     main()

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .adjoint.buffers import work_on_copies
 from .adjoint.drift import DriftMonitor, root_mean_square
@@ -36,6 +37,7 @@ class CalibrationError(ValueError):
     """The batch allows no comparison of gradients."""
 
 
+@torch.inference_mode(False)
 def calibrate(
     stack: AdjointModule,
     x: Tensor,
@@ -55,7 +57,8 @@ def calibrate(
     The error is |g - g_exact| / |g_exact|, 2-norms over all parameter gradients of the stack together, or of the
     input's gradient where no parameter needs one. It holds for this batch and these weights; trained further, calibrate
     again (`stack.recalibrate_every`). Nothing of the training changes: buffers, random numbers, gradients, flags and
-    the stack's settings are as before. Takes about two to three training steps for each candidate tried.
+    the stack's settings are as before. Takes about two to three training steps for each candidate tried. May be called
+    under `torch.no_grad()` and `torch.inference_mode()`.
 
     Args:
         stack: in the mode (train or eval) in which it is to be used.
@@ -67,8 +70,8 @@ def calibrate(
     Raises:
         ValueError: if the tolerance is not positive and finite; as `CalibrationError` if the exact gradient is not
             finite or is zero.
-        TypeError: for a stack that is none (pass the model's own `ResidualStack`), or a loss that returns no
-            differentiable scalar.
+        TypeError: for a stack that is none (pass the model's own `ResidualStack`) or whose parameters are inference
+            tensors, or a loss that returns no differentiable scalar.
     """
     trial = _Trial(_checked_stack(stack), x, args, kwargs, loss or _half_square)
     tolerance = checked_tolerance("calibrate", tolerance)
@@ -169,8 +172,8 @@ class _Trial:
     """
 
     def __init__(self, stack: AdjointModule, x: Tensor, args: Any, kwargs: Any, loss: Loss) -> None:
-        self.stack, self.args, self.kwargs = stack, args, kwargs
-        self.x = x.detach()
+        x, self.args, self.kwargs = pytree.tree_map(_without_inference, (x, args, kwargs))
+        self.stack, self.x = stack, x.detach()
         self.parameters: list[Tensor] = [parameter for parameter in stack.parameters() if parameter.requires_grad]
         self.modules = submodules((stack,))
         self.held_bytes: dict[tuple[str, int, CheckedAnchors], int] = {}
@@ -302,7 +305,17 @@ def _checked_stack(stack: AdjointModule) -> AdjointModule:
         raise TypeError(
             f"calibrate: stack must be a ResidualStack, got {type(stack).__name__}; pass the stack itself, unwrapped"
         )
+    if any(tensor.is_inference() for tensor in (*stack.parameters(), *stack.buffers())):
+        raise TypeError(
+            "calibrate: the stack's parameters and buffers must have gradients, got inference tensors; build or load "
+            "it outside torch.inference_mode()"
+        )
     return stack
+
+
+def _without_inference(value: Any) -> Any:
+    """A tensor that autograd may save, for one made under torch.inference_mode(); anything else as it is."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def _half_square(x: Tensor) -> Tensor:

@@ -6,11 +6,16 @@ in `schemes`, the reverse solver in `reverse`.
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
-from .reverse import Reverse, extrapolation_weights
+import torch
+
+from .dtypes import dtype_name
+from .reverse import Reverse, extrapolation_weights, quotient
 from .schemes import Scheme
 
 Anchors = int | Collection[int] | None
@@ -35,6 +40,7 @@ class Method:
         weights: (a, b) of each step n, extrapolated as y = x_{n+1} - (a d_{n+1} - b d_{n+2}); empty where the solver
             does not extrapolate. The last two steps are predicted exactly, with their own increment for d_{n+2}, a = 0
             and b = -1.
+        factor_range: the least and the greatest number by which steps and their adjoints multiply; NaN if one is.
     """
 
     scheme: type[Scheme]
@@ -42,6 +48,7 @@ class Method:
     solver: Reverse = Reverse()  # noqa: RUF009 (frozen)
     anchors: tuple[int, ...] = ()
     weights: tuple[tuple[float, float], ...] = field(init=False, repr=False, compare=False)
+    factor_range: tuple[float, float] = field(init=False, repr=False, compare=False)
     _places: dict[int, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -52,11 +59,40 @@ class Method:
             for n in range(count)
         )
         object.__setattr__(self, "weights", tuple(weights))
+        factors = list(self._factors())
+        is_number = not any(map(math.isnan, factors))
+        extremes = (min(factors, default=1.0), max(factors, default=1.0)) if is_number else (math.nan, math.nan)
+        object.__setattr__(self, "factor_range", extremes)
         object.__setattr__(self, "_places", {n: place for place, n in enumerate(self.anchors)})
 
     def __len__(self) -> int:
         """Number of steps."""
         return len(self.steps)
+
+    def _factors(self) -> Iterator[float]:
+        weights = [self.scheme.weight(h) for h in self.steps]
+        yield from self.steps
+        yield from weights
+        # The adjoint is scaled by its step's weight: what it is multiplied by from one step to the next, and at x_0.
+        for before, weight in pairwise([1.0, *weights]):
+            yield quotient(before, weight)
+        for of_two_increments in self.weights[:-2]:
+            yield from of_two_increments
+
+    def check_steps(self, where: str, dtype: torch.dtype) -> None:
+        """Check that states of this dtype can be multiplied by all that the steps call for.
+
+        Raises:
+            ValueError: for a factor that is 0, subnormal or not finite in the dtype.
+        """
+        limits, (least, greatest) = torch.finfo(dtype), self.factor_range
+        if not (limits.tiny <= least and greatest <= limits.max):
+            wider = "" if dtype == torch.float64 else ", or a wider dtype"
+            raise ValueError(
+                f"{where}: step must keep h, 1/h and the ratios of successive steps between {limits.tiny:.1e} and "
+                f"{limits.max:.1e} in {dtype_name(dtype)}, got factors from {least:.1e} to {greatest:.1e}; use steps "
+                f"closer to 1/{len(self)}{wider}"
+            )
 
     def is_anchored(self, n: int) -> bool:
         """Whether the exact state that step n starts from is kept."""

@@ -58,7 +58,8 @@ class ResidualMLP(AdjointModule):
     [layers, dim, hidden], bias_out [layers, dim]; initialised as `nn.Linear`'s.
 
     Raises:
-        ValueError: for sizes below 1, unknown names, a step that is not positive and finite, anchors that fit no step.
+        ValueError: for sizes below 1, unknown names, a step that is not positive and finite, or whose inverse is not,
+            anchors that fit no step.
         TypeError: for sizes that are no integers, or a dtype that is none of those four.
     """
 

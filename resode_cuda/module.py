@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from .adjoint.drift import ON_DRIFT, Drift, DriftMonitor
@@ -47,6 +49,8 @@ class AdjointModule(nn.Module):
         self.gradient = gradient
         self.reverse = reverse
         self.anchors = anchors
+        # Further limits are those of the states' dtype, which a forward pass knows.
+        self._method.check_steps(self._where, torch.float64)
 
     @property
     def _where(self) -> str:
@@ -148,6 +152,74 @@ class AdjointModule(nn.Module):
             "on_drift": self.on_drift,
         }
 
+    def training_state(self) -> dict[str, Any]:
+        """What a run that is to be resumed keeps beside `state_dict`: how the module trains by now.
+
+        The settings that may change during training, by hand, by `on_drift="checkpoint"` or by a plan; whether the next
+        training step is to be the first by checkpointing; the ratio of gradient error to defects that the plan's
+        calibration measured; and where `ResidualStack.recalibrate_every` stands, without its loss.
+
+        Plain values alone: `torch.save`, `torch.load(weights_only=True)` and JSON keep it.
+        """
+        anchors, ratio = self.anchors, self._monitor.gradient_error_per_defect
+        return {
+            "steps": len(self.steps),
+            "fallback_requested": self._monitor.wants_fallback(),
+            "gradient": self.gradient,
+            "reverse": asdict(self.reverse),
+            "anchors": list(anchors) if isinstance(anchors, tuple) else anchors,
+            # JSON has no infinity.
+            "max_drift": None if self.max_drift == math.inf else self.max_drift,
+            "on_drift": self.on_drift,
+            "gradient_error_per_defect": ratio if ratio is not None and math.isfinite(ratio) else None,
+            "recalibration": None if self._recalibration is None else self._recalibration.state(),
+        }
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Train from now on as a module did when its `training_state` was taken.
+
+        Args:
+            state: what that returned. Where it calibrates again with a loss, first give this module the loss by
+                `ResidualStack.recalibrate_every`: the loss stays, all else of a recalibration is the state's, its end
+                too.
+
+        Raises:
+            ValueError: for a state that is none or is not of a module with as many steps; nothing has changed then.
+        """
+        try:
+            with _all_or_nothing(self):
+                self._load_training_state(state)
+        except (TypeError, ValueError, OverflowError) as error:
+            count = len(self.steps)
+            raise ValueError(
+                f"{self._where}: load_training_state needs the training_state of a module with {count} steps, got "
+                f"another: {error}"
+            ) from error
+
+    def _load_training_state(self, state: dict[str, Any]) -> None:
+        check_keys("the state", state, self.training_state())
+        if state["steps"] != len(self.steps):
+            raise ValueError(f"steps must be {len(self.steps)}, got {state['steps']!r}")
+        reverse = Reverse(**state["reverse"])
+        check_keys("reverse", state["reverse"], asdict(reverse))
+        fallback_requested, ratio = state["fallback_requested"], state["gradient_error_per_defect"]
+        if not isinstance(fallback_requested, bool):
+            raise TypeError(f"fallback_requested must be True or False, got {fallback_requested!r}")
+        if ratio is not None and not 0 <= float(ratio) < math.inf:
+            raise ValueError(f"gradient_error_per_defect must be finite and >= 0, or None, got {ratio!r}")
+        self.gradient, self.reverse, self.anchors = state["gradient"], reverse, state["anchors"]
+        self.max_drift = math.inf if state["max_drift"] is None else state["max_drift"]
+        self.on_drift = state["on_drift"]
+        self._recalibration = self._resumed_recalibration(state["recalibration"])
+        # The setters have forgotten what is this module's own.
+        self._monitor.fallback_requested = fallback_requested
+        self._monitor.gradient_error_per_defect = None if ratio is None else float(ratio)
+
+    def _resumed_recalibration(self, state: dict[str, Any] | None) -> Any:
+        if state is not None:
+            raise ValueError(f"a {self._where} does not calibrate, got a recalibration")
+        return None
+
     def _replicate_for_data_parallel(self) -> AdjointModule:
         # Replicas run in threads at once; each measures a drift of its own, which is not read.
         replica: AdjointModule = super()._replicate_for_data_parallel()
@@ -161,19 +233,46 @@ class AdjointModule(nn.Module):
         return shown if self.anchors is None else f"{shown}, anchors={self.anchors}"
 
 
+@contextmanager
+def _all_or_nothing(module: AdjointModule) -> Iterator[None]:
+    """An error inside leaves the module's settings, and its monitor's, as they were."""
+    before = [(vars(changed), dict(vars(changed))) for changed in (module, module._monitor)]
+    try:
+        yield
+    except Exception:
+        for now, then in before:
+            now.update(then)
+        raise
+
+
+def check_keys(what: str, given: object, expected: Iterable[str]) -> None:
+    """Check that `given` is a dict with these keys and no others.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if not isinstance(given, dict):
+        raise ValueError(f"{what} must be a dict, got {type(given).__name__}")
+    missing, unknown = [key for key in expected if key not in given], [key for key in given if key not in expected]
+    if missing or unknown:
+        raise ValueError(f"{what} must have the keys {list(expected)}, got one without {missing} and with {unknown}")
+
+
 def checked_steps(where: str, step: float | Sequence[float] | None, count: int) -> tuple[float, ...]:
     """h of each of `count` steps; None is 1/count.
 
     Raises:
-        TypeError: for what is no number.
+        TypeError: for what is no number, or a tensor that requires gradients, which would get none.
         ValueError: for another count, or a step that is not positive and finite.
     """
     if step is None:
         return (1 / count,) * count
-    if getattr(step, "requires_grad", False):
+    is_one = not isinstance(step, Iterable) or getattr(step, "ndim", 1) == 0
+    given = [step] * count if is_one else list(step)  # type: ignore[arg-type]
+    if any(getattr(h, "requires_grad", False) for h in (step, *given)):
         raise TypeError(f"{where}: step must not require gradients, got a tensor that does; detach it")
     try:
-        steps = tuple(map(float, step)) if isinstance(step, Iterable) else (float(step),) * count
+        steps = tuple(map(float, given))  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise TypeError(f"{where}: step must be a number, one for each step, or None, got {step!r}") from error
     if len(steps) != count:

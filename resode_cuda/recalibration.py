@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from .calibration import CalibrationError, Loss, calibrate
-from .module import AdjointModule
+from .module import AdjointModule, check_keys
 from .plan import Plan, checked_tolerance
 
 
@@ -32,6 +33,40 @@ class Recalibration:
         self._count = 0
         self._begin: float | None = None
         self._spent = self._last = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """The settings and how far it has got, as plain values; of the loss, whether there is one."""
+        return {
+            "steps": self.steps,
+            "tolerance": self.tolerance,
+            "share": float(self.share),
+            "has_loss": self.loss is not None,
+            "count": self._count,
+            "seconds": None if self._begin is None else time.perf_counter() - self._begin,
+            "seconds_spent": self._spent,
+            "seconds_of_the_last": self._last,
+        }
+
+    @classmethod
+    def resumed(cls, state: dict[str, Any], loss: Loss | None) -> Recalibration:
+        """A recalibration that goes on from such a state.
+
+        Raises:
+            TypeError, ValueError: for what is no such state, or without the loss that it had.
+        """
+        check_keys("recalibration", state, cls(1, 1.0, 1.0, None).state())
+        if state["has_loss"] and loss is None:
+            raise ValueError(
+                "its recalibration has a loss, got none; call recalibrate_every(..., loss=...) before it is loaded"
+            )
+        found = cls(state["steps"], state["tolerance"], state["share"], loss)
+        seconds = state["seconds"]
+        times = [float(value) for value in (seconds or 0.0, state["seconds_spent"], state["seconds_of_the_last"])]
+        if not isinstance(state["count"], int) or min(state["count"], *times) < 0 or not all(map(math.isfinite, times)):
+            raise ValueError(f"recalibration must have a count and times >= 0, got {state}")
+        found._count, found._spent, found._last = state["count"], *times[1:]
+        found._begin = None if seconds is None else time.perf_counter() - times[0]
+        return found
 
     def plan(self, stack: AdjointModule, x: Tensor, args: Any, kwargs: Any) -> Plan | None:
         """Counts a training step; the new plan, if it is time for one. A batch that allows none is only warned of."""

@@ -8,6 +8,7 @@ iteration can be accelerated by mixing two iterates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -175,8 +176,13 @@ def extrapolation_weights(scheme: type[Scheme], steps: Sequence[float], n: int) 
     """
     h, h1, h2 = steps[n : n + 3]
     here, later = scheme.sample_point, 1 - scheme.sample_point
-    ratio = (later * h + here * h1) / (later * h1 + here * h2)
-    return (1 + ratio) * h / h1, ratio * h / h2
+    ratio = quotient(later * h + here * h1, later * h1 + here * h2)
+    return quotient((1 + ratio) * h, h1), quotient(ratio * h, h2)
+
+
+def quotient(a: float, b: float) -> float:
+    """a / b, infinite where b is 0, which steps that `Method.check_steps` refuses may lead to."""
+    return a / b if b else math.inf
 
 
 def extrapolate(weights: tuple[float, float], x: Tensor, d_next: Tensor, d_after: Tensor) -> Tensor:

@@ -174,12 +174,13 @@ def add(x: Tensor, f: Tensor, h: float) -> Tensor:
 
 
 def _is_transformed() -> bool:
-    """Whether what is computed here is differentiated, batched or compiled."""
+    """Whether what is computed here is differentiated, batched, compiled or traced."""
     return (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
     )
 
 

@@ -19,6 +19,7 @@ from .adjoint.restoration import restoring, undo_leftovers
 from .calibration import Loss
 from .devices import is_capturing
 from .dtypes import DTYPES
+from .export import wants_plain
 from .method import Anchors
 from .module import AdjointModule, checked_steps
 from .plan import Plan
@@ -87,8 +88,8 @@ class ResidualStack(AdjointModule):
     Discrete adjoint method: Sander, Ablin and Peyré, NeurIPS 2022, arXiv:2205.14612.
 
     Raises:
-        ValueError: for no block, one block under Heun, unknown names, a step that is not positive and finite or
-            not one for each step, anchors below 1 or that no step has for its number.
+        ValueError: for no block, one block under Heun, unknown names, a step that is not positive and finite, or whose
+            inverse is not, or not one for each step, anchors below 1 or that no step has for its number.
         TypeError: for blocks that are no modules, a step or anchors that is no number, or a `stream_dtype` that is no
             floating dtype.
     """
@@ -160,8 +161,9 @@ class ResidualStack(AdjointModule):
 
         Raises:
             TypeError: if x is not a floating tensor, or a block returns no tensor or another dtype.
-            ValueError: if a block changes the shape or device of its input, or a state that there is none of is asked
-                for.
+            ValueError: if a block changes the shape or device of its input, for a state that there is none of, or for
+                steps so small, or so different, that the stream's dtype cannot hold h, 1/h or the ratios of successive
+                steps.
             RuntimeError: if a block modifies in place its input, a tensor among its arguments or its parameters; in the
                 backward pass, see `gradient`.
         """
@@ -180,14 +182,15 @@ class ResidualStack(AdjointModule):
         if not is_repeated and not is_capturing():
             self._apply_pending(x, args, kwargs)
         wanted = self._checked_states(return_states)
-        blocks, state = self._blocks_for(x), x.to(self._stream_dtype_for(x))
+        blocks, state = self._blocks_for(x), self._state_from(x)
         arguments = Arguments(args, kwargs)
         differentiable = torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (x, *arguments.tensors, *self.parameters())
         )
         if differentiable and self.gradient != "adjoint":
             self._monitor.forget()
-        if self.gradient == "backprop" or not differentiable:
+        is_plain = wants_plain("ResidualStack", self.gradient, differentiable)
+        if is_plain or self.gradient == "backprop" or not differentiable:
             outputs = self._propagate_stored(blocks, state, Call(args, kwargs), wanted)
         elif self.gradient == "checkpoint":
             outputs = checkpoint.propagate(self._method, blocks, state, arguments, self._monitor)
@@ -237,8 +240,9 @@ class ResidualStack(AdjointModule):
         return not wants_eager and traced.is_traceable(self.modules())
 
     def _forward_traced(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        blocks, state = self._blocks_for(x), x.to(self._stream_dtype_for(x))
-        self._monitor.forget()
+        blocks, state = self._blocks_for(x), self._state_from(x)
+        if not torch.compiler.is_exporting():
+            self._monitor.forget()
         if torch.is_grad_enabled() and self.gradient == "adjoint":
             state = traced.propagate(self._method, blocks, state, traced.TracedArguments(args, kwargs))
         elif torch.is_grad_enabled() and self.gradient == "checkpoint":
@@ -297,13 +301,18 @@ class ResidualStack(AdjointModule):
                 which that does not suffice yet is left out.
 
         A batch that cannot serve, because its exact gradient is zero or not finite, is warned of and passed over.
-        Copies of the stack do not calibrate again, nor do pickled ones.
+        Copies of the stack do not calibrate again, nor do pickled ones; `training_state` keeps where it stands.
 
         Returns:
             the stack.
         """
         self._recalibration = Recalibration(steps, tolerance, share, loss) if steps != 0 else None
         return self
+
+    def _resumed_recalibration(self, state: dict[str, Any] | None) -> Recalibration | None:
+        given: Recalibration | None = self._recalibration
+        loss = None if given is None else given.loss
+        return None if state is None else Recalibration.resumed(state, loss)
 
     @torch.no_grad()
     def invert(self, x_last: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
@@ -322,7 +331,7 @@ class ResidualStack(AdjointModule):
             TypeError, ValueError: as the forward pass.
         """
         undo_leftovers()
-        blocks, state = self._blocks_for(x_last), x_last.to(self._stream_dtype_for(x_last))
+        blocks, state = self._blocks_for(x_last), self._state_from(x_last)
         call, method, scheme = Call(args, kwargs), self._method, self._method.scheme
 
         def undone(n: int, state: Tensor, predicted: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -377,8 +386,11 @@ class ResidualStack(AdjointModule):
             )
         return [Block(module, index, x.dtype, self.auxiliary is not None) for index, module in enumerate(self)]
 
-    def _stream_dtype_for(self, x: Tensor) -> torch.dtype:
-        return self.stream_dtype or torch.promote_types(x.dtype, torch.float32)
+    def _state_from(self, x: Tensor) -> Tensor:
+        """x in the stream's dtype, in which there must be all that the steps multiply it by."""
+        dtype = self.stream_dtype or torch.promote_types(x.dtype, torch.float32)
+        self._method.check_steps("ResidualStack", dtype)
+        return x.to(dtype)
 
 
 @torch._disable_dynamo

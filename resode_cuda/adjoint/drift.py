@@ -81,8 +81,15 @@ class DriftMonitor:
         self._arriving: list[tuple[Callable[[], None], Any]] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copied or unpickled stack has had no backward pass.
-        return _monitor, (self._where, self._steps, self.max_drift, self.on_drift, self.gradient_error_per_defect)
+        # A copied or unpickled stack has had no backward pass, but what followed from the original's holds for it.
+        settings = self._where, self._steps, self.max_drift, self.on_drift
+        return _monitor, (*settings, self.gradient_error_per_defect, self.wants_fallback())
+
+    def wants_fallback(self) -> bool:
+        """`fallback_requested`, once all that was measured has been judged."""
+        if self.on_drift == "checkpoint":
+            self.poll()
+        return self.fallback_requested
 
     def begin(self, stream: Tensor, measures: bool, increments: Increments | None = None) -> None:
         """A backward pass starts; it measures defects, or looks for NaN and Inf alone.
@@ -297,9 +304,11 @@ class DriftMonitor:
             warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-def _monitor(where: str, steps: int, max_drift: float, on_drift: str, factor: float | None) -> DriftMonitor:
+def _monitor(
+    where: str, steps: int, max_drift: float, on_drift: str, factor: float | None, fallback_requested: bool
+) -> DriftMonitor:
     monitor = DriftMonitor(where, steps, max_drift, on_drift)
-    monitor.gradient_error_per_defect = factor
+    monitor.gradient_error_per_defect, monitor.fallback_requested = factor, fallback_requested
     return monitor
 
 

@@ -67,7 +67,7 @@ class Network:
             TypeError: for a dtype that is not one of DTYPES, parameters of several, or an x that is not of the
                 stream's.
             ValueError: for unknown names, a scheme that the depth-fused formulas lack, shapes or devices that do not
-                fit, steps that are not finite, and anchors that are no steps.
+                fit, steps that are not finite or too far apart, and anchors that are no steps.
         """
         for name, value, known in (
             ("scheme", method.scheme.name, FUSED_SCHEMES),
@@ -98,6 +98,7 @@ class Network:
                     f"{where}: step must be positive and finite in {dtype_name(self.stream_dtype)}, got {h}; leave it "
                     f"out for 1/{steps}"
                 )
+        method.check_steps(where, self.stream_dtype)
         if x.dtype != self.stream_dtype:
             raise TypeError(
                 f"{where}: x must be {dtype_name(self.stream_dtype)}, the dtype of states with "

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from ..adjoint.drift import DriftMonitor
 from ..dtypes import dtype_name
+from ..export import wants_plain
 from ..method import Method
 from . import cuda
 from .network import Network
@@ -54,7 +55,7 @@ def apply(
 
     Raises:
         TypeError, ValueError: for operands that do not fit, or a backend that can't compute this.
-        RuntimeError: for derivatives by torch.func or in forward mode, unless gradient is "backprop".
+        RuntimeError: for derivatives by torch.func or in forward mode, or traced ones, unless gradient is "backprop".
     """
     network = _autocast(network, x.device.type)
     state = x.to(_stream_dtype(where, network, x))
@@ -62,10 +63,11 @@ def apply(
     differentiable = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, *network.parameters)
     )
+    is_plain = wants_plain(where, gradient, differentiable)
     rebuilds = differentiable and gradient == "adjoint"
     is_traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    is_watched = rebuilds and monitor is not None and not is_traced
-    if monitor is not None and differentiable and not is_watched:
+    is_watched = rebuilds and monitor is not None and not (is_traced or is_plain)
+    if monitor is not None and differentiable and not (is_watched or torch.compiler.is_exporting()):
         monitor.forget()
     if gradient == "backprop":
         if backend not in ("auto", "torch"):
@@ -73,8 +75,8 @@ def apply(
                 f'{where}: gradient="backprop" is computed by plain torch, got backend={backend!r}; use backend="torch"'
             )
         return plain(network, method, state.contiguous()).to(x.dtype)
-    if _is_differentiated_otherwise():
-        if differentiable:
+    if is_plain or _is_differentiated_otherwise():
+        if differentiable and not is_plain:
             raise RuntimeError(
                 f"{where}: gradient={gradient!r} gives first derivatives in reverse mode only, got a torch.func "
                 'transform or forward mode; use gradient="backprop"'

@@ -25,6 +25,7 @@ def test_the_calibration_runs(capsys):
     exec(compile(CALIBRATION, "README.md", "exec"), names)
     assert "tolerance 0.01: " in capsys.readouterr().out
     assert stack.reverse == names["plan"].chosen.reverse
+    assert stack.training_state()["recalibration"]["steps"] == 500
 
 
 def test_the_perceptrons_run(capsys):
