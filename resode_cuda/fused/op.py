@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack, is_legacy_batchedtensor
-from torch.autograd import forward_ad
+from torch._C._functorch import is_legacy_batchedtensor
 
 from ..adjoint.drift import DriftMonitor
 from ..dtypes import dtype_name
 from ..method import Method
+from ..ops.derivatives import is_differentiated_otherwise
 from . import cuda
 from .network import Network
 from .reference import passes as reference
@@ -73,7 +73,7 @@ def apply(
                 f'{where}: gradient="backprop" is computed by plain torch, got backend={backend!r}; use backend="torch"'
             )
         return plain(network, method, state.contiguous()).to(x.dtype)
-    if _is_differentiated_otherwise():
+    if is_differentiated_otherwise():
         if differentiable:
             raise RuntimeError(
                 f"{where}: gradient={gradient!r} gives first derivatives in reverse mode only, got a torch.func "
@@ -273,14 +273,6 @@ def _filled(gradients: Sequence[Tensor | None] | None, network: Network, g: Tens
         gradients = (None,) * len(PARAMETERS)
     empty = [g.new_empty(0, dtype=network.dtype) for _ in PARAMETERS]
     return [e if gradient is None else gradient.to(network.dtype) for gradient, e in zip(gradients, empty, strict=True)]
-
-
-def _is_differentiated_otherwise() -> bool:
-    """Whether torch.func or forward mode differentiates what is computed here, of which the ops know nothing."""
-    if torch.compiler.is_compiling():
-        return False
-    transforms = (interpreter.key() for interpreter in get_interpreter_stack() or ())
-    return forward_ad._current_level >= 0 or any(key in (TransformType.Grad, TransformType.Jvp) for key in transforms)
 
 
 def _autocast(network: Network, device_type: str) -> Network:

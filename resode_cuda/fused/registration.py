@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.derivatives import register_derivatives
 from ..ops.schemas import MLP_STACK, MLP_STACK_ADJOINT, MLP_STACK_EXACT_ADJOINT
 from . import op
 from .network import Network
@@ -66,13 +67,15 @@ def _register(schema: str, implementation: Any, fake: Any, vmap: Any) -> str:
     library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"resode::{name}", fake, lib=library)
     torch.library.register_vmap(f"resode::{name}", vmap, lib=library)
-    return f"resode::{name}"
+    return name
 
 
-forward_name = _register(MLP_STACK, op.forward, forward_fake, forward_vmap)
-torch.library.register_autograd(forward_name, op.backward, setup_context=op.save_for_backward, lib=library)
+WAY_OUT = 'use gradient="backprop" of a ResidualMLP or of residual_mlp'
+
+_name = _register(MLP_STACK, op.forward, forward_fake, forward_vmap)
+register_derivatives(library, _name, op.backward, op.save_for_backward, way_out=WAY_OUT)
 for _name in (
     _register(MLP_STACK_ADJOINT, op.adjoint, adjoint_fake, refuse_vmap),
     _register(MLP_STACK_EXACT_ADJOINT, op.exact_adjoint, exact_adjoint_fake, refuse_vmap),
 ):
-    torch.library.register_autograd(_name, op.refuse_second, lib=library)
+    register_derivatives(library, _name, op.refuse_second, way_out=WAY_OUT)
