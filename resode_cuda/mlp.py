@@ -57,6 +57,10 @@ class ResidualMLP(AdjointModule):
     Parameters, stacked over the layers: weight_in [layers, hidden, dim], bias_in [layers, hidden], weight_out
     [layers, dim, hidden], bias_out [layers, dim]; initialised as `nn.Linear`'s.
 
+    Between forward and backward the parameters must stay as they are, and under "adjoint" the output, under
+    "checkpoint" x: the backward pass raises if one was modified in place. It computes in the forward pass' dtypes,
+    whatever autocast is on by then.
+
     Raises:
         ValueError: for sizes below 1, unknown names, a step that is not positive and finite, anchors that fit no step.
         TypeError: for sizes that are no integers, or a dtype that is none of those four.
@@ -148,7 +152,8 @@ class ResidualMLP(AdjointModule):
             x_N, shape and dtype of x, contiguous.
 
         Raises:
-            TypeError, ValueError: for an x that does not fit, or a backend that can't compute this.
+            TypeError, ValueError: for an x that does not fit, as no nested or sparse one does, or a backend that can't
+                compute this.
         """
         if torch.compiler.is_compiling() and self.on_drift in ("raise", "checkpoint"):
             return _forward_uncompiled(self, x)

@@ -20,7 +20,7 @@ from ..dtypes import dtype_name
 from ..method import Method
 from ..ops.derivatives import is_differentiated_otherwise
 from . import cuda
-from .network import Network
+from .network import PARAMETERS, Network
 from .reference import passes as reference
 from .reference.plain import plain
 from .selection import reasons_on, select
@@ -38,7 +38,6 @@ from .signature import (
 from .triton import passes as triton
 
 BACKENDS: dict[str, StackBackend] = {"cuda": cuda, "triton": triton, "torch": reference}
-PARAMETERS = ("weight_in", "bias_in", "weight_out", "bias_out")
 
 
 def apply(
@@ -130,8 +129,8 @@ def forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     network, method = checked_stack(o)
     backend = BACKENDS[select("mlp_stack", BACKENDS, o.backend, network, method, o.x)]
     states = backend.forward(network, method, _rows(o.x))
-    increments, anchored = (s.view(s.shape[0], *o.x.shape) for s in (states.increments, states.anchored))
-    return states.x_last.view(o.x.shape), increments, anchored
+    increments, anchored = (_shaped(s, (s.shape[0], *o.x.shape)) for s in (states.increments, states.anchored))
+    return _shaped(states.x_last, o.x.shape), increments, anchored
 
 
 def checked_stack(operands: StackOperands) -> tuple[Network, Method]:
@@ -185,8 +184,8 @@ def adjoint(*operands: Any) -> tuple[Tensor, ...]:
     backend = BACKENDS[select("mlp_stack_adjoint", BACKENDS, o.backend, network, method, o.g)]
     states = SavedStates(_rows(o.x_last), _stacked_rows(o.increments), _stacked_rows(o.anchored))
     found = backend.adjoint(network, method, _rows(o.g), states, Wanted(o.wants_parameters, o.wants_input))
-    x_first = o.g.new_empty(0) if found.x is None else found.x.view(o.g.shape)
-    return found.g.view(o.g.shape), *_filled(found.gradients, network, o.g), found.squares, x_first
+    x_first = o.g.new_empty(0) if found.x is None else _shaped(found.x, o.g.shape)
+    return _shaped(found.g, o.g.shape), *_filled(found.gradients, network, o.g), found.squares, x_first
 
 
 def exact_adjoint(*operands: Any) -> tuple[Tensor, ...]:
@@ -195,7 +194,7 @@ def exact_adjoint(*operands: Any) -> tuple[Tensor, ...]:
     network, method = checked_exact_adjoint(o)
     backend = BACKENDS[select("mlp_stack_exact_adjoint", BACKENDS, o.backend, network, method, o.g)]
     g_first, gradients = backend.exact_adjoint(network, method, _rows(o.g), _rows(o.x), o.wants_parameters)
-    return g_first.view(o.g.shape), *_filled(gradients, network, o.g)
+    return _shaped(g_first, o.g.shape), *_filled(gradients, network, o.g)
 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -204,6 +203,7 @@ def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
     ctx.save_for_backward(o.weight_in, o.bias_in, o.weight_out, o.bias_out, *states)
     ctx.set_materialize_grads(False)
     ctx.squares = o.squares
+    ctx.kinds = _kinds(o.weight_in, o.bias_in, o.weight_out, o.bias_out)
     # Autograd alone is to hold the tensors.
     without_tensors: dict[str, Any] = dict.fromkeys(("x", *PARAMETERS, "squares"))
     ctx.operands = o._replace(**without_tensors)
@@ -216,7 +216,7 @@ def backward(ctx: Any, g: Tensor | None, *others: Tensor | None) -> tuple[Tensor
         )
     if g is None:
         return (None,) * len(StackOperands._fields)
-    saved = ctx.saved_tensors  # once: a checkpoint unpacks them once alone
+    saved = _saved_tensors(ctx)
     parameters, states = dict(zip(PARAMETERS, saved[:4], strict=True)), saved[4:]
     o: StackOperands = ctx.operands._replace(**parameters)
     needs = StackOperands(*ctx.needs_input_grad)
@@ -244,6 +244,31 @@ def backward(ctx: Any, g: Tensor | None, *others: Tensor | None) -> tuple[Tensor
     return tuple(found.get(name) if getattr(needs, name) else None for name in StackOperands._fields)
 
 
+def _saved_tensors(ctx: Any) -> tuple[Any, ...]:
+    """What `save_for_backward` saved, as it was then."""
+    what = "x" if ctx.operands.gradient == "checkpoint" else "the output"
+    try:
+        saved: tuple[Any, ...] = ctx.saved_tensors  # once: a checkpoint unpacks them once alone
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            f"mlp_stack: between forward and backward neither {what} nor a parameter may be modified in place, but one "
+            "was; use y = y + z instead of y += z, and step the optimizer after backward"
+        ) from error
+    if (kinds := _kinds(*saved[:4])) != ctx.kinds:
+        before, now = (sorted({f"{dtype_name(dtype)} on {device}" for dtype, device in k}) for k in (ctx.kinds, kinds))
+        raise RuntimeError(
+            "mlp_stack: between forward and backward parameters must keep dtype and device, got "
+            f"{', '.join(before)} -> {', '.join(now)}; convert the module before forward or after backward"
+        )
+    return saved
+
+
+def _kinds(*parameters: Tensor | None) -> list[tuple[torch.dtype, torch.device]]:
+    return [(parameter.dtype, parameter.device) for parameter in parameters if parameter is not None]
+
+
 def _shared(o: StackOperands, wanted: type[StackAdjointOperands | StackExactAdjointOperands]) -> dict[str, Any]:
     """The operands of the forward op that a backward op has under the same name, x aside."""
     return {name: getattr(o, name) for name in o._fields if name in wanted._fields and name != "x"}
@@ -254,6 +279,12 @@ def refuse_second(ctx: Any, *cotangents: Any) -> Any:
         "mlp_stack: gradients are of first order in reverse mode, got a double backward (create_graph=True); use "
         'gradient="backprop"'
     )
+
+
+def _shaped(rows: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """The result of that shape, in the memory of rows. A view would be one that autograd lets nobody write in."""
+    shaped: Tensor = torch.ops.aten._unsafe_view(rows, shape)
+    return shaped
 
 
 def _rows(states: Tensor) -> Tensor:

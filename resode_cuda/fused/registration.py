@@ -10,7 +10,7 @@ from torch import Tensor
 from ..ops.derivatives import register_derivatives
 from ..ops.schemas import MLP_STACK, MLP_STACK_ADJOINT, MLP_STACK_EXACT_ADJOINT
 from . import op
-from .network import Network
+from .network import PARAMETERS, Network
 from .signature import StackAdjointOperands, StackExactAdjointOperands, StackOperands
 
 library = torch.library.Library("resode", "FRAGMENT")
@@ -47,7 +47,7 @@ def _gradients_fake(network: Network, g: Tensor, wants_parameters: bool) -> list
 def forward_vmap(info: Any, dims: tuple[Any, ...], *operands: Any) -> Any:
     batched, o = StackOperands(*dims), StackOperands(*operands)
     # Of a list such as steps, its dims are a list.
-    if any(getattr(batched, name) is not None for name in (*op.PARAMETERS, "squares")):
+    if any(getattr(batched, name) is not None for name in (*PARAMETERS, "squares")):
         raise NotImplementedError(
             'mlp_stack: torch.vmap must batch x alone, got batched parameters; use gradient="backprop"'
         )
@@ -61,10 +61,23 @@ def refuse_vmap(*_: Any) -> Any:
     )
 
 
+def _without_autocast(implementation: Any) -> Any:
+    """The implementation, computing in its operands' dtypes where a backward pass meets an autocast of its own."""
+
+    def implementation_as_is(*operands: Any) -> Any:
+        device_type = operands[0].device.type
+        if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+            return implementation(*operands)
+        with torch.autocast(device_type, enabled=False):
+            return implementation(*operands)
+
+    return implementation_as_is
+
+
 def _register(schema: str, implementation: Any, fake: Any, vmap: Any) -> str:
     name = schema.partition("(")[0]
     library.define(schema)
-    library.impl(name, implementation, "CompositeExplicitAutograd")
+    library.impl(name, _without_autocast(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"resode::{name}", fake, lib=library)
     torch.library.register_vmap(f"resode::{name}", vmap, lib=library)
     return name
