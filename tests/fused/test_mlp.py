@@ -154,6 +154,19 @@ def test_smooth_init_is_that_of_the_blocks(scheme, dtype):
         torch.testing.assert_close(mine.detach(), theirs, rtol=0, atol=0)
 
 
+def test_smooth_init_leaves_frozen_parameters_as_they_are():
+    module = ResidualMLP(6, 10, 5)
+    module.weight_in.requires_grad_(False)
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    stack = smooth_init_(module.to_blocks())
+    smooth_init_(module)
+    kept = [torch.equal(a, b) for a, b in zip(module.parameters(), before, strict=True)]
+    assert kept == [True, False, False, False]
+    assert [parameter.requires_grad for parameter in module.parameters()] == [False, True, True, True]
+    for mine, theirs in zip(module.parameters(), stacked(stack.requires_grad_(True)), strict=True):
+        torch.testing.assert_close(mine.detach(), theirs)
+
+
 def test_smooth_init_needs_values():
     with pytest.raises(ValueError, match=r"^smooth_init_: parameters must have values, got .* on the meta device"):
         smooth_init_(ResidualMLP(6, 10, 3, device="meta"))
