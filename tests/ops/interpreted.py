@@ -8,6 +8,8 @@ GPU rounds. Its fused multiply-add rounds twice; here it is replaced by the C li
 
 import ctypes
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -151,3 +153,17 @@ def test_partial_squares_are_all_added(count):
     launch = triton_kernels.add_partial_squares_kernel[(2,)]
     launch(partial_squares, squares, count, triton_ops.PARTIAL_SQUARES_AT_A_TIME)
     assert torch.equal(squares, expected)
+
+
+def test_threads_may_launch_at_once():
+    case = Case("reverse_extrapolate_")
+    operands_of = [operands(case, (torch.float32, torch.float16), (MANY + n,)) for n in range(4)]
+    ready = threading.Barrier(len(operands_of))
+
+    def launched(values):
+        ready.wait()
+        return by_kernel(triton_ops, case, values)
+
+    with ThreadPoolExecutor(len(operands_of)) as pool:
+        for values, results in zip(operands_of, pool.map(launched, operands_of), strict=True):
+            check(case, values, results)
