@@ -42,9 +42,9 @@ class ResidualMLP(AdjointModule):
         gradient: "adjoint" rebuilds the states in the backward pass; "checkpoint" is exact, keeps x_0, and only the
             rows that it works on have N states; "backprop" stores everything, and alone has higher derivatives.
         reverse: how the adjoint rebuilds: "paper", "corrected", "extrapolated" (accurate where weights are smooth in
-            depth: `smooth_init_`), or a `Reverse`. Accelerated corrections, the default from 2 on, mix iterates row by
-            row, and only "torch", and "triton" for rows wider than it keeps on chip, have them;
-            `accelerate=False` runs everywhere.
+            depth: `smooth_init_`), or a `Reverse`. Accelerated corrections, the default from 2 on, mix iterates sample
+            by sample, for which tiles are whole samples of x, and only "torch", and "triton" for rows wider than it
+            keeps on chip, have them; `accelerate=False` runs everywhere.
         anchors: keep the exact starting state of every K-th step, or of the steps with these numbers; None keeps
             none.
         max_drift, on_drift: the defect that is accepted, and what a larger one leads to, as for `ResidualStack`.

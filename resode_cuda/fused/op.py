@@ -182,7 +182,8 @@ def adjoint(*operands: Any) -> tuple[Tensor, ...]:
     o = StackAdjointOperands(*operands)
     network, method = checked_adjoint(o)
     backend = BACKENDS[select("mlp_stack_adjoint", BACKENDS, o.backend, network, method, o.g)]
-    states = SavedStates(_rows(o.x_last), _stacked_rows(o.increments), _stacked_rows(o.anchored))
+    sample_rows = max(1, math.prod(o.g.shape[1:-1]))
+    states = SavedStates(_rows(o.x_last), _stacked_rows(o.increments), _stacked_rows(o.anchored), sample_rows)
     found = backend.adjoint(network, method, _rows(o.g), states, Wanted(o.wants_parameters, o.wants_input))
     x_first = o.g.new_empty(0) if found.x is None else _shaped(found.x, o.g.shape)
     return _shaped(found.g, o.g.shape), *_filled(found.gradients, network, o.g), found.squares, x_first

@@ -52,7 +52,12 @@ def forward_vmap(info: Any, dims: tuple[Any, ...], *operands: Any) -> Any:
             'mlp_stack: torch.vmap must batch x alone, got batched parameters; use gradient="backprop"'
         )
     x = o.x.movedim(batched.x or 0, 0)  # type: ignore[arg-type]
-    return torch.ops.resode.mlp_stack(*o._replace(x=x)), (0, 1, 1)
+    if x.dim() < 3:
+        return torch.ops.resode.mlp_stack(*o._replace(x=x)), (0, 1, 1)
+    # Samples stay what they are for each of the batch: its dimension may not become that of the samples.
+    outputs = torch.ops.resode.mlp_stack(*o._replace(x=x.flatten(0, 1)))
+    dims = 0, 1, 1
+    return tuple(out.unflatten(dim, x.shape[:2]) for out, dim in zip(outputs, dims, strict=True)), dims
 
 
 def refuse_vmap(*_: Any) -> Any:

@@ -161,6 +161,8 @@ class SavedStates(NamedTuple):
     """[saved, *], the last ones, newest first, where the solver extrapolates; in the parameters' dtype."""
     anchored: Tensor
     """[anchors, *], the starting states of the anchored steps."""
+    sample_rows: int = 1
+    """Rows of a sample, one after the other, that accelerated corrections mix by one coefficient."""
 
 
 class ParameterGradients(NamedTuple):
