@@ -19,6 +19,7 @@ from ..adjoint.drift import DriftMonitor
 from ..dtypes import dtype_name
 from ..method import Method
 from ..ops.derivatives import is_differentiated_otherwise
+from ..squares import square_dtype
 from . import cuda
 from .network import PARAMETERS, Network
 from .reference import passes as reference
@@ -96,7 +97,7 @@ def mlp_stack(
     Args:
         x: x_0, shape [*, dim], in the stream's dtype.
         gradient: "adjoint" rebuilds states in the backward pass, by the method's solver; "checkpoint" is exact.
-        squares: shape [steps, 2], in the stream's dtype, for the backward pass to fill.
+        squares: shape [steps, 2], float64, for the backward pass to fill.
 
     Raises:
         TypeError, ValueError: as `Network.check` and `selection.select`.
@@ -145,7 +146,7 @@ def checked_stack(operands: StackOperands) -> tuple[Network, Method]:
     network.check("mlp_stack", method, operands.x)
     if operands.squares is not None:
         squares = operands.squares
-        check_tensor("mlp_stack", "squares", squares, (len(method), 2), network.stream_dtype, operands.x)
+        check_tensor("mlp_stack", "squares", squares, (len(method), 2), square_dtype(operands.x.device), operands.x)
     return network, method
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..ops.derivatives import register_derivatives
 from ..ops.schemas import MLP_STACK, MLP_STACK_ADJOINT, MLP_STACK_EXACT_ADJOINT
+from ..squares import square_dtype
 from . import op
 from .network import PARAMETERS, Network
 from .signature import StackAdjointOperands, StackExactAdjointOperands, StackOperands
@@ -26,7 +27,7 @@ def forward_fake(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
 def adjoint_fake(*operands: Any) -> tuple[Tensor, ...]:
     o = StackAdjointOperands(*operands)
     network, method = op.checked_adjoint(o)
-    squares = o.g.new_empty(len(method), 2)
+    squares = o.g.new_empty(len(method), 2, dtype=square_dtype(o.g.device))
     x_first = o.g.new_empty(o.g.shape if o.wants_input else 0)
     return o.g.new_empty(o.g.shape), *_gradients_fake(network, o.g, o.wants_parameters), squares, x_first
 

@@ -181,7 +181,8 @@ class AdjointResult(NamedTuple):
     """g_0."""
     gradients: ParameterGradients | None
     squares: Tensor
-    """[steps, 2]: |y - x_n|^2 and |x_n|^2 of each step."""
+    """[steps, 2], float64: |y - x_n|^2 and |x_n|^2 of each step. Kernels add up those of a tile in float32, whose range
+    ends with states of 1.8e19."""
     x: Tensor | None
     """The rebuilt x_0."""
 

@@ -20,11 +20,22 @@ from triton.runtime import interpreter
 from resode_cuda.ops import triton as triton_ops
 from resode_cuda.ops import triton_kernels
 from resode_cuda.ops.operands import ForwardStepOperands
-from tests.support.kernel_cases import CASES, DTYPE_PAIRS, Case, by_kernel, by_reference, check, operands, pair_id
+from tests.support.kernel_cases import (
+    CASES,
+    DTYPE_PAIRS,
+    SIZES,
+    Case,
+    by_kernel,
+    by_reference,
+    check,
+    of_size,
+    operands,
+    pair_id,
+)
 
 assert triton.knobs.runtime.interpret, "run this file with TRITON_INTERPRET=1"
 pytestmark = [
-    # numpy warns of what floating point does: NaN, infinity, and values too large for float16;
+    # numpy warns of what floating point does: NaN, infinity, and values too large for a dtype;
     pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"),
     # and of how the interpreter takes a scalar out of an array.
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
@@ -126,6 +137,15 @@ def test_every_16_bit_value_is_rounded_as_torch_does(monkeypatch, h):
         assert torch.equal(out.isnan(), expected.isnan())
         numbers = ~expected.isnan()
         assert torch.equal(out[numbers].view(torch.int16), expected[numbers].view(torch.int16))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("op", ["reverse_update_", "reverse_extrapolate_"])
+def test_squares_of_states_of_any_size(op, size):
+    case = Case(op)
+    for stream in (torch.float32, torch.float64):
+        values = of_size(size, operands(case, (stream, stream), (MANY,)))
+        check(case, values, by_kernel(triton_ops, case, values))
 
 
 @pytest.fixture

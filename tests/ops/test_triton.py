@@ -343,7 +343,7 @@ def test_offsets_beyond_32_bits():
     triton_ops.forward_step(ForwardStepOperands(x, f, 1.0), y)
     assert torch.equal(y[-9:], torch.full_like(y[-9:], 2.0))
     assert y[:-9].count_nonzero() == 0
-    squares = torch.zeros(2, device="cuda")
+    squares = torch.zeros(2, device="cuda", dtype=torch.float64)
     triton_ops.reverse_update_(ReverseUpdateOperands(x, y, f, None, -1.0, squares, None, None, None, 1.0, 1.0))
     assert torch.equal(x[-9:], y[-9:])
     assert x[:-9].count_nonzero() == 0

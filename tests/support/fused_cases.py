@@ -107,6 +107,7 @@ def results_of(backend, case, network, x, g, states):
     """All that the ops give: by name, tensors on the CPU. `states`: what the forward pass gave."""
     method = network.method(case.solver, case.anchors)
     named = backend.forward(network, method, x)._asdict()
+    del named["sample_rows"]
     found = backend.adjoint(network, method, g, states, Wanted(parameters=True, input=True))
     exact_g, exact_gradients = backend.exact_adjoint(network, network.method(), g, x, True)
     frozen = backend.adjoint(network, method, g, states, Wanted(parameters=False))

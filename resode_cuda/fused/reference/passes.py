@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ...method import Method
 from ...reverse import corrected
+from ...squares import square_dtype, squared_norm
 from ..network import Network
 from ..signature import AdjointResult, ParameterGradients, SavedStates, Wanted
-from .tile import RowTile, extrapolate_, squared_norm, zero_gradients
+from .tile import RowTile, extrapolate_, zero_gradients
 
 TILE_BYTES = {"cpu": 2**20}
 """Size of a tile's hidden activations, by device type: a few such tensors are to stay in the cache."""
@@ -79,7 +80,7 @@ def adjoint(
     g_first = g.clone()
     x_first = torch.empty_like(x_last) if wanted.input else None
     gradients = zero_gradients(network) if wanted.parameters else None
-    squares = g.new_zeros(len(method), 2)
+    squares = g.new_zeros(len(method), 2, dtype=square_dtype(g.device))
     tile_rows, sample_rows = _tile_rows(network, g), states.sample_rows
     if method.solver.accelerate:  # whose coefficients take whole samples
         tile_rows = max(1, tile_rows // sample_rows) * sample_rows
