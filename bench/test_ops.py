@@ -72,7 +72,7 @@ def test_call_on_a_gpu(benchmark: Any, op: Op[Any], backend: str) -> None:
 def _values(op: Op[Any], device: str) -> tuple[Any, ...]:
     """An op's arguments, none left out."""
     x, y, d, k1, k2, g, v1, v2 = (torch.randn(1, device=device) for _ in range(8))
-    squares, adjoint = torch.zeros(2, device=device), (g, v1, v2, 0.9, 0.1)
+    squares, adjoint = torch.zeros(2, device=device, dtype=torch.float64), (g, v1, v2, 0.9, 0.1)
     arguments: dict[Op[Any], tuple[Any, ...]] = {
         ops.forward_step: (x, k1, H),
         ops.heun_step: (x, k1, k2, H),

@@ -15,11 +15,6 @@ def fits(narrow: torch.dtype, wide: torch.dtype) -> bool:
     return narrow == wide or (narrow in DTYPES and narrow.itemsize < wide.itemsize)
 
 
-def square_dtype(stream: torch.dtype) -> torch.dtype:
-    """Dtype in which squared norms of a stream are added up."""
-    return torch.promote_types(stream, torch.float32)
-
-
 def dtype_name(dtype: torch.dtype) -> str:
     """The dtype as errors show it: "float32"."""
     return str(dtype).removeprefix("torch.")

@@ -39,8 +39,10 @@ def smooth_init_(stack: Smoothed) -> Smoothed:
     Args:
         stack: a `ResidualMLP`, or a `ResidualStack` of blocks that all have the same parameters, freshly initialised.
             The parameter objects, their dtypes, devices and `requires_grad` stay, so an optimizer may already hold
-            them. The first and the last block and all buffers keep their values. A tensor that several blocks share is
-            written at the first of them; one that the first or the last block holds is not written.
+            them. The first and the last block, all buffers and frozen parameters (`requires_grad=False`, such as
+            pretrained weights) keep their values; frozen ends are interpolated between as others are. A tensor that
+            several blocks share is written at the first of them; one that the first or the last block holds is not
+            written.
 
     Returns:
         The stack.
@@ -58,7 +60,7 @@ def smooth_init_(stack: Smoothed) -> Smoothed:
     for n, block in enumerate(blocks):
         angle = math.pi / 2 * n / max(len(blocks) - 1, 1)
         for name, parameter in block.items():
-            if id(parameter) in done:
+            if id(parameter) in done or not parameter.requires_grad:
                 continue
             done.add(id(parameter))
             a, b = (_wide(end[name], like=parameter) for end in (first, last))
@@ -131,13 +133,16 @@ def _deeper_anchors(stack: ResidualStack, steps: int) -> CheckedAnchors:
 
 
 def _layers(mlp: ResidualMLP) -> list[dict[str, Tensor]]:
-    """Views of each layer's parameters by name."""
+    """Views of each layer's parameters by name, frozen where these are."""
     if mlp.weight_in.is_meta:
         raise ValueError(
             "smooth_init_: parameters must have values, got a ResidualMLP on the meta device; move it from there and "
             "call its reset_parameters() first"
         )
-    stacked = {name: parameter.unbind() for name, parameter in mlp.named_parameters()}
+    stacked = {
+        name: [layer.requires_grad_(parameter.requires_grad) for layer in parameter.detach().unbind()]
+        for name, parameter in mlp.named_parameters()
+    }
     return [{name: layers[n] for name, layers in stacked.items()} for n in range(mlp.weight_in.shape[0])]
 
 

@@ -42,9 +42,9 @@ class ResidualMLP(AdjointModule):
         gradient: "adjoint" rebuilds the states in the backward pass; "checkpoint" is exact, keeps x_0, and only the
             rows that it works on have N states; "backprop" stores everything, and alone has higher derivatives.
         reverse: how the adjoint rebuilds: "paper", "corrected", "extrapolated" (accurate where weights are smooth in
-            depth: `smooth_init_`), or a `Reverse`. Accelerated corrections, the default from 2 on, mix iterates row by
-            row, and only "torch", and "triton" for rows wider than it keeps on chip, have them;
-            `accelerate=False` runs everywhere.
+            depth: `smooth_init_`), or a `Reverse`. Accelerated corrections, the default from 2 on, mix iterates sample
+            by sample, for which tiles are whole samples of x, and only "torch", and "triton" for rows wider than it
+            keeps on chip, have them; `accelerate=False` runs everywhere.
         anchors: keep the exact starting state of every K-th step, or of the steps with these numbers; None keeps
             none.
         max_drift, on_drift: the defect that is accepted, and what a larger one leads to, as for `ResidualStack`.
@@ -56,6 +56,10 @@ class ResidualMLP(AdjointModule):
 
     Parameters, stacked over the layers: weight_in [layers, hidden, dim], bias_in [layers, hidden], weight_out
     [layers, dim, hidden], bias_out [layers, dim]; initialised as `nn.Linear`'s.
+
+    Between forward and backward the parameters must stay as they are, and under "adjoint" the output, under
+    "checkpoint" x: the backward pass raises if one was modified in place. It computes in the forward pass' dtypes,
+    whatever autocast is on by then.
 
     Raises:
         ValueError: for sizes below 1, unknown names, a step that is not positive and finite, or whose inverse is not,
@@ -149,7 +153,8 @@ class ResidualMLP(AdjointModule):
             x_N, shape and dtype of x, contiguous.
 
         Raises:
-            TypeError, ValueError: for an x that does not fit, or a backend that can't compute this.
+            TypeError, ValueError: for an x that does not fit, as no nested or sparse one does, or a backend that can't
+                compute this.
         """
         if torch.compiler.is_compiling() and self.on_drift in ("raise", "checkpoint"):
             return _forward_uncompiled(self, x)

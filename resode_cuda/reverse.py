@@ -37,11 +37,13 @@ class Reverse:
             1 they diverge.
         reuse: take x_n = x_{n+1} - Phi_n(y) from the evaluation that the vector-Jacobian product needs anyway, and
             measure the defect |y - x_n| / |x_n|. Without it x_n = y and there is no defect, as in arXiv:2205.14612.
-        accelerate: mix the last two iterates of the corrections (Anderson's method of depth 1), each sample, a row of
-            the state's first dimension, with its own coefficient. It costs two state-sized buffers and no evaluation,
-            gains most on trained networks, where few directions dominate the error, and does not diverge where a
-            single direction makes the plain iteration diverge. Rows in which mixing is not worthwhile take the plain
-            iteration. None: from 2 corrections on, the fewest that can be mixed.
+        accelerate: mix the last two iterates of the corrections (Anderson's method of depth 1), each sample with a
+            coefficient of its own. A sample is what one index of the state's first dimension selects, of any module and
+            state: [*] of [batch, *], one row of [rows, dim], and a state [dim] as a whole. (Where blocks act on rows of
+            a state [batch, time, dim] alone, `x.flatten(0, 1)` makes each row a sample.) It costs two state-sized
+            buffers and no evaluation, gains most on trained networks, where few directions dominate the error, and
+            does not diverge where a single direction makes the plain iteration diverge. Samples in which mixing is not
+            worthwhile take the plain iteration. None: from 2 corrections on, the fewest that can be mixed.
 
     The presets of `ResidualStack(reverse=...)`, with the order in h of the gradient's relative error, measured for
     weights smooth in depth, and the evaluations of the increment per backward step:
@@ -152,20 +154,42 @@ def _mixed(fresh: Tensor, residual: Tensor, fresh_before: Tensor, residual_befor
     """The combination of the last two images of the fixed-point iteration whose residual should be smallest.
 
     r and r' are the residuals, image minus iterate, of this iterate and of the one before. To first order the residual
-    of a mixture is r - theta (r - r'), smallest at theta = <r, r - r'> / |r - r'|^2, row by row. The images and
+    of a mixture is r - theta (r - r'), smallest at theta = <r, r - r'> / |r - r'|^2, sample by sample. The images and
     residuals from before are overwritten.
     """
+    if not residual.numel():
+        return fresh
     change = torch.sub(residual, residual_before, out=residual_before)
-    along, length, whole = _dots(residual, change), _dots(change, change), _dots(residual, residual)
+    scale = _reciprocal_size(residual)
+    along, length, whole = (
+        _scaled_dots(a, b, scale) for a, b in ((residual, change), (change, change), (residual, residual))
+    )
     # By theta the square of the residual falls by along^2 / length. False, too, where nothing changes any more.
     worthwhile = along * along > (1 - WORTHWHILE**2) * whole * length
-    theta = torch.where(worthwhile, along / length, 0)
+    theta = torch.where(worthwhile, along / length, 0).to(fresh.dtype)
     return torch.addcmul(fresh, theta, torch.sub(fresh, fresh_before, out=fresh_before), value=-1)
 
 
-def _dots(a: Tensor, b: Tensor) -> Tensor:
-    """The dot product of each row, with all other dimensions kept as ones. A state of one dimension is one row."""
-    return (a * b).sum(dim=tuple(range(min(1, a.ndim - 1), a.ndim)), keepdim=True)
+def _reciprocal_size(states: Tensor) -> Tensor:
+    """1 / max |x| of each sample, all other dimensions kept as ones."""
+    within = _within_a_sample(states)
+    size = torch.maximum(states.amax(within, keepdim=True), -states.amin(within, keepdim=True))
+    return size.clamp_min(torch.finfo(states.dtype).tiny).reciprocal()
+
+
+def _scaled_dots(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """scale^2 <a, b> of each sample, all other dimensions kept as ones.
+
+    With the reciprocal of their size as scale, products are neither too large nor too small for the dtype.
+    """
+    products = torch.mul(a, scale).mul_(b)
+    dtype = torch.promote_types(products.dtype, torch.float32)
+    return products.sum(_within_a_sample(products), keepdim=True, dtype=dtype) * scale
+
+
+def _within_a_sample(states: Tensor) -> tuple[int, ...]:
+    """All dimensions but the first. A state of one dimension is one sample."""
+    return tuple(range(min(1, states.ndim - 1), states.ndim))
 
 
 def extrapolation_weights(scheme: type[Scheme], steps: Sequence[float], n: int) -> tuple[float, float]:

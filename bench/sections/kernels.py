@@ -154,7 +154,7 @@ def _plain_comparison(options: Options, device: torch.device, progress: Progress
     # glibc's malloc maps and unmaps large tensors until one as large as this was freed: fresh pages cost several times
     # what the formulas do, and to either side by chance.
     torch.empty(31 * MIB, dtype=torch.uint8, device=device)
-    squares = torch.zeros(2, device=device)
+    squares = torch.zeros(2, device=device, dtype=torch.float64)
     measuring = progress.add_task("pointwise work", total=len(STEPS))
     rows = []
     for scheme, reverse in STEPS:
@@ -211,7 +211,7 @@ def op_states(
     stream, stage = pair
     streams = tuple(torch.randn(count, device=device, dtype=stream) for _ in range(6))
     stages = tuple(torch.randn(count, device=device, dtype=stage) for _ in range(2))
-    return streams, stages, torch.zeros(2, device=device)
+    return streams, stages, torch.zeros(2, device=device, dtype=torch.float64)
 
 
 class Plain:

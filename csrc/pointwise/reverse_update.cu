@@ -5,10 +5,10 @@
 //     g <- s g + t (v1 + v2)                                                               adjoint_update_
 // x, y, d, k1, k2, g, v1, v2: n values each, consecutive and in the same order, of x's dtype, but k1 and k2, which share x's or a
 // narrower one. What is written overlaps nothing else. k2, g, v1, v2 may be absent (null).
-// squares: two values, fp64 for an fp64 stream, else fp32.
+// squares: two fp64 values, whose range holds the squares of every stream.
 // Rounding: fp32 for fp32 and 16-bit streams, fp64 for fp64; k1 + k2, products and sums as written, of which a product and the
 // sum that takes it are one fused multiply-add. The squares and y take x as it is stored.
-// A thread holds one pack of each operand and its two sums of squares in registers, loads before it stores, and walks over packs
+// A thread holds one pack of each operand and its two sums of squares (square_sum.h) in registers, loads before it stores, and walks over packs
 // with the grid's stride. The warps' sums meet in shared memory; each block adds to the squares once, atomically, or, with
 // partial_squares, leaves its sums there ([2, blocks]) for a second kernel, of one block, that adds them in a fixed order.
 // Must match reference.reverse_update_, reverse_extrapolate_ and adjoint_update_.
@@ -24,6 +24,7 @@
 #include "pointwise/adjoint_pack.h"
 #include "pointwise/block_sum.h"
 #include "pointwise/grid.h"
+#include "pointwise/square_sum.h"
 
 namespace {
 // Up to 80 registers a thread; 3 to 8 operands in flight at a time make up for fewer threads.
@@ -42,10 +43,10 @@ struct State {
 
 template <bool kExtrapolate, class X, class F>
 __global__ void __launch_bounds__(kThreads, kReverseBlocksPerProcessor)
-    reverse_kernel(const State<X, F> state, const Adjoint<X> adjoint, Wide<X>* squares, Wide<X>* partial_squares, int64_t packs,
+    reverse_kernel(const State<X, F> state, const Adjoint<X> adjoint, double* squares, double* partial_squares, int64_t packs,
                    int64_t n) {
   DYN_SHARED(shared);
-  Pair<Wide<X>> mine = {0, 0};
+  SquareSum<Wide<X>> defects, states;
   for_each_pack<kValuesPerPack<X>>(packs, n, [&](auto count, int64_t at) {
     constexpr int kValues = decltype(count)::value;
     auto x = load<kValues>(state.x + at);
@@ -64,8 +65,8 @@ __global__ void __launch_bounds__(kThreads, kReverseBlocksPerProcessor)
       x.values[i] = narrow<X>(multiply_add(-state.weight, k, widen(x.values[i])));
       const Wide<X> stored = widen(x.values[i]);
       const Wide<X> defect = add(widen(y.values[i]), -stored);
-      mine.first = multiply_add(defect, defect, mine.first);
-      mine.second = multiply_add(stored, stored, mine.second);
+      defects.add_square(defect);
+      states.add_square(stored);
       if constexpr (kExtrapolate) {
         const Wide<X> increment = multiply(state.weight, k);
         const Wide<X> change = multiply_add(-state.a, increment, multiply(state.b, widen(d.values[i])));
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, kReverseBlocksPerProcessor)
     if (adjoint.g) update_adjoint(adjoint, at, g);
   });
 
-  const auto sums = sum_over_block(mine, shared);
+  const auto sums = sum_over_block({defects.total(), states.total()}, shared);
   if (threadIdx.x == 0) {
     if (partial_squares) {
       partial_squares[blockIdx.x] = sums.first;
@@ -94,10 +95,10 @@ __global__ void __launch_bounds__(kThreads, kReverseBlocksPerProcessor)
 }
 
 // squares[i] += the sum of partial_squares[i], of shape [2, blocks], in an order that `blocks` alone determines. One block.
-template <class T>
-__global__ void __launch_bounds__(kThreads) add_partial_squares_kernel(const T* partial_squares, T* squares, int64_t blocks) {
+__global__ void __launch_bounds__(kThreads)
+    add_partial_squares_kernel(const double* partial_squares, double* squares, int64_t blocks) {
   DYN_SHARED(shared);
-  Pair<T> mine = {0, 0};
+  Pair mine = {0, 0};
   for (int64_t block = threadIdx.x; block < blocks; block += kThreads) {
     mine.first += partial_squares[block];
     mine.second += partial_squares[blocks + block];
@@ -139,12 +140,11 @@ void launch_reverse(const char* op, const ReverseOperands& operands) {
                                static_cast<Wide<X>>(a),   static_cast<Wide<X>>(b)};
     const GridPlan grid =
         plan_grid(n, kValuesPerPack<X>, aligned_for_packs({x, y, d, k1, k2, g, v1, v2}), most_reverse_blocks());
-    auto* total = static_cast<Wide<X>*>(squares);
-    auto* partial = static_cast<Wide<X>*>(partial_squares);
-    constexpr size_t kShared = block_sum_bytes<Wide<X>>();
-    launch(op, d ? reverse_kernel<true, X, F> : reverse_kernel<false, X, F>, grid.blocks, kThreads, kShared, stream, state,
+    auto* total = static_cast<double*>(squares);
+    auto* partial = static_cast<double*>(partial_squares);
+    launch(op, d ? reverse_kernel<true, X, F> : reverse_kernel<false, X, F>, grid.blocks, kThreads, kBlockSumBytes, stream, state,
            adjoint_of<X>(operands), total, partial, grid.packs, n);
-    if (partial) launch(op, add_partial_squares_kernel<Wide<X>>, 1, kThreads, kShared, stream, partial, total, grid.blocks);
+    if (partial) launch(op, add_partial_squares_kernel, 1, kThreads, kBlockSumBytes, stream, partial, total, grid.blocks);
   });
 }
 
@@ -168,9 +168,8 @@ std::vector<Kernel> reverse_kernels() {
     using X = typename decltype(x_type)::type;
     using F = typename decltype(k_type)::type;
     const std::string pair = std::string(x_type.name) + ", " + k_type.name + ">";
-    constexpr size_t kShared = block_sum_bytes<Wide<X>>();
-    add("reverse_kernel<false, " + pair, reinterpret_cast<const void*>(reverse_kernel<false, X, F>), kShared);
-    add("reverse_kernel<true, " + pair, reinterpret_cast<const void*>(reverse_kernel<true, X, F>), kShared);
+    add("reverse_kernel<false, " + pair, reinterpret_cast<const void*>(reverse_kernel<false, X, F>), kBlockSumBytes);
+    add("reverse_kernel<true, " + pair, reinterpret_cast<const void*>(reverse_kernel<true, X, F>), kBlockSumBytes);
   });
   for (DType dtype : kDTypes) {
     dispatch_dtype("", dtype, [&](auto x_type) {
@@ -178,9 +177,6 @@ std::vector<Kernel> reverse_kernels() {
       add(std::string("adjoint_update_kernel<") + x_type.name + ">", reinterpret_cast<const void*>(adjoint_update_kernel<X>), 0);
     });
   }
-  add("add_partial_squares_kernel<float64>", reinterpret_cast<const void*>(add_partial_squares_kernel<double>),
-      block_sum_bytes<double>());
-  add("add_partial_squares_kernel<float32>", reinterpret_cast<const void*>(add_partial_squares_kernel<float>),
-      block_sum_bytes<float>());
+  add("add_partial_squares_kernel", reinterpret_cast<const void*>(add_partial_squares_kernel), kBlockSumBytes);
   return kernels;
 }

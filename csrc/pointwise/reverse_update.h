@@ -24,12 +24,12 @@ struct ReverseOperands {
   const void* k1;
   const void* k2;
   double weight, a, b;
-  void* squares;
+  void* squares;  // two of double
   void* g;
   const void* v1;
   const void* v2;
   double g_scale, v_scale;
-  // Null to add to the squares atomically; for sums in a fixed order, room for 2 * most_reverse_blocks() values of their dtype.
+  // Null to add to the squares atomically; for sums in a fixed order, room for 2 * most_reverse_blocks() of double.
   void* partial_squares;
   int64_t n;
   DType x_dtype, k_dtype;

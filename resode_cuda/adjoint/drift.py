@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
 from ..devices import is_capturing
-from ..dtypes import square_dtype
+from ..squares import square_dtype, squared_norm
 from .reevaluation import Increments, change_unexplained, changed_in_between, changes, not_recomputed
 
 ON_DRIFT = ("ignore", "warn", "raise", "checkpoint")
@@ -33,8 +33,8 @@ class Drift(NamedTuple):
     """
 
     defects: Tensor
-    """Shape [steps], on the device of the stack's input; float64 for a float64 stream, else float32. NaN for a solver
-    without reuse, which measures none."""
+    """Shape [steps], float64, on the device of the stack's input. NaN for a solver without reuse, which measures
+    none."""
     maximum: Tensor
     """The largest defect, shape []."""
     reconstruction: Tensor | None = None
@@ -150,7 +150,7 @@ class DriftMonitor:
             if is_legacy_batchedtensor(cotangents[0]):  # is_grads_batched=True
                 self.forget()
                 return
-            # A forward pass in between, in another dtype or on another device, has made others.
+            # A forward pass in between, on another device, has made others.
             self._squares, self._rows = squares, squares.unbind()
             self.begin(cotangents[0], measures)
             self._unchecked = True
@@ -159,9 +159,8 @@ class DriftMonitor:
         node.register_hook(lambda *_: self.end())
 
     def _prepared(self, stream: Tensor) -> Tensor:
-        dtype = square_dtype(stream.dtype)
-        if self._squares is None or self._squares.device != stream.device or self._squares.dtype != dtype:
-            self._squares = torch.zeros(self._steps + 1, 2, dtype=dtype, device=stream.device)
+        if self._squares is None or self._squares.device != stream.device:
+            self._squares = torch.zeros(self._steps + 1, 2, dtype=square_dtype(stream.device), device=stream.device)
             self._rows = self._squares.unbind()
         return self._squares
 
@@ -183,8 +182,7 @@ class DriftMonitor:
 
     @staticmethod
     def _square(place: Tensor, vector: Tensor) -> None:
-        torch.linalg.vector_norm(vector, dtype=place.dtype, out=place)
-        place.square_()
+        place.copy_(squared_norm(vector))
 
     def end(self, increments: Increments | None = None) -> None:
         """A backward pass rebuilt all that it will. What a CUDA graph measures on its replays is not judged.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..method import Method
+from ..squares import square_dtype
 from .network import Network
 from .schedule import schedule
 from .signature import AdjointResult, ParameterGradients, SavedStates, Wanted
@@ -196,7 +197,7 @@ class SlabDriver:
         two_passes = wanted.parameters and kernels.takes_two_passes(rows)
         g_first = torch.empty_like(g)
         x_first = torch.empty_like(g) if wanted.input else None
-        squares = g.new_zeros(count, 2)
+        squares = g.new_zeros(count, 2, dtype=square_dtype(g.device))
         slab_rows, length = slabs(rows, count, kernels.step_bytes(two_passes), 0, kernels.unit)
         scratch = kernels.scratch(min(slab_rows, rows), length) if two_passes else NO_SCRATCH
         for begin in range(0, rows, slab_rows):
@@ -216,7 +217,7 @@ class SlabDriver:
                 if two_passes:
                     kernels.add_gradients(scratch, len(x), steps)
                 start = end
-            squares += parts.sum(0)
+            squares += parts.sum(0, dtype=squares.dtype)
         return AdjointResult(g_first, kernels.gradients() if wanted.parameters else None, squares, x_first)
 
     def exact_adjoint(

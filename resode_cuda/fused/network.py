@@ -15,6 +15,8 @@ from .norms import NORMS
 FUSED_SCHEMES = ("euler", "heun")
 """Schemes whose steps are written out in the depth-fused formulas. Another one runs as a `ResidualStack`."""
 
+PARAMETERS = ("weight_in", "bias_in", "weight_out", "bias_out")
+
 
 @dataclass(frozen=True)
 class Network:
@@ -64,8 +66,8 @@ class Network:
         """Check the network, the method that steps through it, and a state x that they are applied to.
 
         Raises:
-            TypeError: for a dtype that is not one of DTYPES, parameters of several, or an x that is not of the
-                stream's.
+            TypeError: for a dtype that is not one of DTYPES, parameters of several, an x that is not of the stream's;
+                and for what is nested or sparse.
             ValueError: for unknown names, a scheme that the depth-fused formulas lack, shapes or devices that do not
                 fit, steps that are not finite or too far apart, and anchors that are no steps.
         """
@@ -76,6 +78,9 @@ class Network:
         ):
             if value not in known:
                 raise ValueError(f"{where}: {name} must be one of {known}, got {value!r}")
+        for name, tensor in zip(("x", *PARAMETERS), (x, *self.parameters), strict=True):
+            if tensor is not None:
+                _check_dense(where, name, tensor)
         self._check_parameters(where)
         needed = method.scheme.blocks_per_step
         steps = self.layers + 1 - needed
@@ -147,3 +152,12 @@ class Network:
                     f"{where}: {name} must be on weight_in's device, {self.weight_in.device}, got {tensor.device}; "
                     f"move {name} there"
                 )
+
+
+def _check_dense(where: str, name: str, tensor: Tensor) -> None:
+    if tensor.is_nested:
+        raise TypeError(
+            f"{where}: {name} must be dense, got a nested tensor; rows are independent, so pass its values(), or pad it"
+        )
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{where}: {name} must be dense, got layout {tensor.layout}; use {name}.to_dense()")

@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack, is_legacy_batchedtensor
-from torch.autograd import forward_ad
+from torch._C._functorch import is_legacy_batchedtensor
 
 from ..adjoint.drift import DriftMonitor
 from ..dtypes import dtype_name
 from ..export import wants_plain
 from ..method import Method
+from ..ops.derivatives import is_differentiated_otherwise
+from ..squares import square_dtype
 from . import cuda
-from .network import Network
+from .network import PARAMETERS, Network
 from .reference import passes as reference
 from .reference.plain import plain
 from .selection import reasons_on, select
@@ -39,7 +40,6 @@ from .signature import (
 from .triton import passes as triton
 
 BACKENDS: dict[str, StackBackend] = {"cuda": cuda, "triton": triton, "torch": reference}
-PARAMETERS = ("weight_in", "bias_in", "weight_out", "bias_out")
 
 
 def apply(
@@ -75,7 +75,7 @@ def apply(
                 f'{where}: gradient="backprop" is computed by plain torch, got backend={backend!r}; use backend="torch"'
             )
         return plain(network, method, state.contiguous()).to(x.dtype)
-    if is_plain or _is_differentiated_otherwise():
+    if is_plain or is_differentiated_otherwise():
         if differentiable and not is_plain:
             raise RuntimeError(
                 f"{where}: gradient={gradient!r} gives first derivatives in reverse mode only, got a torch.func "
@@ -99,7 +99,7 @@ def mlp_stack(
     Args:
         x: x_0, shape [*, dim], in the stream's dtype.
         gradient: "adjoint" rebuilds states in the backward pass, by the method's solver; "checkpoint" is exact.
-        squares: shape [steps, 2], in the stream's dtype, for the backward pass to fill.
+        squares: shape [steps, 2], float64, for the backward pass to fill.
 
     Raises:
         TypeError, ValueError: as `Network.check` and `selection.select`.
@@ -132,8 +132,8 @@ def forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     network, method = checked_stack(o)
     backend = BACKENDS[select("mlp_stack", BACKENDS, o.backend, network, method, o.x)]
     states = backend.forward(network, method, _rows(o.x))
-    increments, anchored = (s.view(s.shape[0], *o.x.shape) for s in (states.increments, states.anchored))
-    return states.x_last.view(o.x.shape), increments, anchored
+    increments, anchored = (_shaped(s, (s.shape[0], *o.x.shape)) for s in (states.increments, states.anchored))
+    return _shaped(states.x_last, o.x.shape), increments, anchored
 
 
 def checked_stack(operands: StackOperands) -> tuple[Network, Method]:
@@ -148,7 +148,7 @@ def checked_stack(operands: StackOperands) -> tuple[Network, Method]:
     network.check("mlp_stack", method, operands.x)
     if operands.squares is not None:
         squares = operands.squares
-        check_tensor("mlp_stack", "squares", squares, (len(method), 2), network.stream_dtype, operands.x)
+        check_tensor("mlp_stack", "squares", squares, (len(method), 2), square_dtype(operands.x.device), operands.x)
     return network, method
 
 
@@ -185,10 +185,11 @@ def adjoint(*operands: Any) -> tuple[Tensor, ...]:
     o = StackAdjointOperands(*operands)
     network, method = checked_adjoint(o)
     backend = BACKENDS[select("mlp_stack_adjoint", BACKENDS, o.backend, network, method, o.g)]
-    states = SavedStates(_rows(o.x_last), _stacked_rows(o.increments), _stacked_rows(o.anchored))
+    sample_rows = max(1, math.prod(o.g.shape[1:-1]))
+    states = SavedStates(_rows(o.x_last), _stacked_rows(o.increments), _stacked_rows(o.anchored), sample_rows)
     found = backend.adjoint(network, method, _rows(o.g), states, Wanted(o.wants_parameters, o.wants_input))
-    x_first = o.g.new_empty(0) if found.x is None else found.x.view(o.g.shape)
-    return found.g.view(o.g.shape), *_filled(found.gradients, network, o.g), found.squares, x_first
+    x_first = o.g.new_empty(0) if found.x is None else _shaped(found.x, o.g.shape)
+    return _shaped(found.g, o.g.shape), *_filled(found.gradients, network, o.g), found.squares, x_first
 
 
 def exact_adjoint(*operands: Any) -> tuple[Tensor, ...]:
@@ -197,7 +198,7 @@ def exact_adjoint(*operands: Any) -> tuple[Tensor, ...]:
     network, method = checked_exact_adjoint(o)
     backend = BACKENDS[select("mlp_stack_exact_adjoint", BACKENDS, o.backend, network, method, o.g)]
     g_first, gradients = backend.exact_adjoint(network, method, _rows(o.g), _rows(o.x), o.wants_parameters)
-    return g_first.view(o.g.shape), *_filled(gradients, network, o.g)
+    return _shaped(g_first, o.g.shape), *_filled(gradients, network, o.g)
 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -206,6 +207,7 @@ def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
     ctx.save_for_backward(o.weight_in, o.bias_in, o.weight_out, o.bias_out, *states)
     ctx.set_materialize_grads(False)
     ctx.squares = o.squares
+    ctx.kinds = _kinds(o.weight_in, o.bias_in, o.weight_out, o.bias_out)
     # Autograd alone is to hold the tensors.
     without_tensors: dict[str, Any] = dict.fromkeys(("x", *PARAMETERS, "squares"))
     ctx.operands = o._replace(**without_tensors)
@@ -218,7 +220,7 @@ def backward(ctx: Any, g: Tensor | None, *others: Tensor | None) -> tuple[Tensor
         )
     if g is None:
         return (None,) * len(StackOperands._fields)
-    saved = ctx.saved_tensors  # once: a checkpoint unpacks them once alone
+    saved = _saved_tensors(ctx)
     parameters, states = dict(zip(PARAMETERS, saved[:4], strict=True)), saved[4:]
     o: StackOperands = ctx.operands._replace(**parameters)
     needs = StackOperands(*ctx.needs_input_grad)
@@ -246,6 +248,31 @@ def backward(ctx: Any, g: Tensor | None, *others: Tensor | None) -> tuple[Tensor
     return tuple(found.get(name) if getattr(needs, name) else None for name in StackOperands._fields)
 
 
+def _saved_tensors(ctx: Any) -> tuple[Any, ...]:
+    """What `save_for_backward` saved, as it was then."""
+    what = "x" if ctx.operands.gradient == "checkpoint" else "the output"
+    try:
+        saved: tuple[Any, ...] = ctx.saved_tensors  # once: a checkpoint unpacks them once alone
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            f"mlp_stack: between forward and backward neither {what} nor a parameter may be modified in place, but one "
+            "was; use y = y + z instead of y += z, and step the optimizer after backward"
+        ) from error
+    if (kinds := _kinds(*saved[:4])) != ctx.kinds:
+        before, now = (sorted({f"{dtype_name(dtype)} on {device}" for dtype, device in k}) for k in (ctx.kinds, kinds))
+        raise RuntimeError(
+            "mlp_stack: between forward and backward parameters must keep dtype and device, got "
+            f"{', '.join(before)} -> {', '.join(now)}; convert the module before forward or after backward"
+        )
+    return saved
+
+
+def _kinds(*parameters: Tensor | None) -> list[tuple[torch.dtype, torch.device]]:
+    return [(parameter.dtype, parameter.device) for parameter in parameters if parameter is not None]
+
+
 def _shared(o: StackOperands, wanted: type[StackAdjointOperands | StackExactAdjointOperands]) -> dict[str, Any]:
     """The operands of the forward op that a backward op has under the same name, x aside."""
     return {name: getattr(o, name) for name in o._fields if name in wanted._fields and name != "x"}
@@ -256,6 +283,12 @@ def refuse_second(ctx: Any, *cotangents: Any) -> Any:
         "mlp_stack: gradients are of first order in reverse mode, got a double backward (create_graph=True); use "
         'gradient="backprop"'
     )
+
+
+def _shaped(rows: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """The result of that shape, in the memory of rows. A view would be one that autograd lets nobody write in."""
+    shaped: Tensor = torch.ops.aten._unsafe_view(rows, shape)
+    return shaped
 
 
 def _rows(states: Tensor) -> Tensor:
@@ -275,14 +308,6 @@ def _filled(gradients: Sequence[Tensor | None] | None, network: Network, g: Tens
         gradients = (None,) * len(PARAMETERS)
     empty = [g.new_empty(0, dtype=network.dtype) for _ in PARAMETERS]
     return [e if gradient is None else gradient.to(network.dtype) for gradient, e in zip(gradients, empty, strict=True)]
-
-
-def _is_differentiated_otherwise() -> bool:
-    """Whether torch.func or forward mode differentiates what is computed here, of which the ops know nothing."""
-    if torch.compiler.is_compiling():
-        return False
-    transforms = (interpreter.key() for interpreter in get_interpreter_stack() or ())
-    return forward_ad._current_level >= 0 or any(key in (TransformType.Grad, TransformType.Jvp) for key in transforms)
 
 
 def _autocast(network: Network, device_type: str) -> Network:

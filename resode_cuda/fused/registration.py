@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.derivatives import register_derivatives
 from ..ops.schemas import MLP_STACK, MLP_STACK_ADJOINT, MLP_STACK_EXACT_ADJOINT
+from ..squares import square_dtype
 from . import op
-from .network import Network
+from .network import PARAMETERS, Network
 from .signature import StackAdjointOperands, StackExactAdjointOperands, StackOperands
 
 library = torch.library.Library("resode", "FRAGMENT")
@@ -25,7 +27,7 @@ def forward_fake(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
 def adjoint_fake(*operands: Any) -> tuple[Tensor, ...]:
     o = StackAdjointOperands(*operands)
     network, method = op.checked_adjoint(o)
-    squares = o.g.new_empty(len(method), 2)
+    squares = o.g.new_empty(len(method), 2, dtype=square_dtype(o.g.device))
     x_first = o.g.new_empty(o.g.shape if o.wants_input else 0)
     return o.g.new_empty(o.g.shape), *_gradients_fake(network, o.g, o.wants_parameters), squares, x_first
 
@@ -46,12 +48,17 @@ def _gradients_fake(network: Network, g: Tensor, wants_parameters: bool) -> list
 def forward_vmap(info: Any, dims: tuple[Any, ...], *operands: Any) -> Any:
     batched, o = StackOperands(*dims), StackOperands(*operands)
     # Of a list such as steps, its dims are a list.
-    if any(getattr(batched, name) is not None for name in (*op.PARAMETERS, "squares")):
+    if any(getattr(batched, name) is not None for name in (*PARAMETERS, "squares")):
         raise NotImplementedError(
             'mlp_stack: torch.vmap must batch x alone, got batched parameters; use gradient="backprop"'
         )
     x = o.x.movedim(batched.x or 0, 0)  # type: ignore[arg-type]
-    return torch.ops.resode.mlp_stack(*o._replace(x=x)), (0, 1, 1)
+    if x.dim() < 3:
+        return torch.ops.resode.mlp_stack(*o._replace(x=x)), (0, 1, 1)
+    # Samples stay what they are for each of the batch: its dimension may not become that of the samples.
+    outputs = torch.ops.resode.mlp_stack(*o._replace(x=x.flatten(0, 1)))
+    dims = 0, 1, 1
+    return tuple(out.unflatten(dim, x.shape[:2]) for out, dim in zip(outputs, dims, strict=True)), dims
 
 
 def refuse_vmap(*_: Any) -> Any:
@@ -60,19 +67,34 @@ def refuse_vmap(*_: Any) -> Any:
     )
 
 
+def _without_autocast(implementation: Any) -> Any:
+    """The implementation, computing in its operands' dtypes where a backward pass meets an autocast of its own."""
+
+    def implementation_as_is(*operands: Any) -> Any:
+        device_type = operands[0].device.type
+        if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+            return implementation(*operands)
+        with torch.autocast(device_type, enabled=False):
+            return implementation(*operands)
+
+    return implementation_as_is
+
+
 def _register(schema: str, implementation: Any, fake: Any, vmap: Any) -> str:
     name = schema.partition("(")[0]
     library.define(schema)
-    library.impl(name, implementation, "CompositeExplicitAutograd")
+    library.impl(name, _without_autocast(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"resode::{name}", fake, lib=library)
     torch.library.register_vmap(f"resode::{name}", vmap, lib=library)
-    return f"resode::{name}"
+    return name
 
 
-forward_name = _register(MLP_STACK, op.forward, forward_fake, forward_vmap)
-torch.library.register_autograd(forward_name, op.backward, setup_context=op.save_for_backward, lib=library)
+WAY_OUT = 'use gradient="backprop" of a ResidualMLP or of residual_mlp'
+
+_name = _register(MLP_STACK, op.forward, forward_fake, forward_vmap)
+register_derivatives(library, _name, op.backward, op.save_for_backward, way_out=WAY_OUT)
 for _name in (
     _register(MLP_STACK_ADJOINT, op.adjoint, adjoint_fake, refuse_vmap),
     _register(MLP_STACK_EXACT_ADJOINT, op.exact_adjoint, exact_adjoint_fake, refuse_vmap),
 ):
-    torch.library.register_autograd(_name, op.refuse_second, lib=library)
+    register_derivatives(library, _name, op.refuse_second, way_out=WAY_OUT)

@@ -161,6 +161,8 @@ class SavedStates(NamedTuple):
     """[saved, *], the last ones, newest first, where the solver extrapolates; in the parameters' dtype."""
     anchored: Tensor
     """[anchors, *], the starting states of the anchored steps."""
+    sample_rows: int = 1
+    """Rows of a sample, one after the other, that accelerated corrections mix by one coefficient."""
 
 
 class ParameterGradients(NamedTuple):
@@ -179,7 +181,8 @@ class AdjointResult(NamedTuple):
     """g_0."""
     gradients: ParameterGradients | None
     squares: Tensor
-    """[steps, 2]: |y - x_n|^2 and |x_n|^2 of each step."""
+    """[steps, 2], float64: |y - x_n|^2 and |x_n|^2 of each step. Kernels add up those of a tile in float32, whose range
+    ends with states of 1.8e19."""
     x: Tensor | None
     """The rebuilt x_0."""
 

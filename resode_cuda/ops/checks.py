@@ -9,7 +9,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from ..dtypes import DTYPES, dtype_name, dtype_names, fits, square_dtype
+from ..dtypes import DTYPES, dtype_name, dtype_names, fits
+from ..squares import square_dtype
 
 Named = Iterable[tuple[str, Tensor | None]]
 
@@ -50,14 +51,12 @@ def check_squares(op: str, x: Tensor, squares: Tensor) -> None:
     """Check the place where squared norms are added up.
 
     Raises:
-        TypeError: if its dtype is not float64 for a float64 x, else float32.
+        TypeError: if its dtype is not that of squares on x's device, float64.
         ValueError: if it is not two contiguous values on x's device.
     """
-    dtype = square_dtype(x.dtype)
+    dtype = square_dtype(x.device)
     if squares.dtype != dtype:
-        raise TypeError(
-            f"{op}: squares must be {dtype_name(dtype)} with x {dtype_name(x.dtype)}, got {dtype_name(squares.dtype)}"
-        )
+        raise TypeError(f"{op}: squares must be {dtype_name(dtype)} on {x.device}, got {dtype_name(squares.dtype)}")
     if squares.shape != (2,) or not squares.is_contiguous() or squares.device != x.device:
         raise ValueError(
             f"{op}: squares must be two contiguous values on {x.device}, got shape {list(squares.shape)}, strides "

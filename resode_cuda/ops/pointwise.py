@@ -12,6 +12,7 @@ from torch import Tensor
 from ..layouts import apart, is_dense, laid_out_like, same_layout
 from .backend import KernelBackend
 from .checks import check_squares, check_states
+from .derivatives import register_derivatives
 from .operands import HeunStepOperands, ReverseExtrapolateOperands, ReverseUpdateOperands, adjoint_operands
 from .selection import select
 
@@ -110,7 +111,8 @@ class FunctionalOp(Op[Operands]):
 
     def register(self, library: torch.library.Library) -> None:
         super().register(library)
-        torch.library.register_autograd(self.qualified_name, self._backward, setup_context=self._save, lib=library)
+        way_out = "write the step with torch's own additions"
+        register_derivatives(library, self.name, self._backward, self._save, way_out=way_out)
 
     def _fake(self, *values: Any) -> Tensor:
         return torch.empty_like(self._check(self.operands(*values)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..squares import squared_norm
 from .operands import (
     AdjointUpdateOperands,
     ForwardStepOperands,
@@ -16,9 +17,6 @@ from .operands import (
     ReverseUpdateOperands,
     adjoint_operands,
 )
-
-WIDENED = 2**18
-"""Most values of a 16-bit stream that are widened at once for their squares; all at once would take two states."""
 
 
 def forward_step(operands: ForwardStepOperands) -> Tensor:
@@ -80,7 +78,4 @@ def _sum(k1: Tensor, k2: Tensor | None, x: Tensor) -> Tensor:
 def _add_squares_(squares: Tensor, defect: Tensor, x: Tensor) -> None:
     """squares[0] += |defect|^2, squares[1] += |x|^2"""
     for square, vector in zip(squares.unbind(), (defect, x), strict=True):
-        vector = vector.reshape(-1)
-        is_wide = vector.dtype == square.dtype
-        for part in (vector,) if is_wide else (part.to(square.dtype) for part in vector.split(WIDENED)):
-            square.add_(part.dot(part))
+        square.add_(squared_norm(vector))

@@ -11,7 +11,7 @@ Pointwise ops (`ops/`), whose formulas and names are those of `reference.py`, th
 | adjoint_update_ | g <- s g + t (v1 + v2) | 3; Heun 4 |
 
 The first two are functional and differentiable, to any order. The others mutate, have no gradient, and belong to the
-backward step. The defect's squares are |y - x|^2 and |x|^2.
+backward step. The defect's squares are |y - x|^2 and |x|^2, in float64: float32 would not hold those of all states.
 
 A backward step outside its blocks, in passes, with k corrections:
 
@@ -35,9 +35,9 @@ Depth-fused ops (`fused/`), each a whole stack of residual perceptrons:
 
 The first is differentiable, by one of the other two, which are not. All are functional; a backward pass of mlp_stack
 fills its `squares`, if it has some, and nothing else is ever overwritten. `gradient` is "adjoint" or "checkpoint";
-`anchors` are ascending step numbers; `squares` have shape [steps, 2], |y - x_n|^2 and |x_n|^2 of each step. States have
-shape [*, dim] and the stream's dtype, float32 for 16-bit parameters, and results are contiguous. A result that is not
-asked for is empty.
+`anchors` are ascending step numbers; `squares` have shape [steps, 2], |y - x_n|^2 and |x_n|^2 of each step, in
+float64. States have shape [*, dim] and the stream's dtype, float32 for 16-bit parameters, and results are contiguous. A
+result that is not asked for is empty.
 """
 
 FORWARD_STEP = "forward_step(Tensor x, Tensor f, float h) -> Tensor"

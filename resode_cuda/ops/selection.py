@@ -78,5 +78,5 @@ def _reason(name: str, device: torch.device) -> str | None:
     if name == "cuda":
         return reason_against("kernels in CUDA C++", device) or library.build_info().reason
     if name == "triton":
-        return reason_against("Triton's kernels", device) or triton.reason()
+        return reason_against("Triton's kernels", device) or triton.reason(device)
     return None

@@ -7,6 +7,7 @@ and compiles a kernel when it first meets a combination of dtypes, of operands t
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -32,14 +33,25 @@ thread."""
 PARTIAL_SQUARES_AT_A_TIME = 1024
 
 
+launch_lock = threading.RLock()
+"""Held while Triton is imported, asked for its driver, or handed a launch for which it may compile: what it keeps of
+these is not made for two threads at once."""
+
+
+def reason(device: torch.device) -> str | None:
+    """Why Triton can't run on a CUDA device; None if it can."""
+    with launch_lock:
+        return _reason_on(device.index if device.index is not None else torch.cuda.current_device())
+
+
 @functools.cache
-def reason() -> str | None:
-    """Why Triton can't run on the current device; None if it can."""
+def _reason_on(index: int) -> str | None:
     try:
         import triton
 
         # What a launch starts with: it finds the driver, and a C compiler for Triton's own bindings to it.
-        triton.runtime.driver.active.get_current_target()
+        with torch.cuda.device(index):
+            triton.runtime.driver.active.get_current_target()
     except Exception as error:  # a broken installation may raise anything
         return f"Triton can't be used here: {type(error).__name__}: {error}"
     return None
@@ -148,9 +160,14 @@ def _launch(
     if compiled is not None:
         compiled[programs, 1, 1](*tensors, *scalars_and_tile)
         return
-    compiled = kernel()[(programs,)](*tensors, *scalars_and_tile, **OPTIONS)
-    if compiled is not None:  # as it is in the interpreter
-        _compiled[key] = compiled
+    with launch_lock:
+        compiled = _compiled.get(key)  # by another thread meanwhile
+        if compiled is None:
+            compiled = kernel()[(programs,)](*tensors, *scalars_and_tile, **OPTIONS)
+            if compiled is not None:  # as it is in the interpreter
+                _compiled[key] = compiled
+            return
+    compiled[programs, 1, 1](*tensors, *scalars_and_tile)
 
 
 @functools.cache

@@ -8,7 +8,8 @@ Formulas and names are those of `reference.py`, which these must match: bit for 
 Operands are n consecutive values each; k1 and k2 have x's dtype or a narrower one. An operand that is None is compiled
 away. A tile is BLOCK consecutive values, and a thread holds neighbours, so that each access of an aligned operand moves
 16 bytes. All loads of a tile come before its stores, which the compiler could not reorder: it takes every pointer for
-an alias of every other. Nothing is read or written twice; squares are summed in registers, then through shared memory.
+an alias of every other. Nothing is read or written twice; squares are summed in registers, then through shared memory,
+and in fp32 by three sums, as `csrc/pointwise/square_sum.h` explains.
 
 Rounding: 16-bit values are computed in fp32. A fused multiply-add is written `tl.fma` where the reference has one, and
 kernels are compiled with enable_fp_fusion=False, so that no other product and sum are fused.
@@ -19,6 +20,10 @@ stream. They are not specialised on. Addresses are those of a tile, in int64, pl
 
 import triton
 import triton.language as tl
+
+SHRINK, GROW = tl.constexpr(2.0**-60), tl.constexpr(2.0**60)
+LEAST, MOST = tl.constexpr(2.0**-80), tl.constexpr(3.4028234e38)
+"""Sums of squares in fp32 between these have lost nothing that counts."""
 
 
 @triton.constexpr_function
@@ -188,6 +193,42 @@ def _reverse_tile(
     return y_tile - x_tile, x_tile
 
 
+@triton.jit
+def _no_squares(stream: tl.constexpr, BLOCK: tl.constexpr) -> tl.tuple:
+    """A program's sums of squares, for each thread those of places that it loads together."""
+    zeros = tl.zeros([BLOCK // _neighbours(stream)], _wide(stream))
+    return zeros, zeros, zeros
+
+
+@triton.jit
+def _with_squares(sums: tl.tuple, values: tl.tensor, stream: tl.constexpr) -> tl.tuple:
+    """The sums with the squares of a tile: of its values as they are and, in fp32, of 2^-60 and 2^60 times them."""
+    plain, of_large, of_small = sums
+    plain += _square_sums(values, stream)
+    if values.dtype == tl.float32:
+        of_large += _square_sums(values * SHRINK, stream)
+        of_small += _square_sums(values * GROW, stream)
+    return plain, of_large, of_small
+
+
+@triton.jit
+def _square_sums(values: tl.tensor, stream: tl.constexpr) -> tl.tensor:
+    neighbours: tl.constexpr = _neighbours(stream)
+    return tl.sum(tl.reshape(values * values, [values.shape[0] // neighbours, neighbours]), axis=1)
+
+
+@triton.jit
+def _total(sums: tl.tuple) -> tl.tensor:
+    """The sum in fp64: of plain sums where they are in range, else of those of scaled values."""
+    plain, of_large, of_small = sums
+    total = plain.to(tl.float64)
+    if plain.dtype == tl.float32:
+        total = tl.where(plain < LEAST, of_small.to(tl.float64) * (SHRINK * SHRINK), total)
+        # NaN, too, is in the other sum.
+        total = tl.where(plain <= MOST, total, of_large.to(tl.float64) * (GROW * GROW))
+    return tl.sum(total)
+
+
 @triton.jit(do_not_specialize=["n"])
 def reverse_kernel(
     x: tl.tensor,
@@ -218,23 +259,23 @@ def reverse_kernel(
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0)
     whole = n // BLOCK
-    defect = tl.zeros([BLOCK], w.dtype)
-    scale = tl.zeros([BLOCK], w.dtype)
+    defects = _no_squares(x.dtype, BLOCK)
+    states = _no_squares(x.dtype, BLOCK)
     for tile in range(program, whole, programs):
         e, x_tile = _reverse_tile(x, y, d, k1, k2, g, v1, v2, w, a, b, s, t, tile * BLOCK, None, BLOCK)
-        defect = tl.fma(e, e, defect)
-        scale = tl.fma(x_tile, x_tile, scale)
+        defects = _with_squares(defects, e, x.dtype)
+        states = _with_squares(states, x_tile, x.dtype)
     start = whole * BLOCK
     if (start < n) & (program == whole % programs):
         e, x_tile = _reverse_tile(x, y, d, k1, k2, g, v1, v2, w, a, b, s, t, start, n - start, BLOCK)
-        defect = tl.fma(e, e, defect)
-        scale = tl.fma(x_tile, x_tile, scale)
+        defects = _with_squares(defects, e, x.dtype)
+        states = _with_squares(states, x_tile, x.dtype)
     if partial_squares is None:
-        tl.atomic_add(squares, tl.sum(defect), sem="relaxed")
-        tl.atomic_add(squares + 1, tl.sum(scale), sem="relaxed")
+        tl.atomic_add(squares, _total(defects), sem="relaxed")
+        tl.atomic_add(squares + 1, _total(states), sem="relaxed")
     else:
-        tl.store(partial_squares + program, tl.sum(defect))
-        tl.store(partial_squares + programs + program, tl.sum(scale))
+        tl.store(partial_squares + program, _total(defects))
+        tl.store(partial_squares + programs + program, _total(states))
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -59,7 +59,7 @@ def test_no_imports_go_round_in_a_circle():
 
 
 LAYERS = [
-    ["dtypes", "layouts", "devices", "export", "library"],
+    ["dtypes", "layouts", "squares", "devices", "export", "library"],
     ["ops"],
     ["schemes", "reverse", "method"],
     ["adjoint", "fused"],

@@ -5,6 +5,8 @@
 bfloat16 is left out, as in `tests/ops/interpreted.py`.
 """
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -157,3 +159,16 @@ def test_products_of_wide_layers(reverse, products):
 def test_wide_layers_are_the_backends_beyond_what_fits_on_chip(monkeypatch):
     monkeypatch.setitem(triton_passes.LARGEST_DIM, 4, 8)
     check(triton_passes, Case(reverse="extrapolated", norm="layer"), torch.float32)
+
+
+@pytest.mark.parametrize("backend", [triton_passes, Wide], ids=["on chip", "wide"])
+def test_threads_may_launch_at_once(backend):
+    cases = [Case(norm="rms", rows=rows, steps=2) for rows in (17, 33, 49, 65)]
+    ready = threading.Barrier(len(cases))
+
+    def checked(case):
+        ready.wait()
+        check(backend, case, torch.float32)
+
+    with ThreadPoolExecutor(len(cases)) as pool:
+        list(pool.map(checked, cases))

@@ -189,8 +189,10 @@ def test_any_leading_shape(scheme, solver, shape):
     assert out.is_contiguous()
     got, expected = fused_gradients(net, x, solver, (0, 2)), fused_gradients(net, rows, solver, (0, 2))
     assert [a.shape for a in got] == [x.shape, *(p.shape for p in net.parameters)]
-    for a, b in zip(got, [expected[0].view(x.shape), *expected[1:]], strict=True):
-        assert torch.equal(a, b)
+    # Accelerated, rows of one sample are mixed together, and end where they would end alone.
+    tolerance = TIGHT if solver is EXACT else 0
+    expected = [expected[0].view(x.shape), *expected[1:]]
+    torch.testing.assert_close(list(got), expected, rtol=tolerance, atol=tolerance)
     if not x.numel():
         assert not any(gradient.any() for gradient in got)
 
@@ -249,7 +251,7 @@ def test_parameters_must_not_change_between_forward_and_backward(solver, place):
     loss = half_square(run(net, state(net, 7), solver))
     with torch.no_grad():
         net.parameters[place].mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match=r"^mlp_stack: between forward and backward neither .* nor a parameter may"):
         loss.backward()
 
 

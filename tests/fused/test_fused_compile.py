@@ -58,7 +58,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def test_opcheck_of_the_forward_op(dtype, bias, gradient, solver, with_squares):
     net = network("heun", norm="rms", bias=bias, steps=2, dtype=dtype)
     x = state(net, 4)
-    squares = x.new_zeros(2, 2) if with_squares else None
+    squares = torch.zeros(2, 2, dtype=torch.float64) if with_squares else None
     # Which differentiates every result, and increments and anchored states have no gradient.
     differentiable = {} if not solver[4] else {"test_utils": TESTS_WITHOUT_GRADIENTS}
     values = x, *fields(net), *solver, gradient, "torch", squares

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.harness.memory import measure
-from resode_cuda import ResidualMLP, Reverse
+from resode_cuda import ResidualMLP, Reverse, squares
 from resode_cuda.fused.reference import passes as reference
 from resode_cuda.schemes import SCHEMES
 from tests.support.fused_networks import Calls, network, run, state, wanted
@@ -78,14 +78,15 @@ def test_products_of_a_step_of_the_exact_adjoint_in_segments(calls, scheme, monk
 def test_a_training_step_reads_nothing_back_from_the_device(calls, monkeypatch, scheme, solver, is_module):
     """The module while a graph is captured; else a CPU's drift is judged at once."""
     pretend_to_capture(monkeypatch)
+    monkeypatch.setattr(squares, "READ_FREELY", ())  # the CPU stands for a device
     if is_module:
         options = {"gradient": "checkpoint"} if solver == "checkpoint" else {"reverse": solver}
         mlp = ResidualMLP(6, 10, 5, scheme, norm="layer", anchors=2, on_drift="raise", **options)
         forward = lambda: mlp(torch.randn(7, 6))  # noqa: E731
     else:
         net = network(scheme, norm="layer")
-        x, squares = state(net, 7), torch.zeros(5, 2, dtype=torch.float64)
-        forward = lambda: run(net, x, solver, (0, 2), squares)  # noqa: E731
+        x, place = state(net, 7), torch.zeros(5, 2, dtype=torch.float64)
+        forward = lambda: run(net, x, solver, (0, 2), place)  # noqa: E731
     with Calls() as outside:
         half_square(forward()).backward()
     assert calls.names

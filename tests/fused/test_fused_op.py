@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
 from resode_cuda.fused.signature import StackOperands
 from tests.support.fused_networks import (
@@ -119,6 +120,41 @@ def test_operands_of_the_backward_ops_must_fit(mode, change, error, message):
         where = nullcontext() if mode == "real" else FakeTensorMode(allow_non_fake_inputs=True)
         with where, pytest.raises(error, match=f"^{name}: {message}"):
             getattr(torch.ops.resode, name)(*operands)
+
+
+def dual(f, x):
+    with forward_ad.dual_level():
+        return f(forward_ad.make_dual(x, x))
+
+
+OTHER_DERIVATIVES = {
+    "dual tensors": dual,
+    "torch.func.jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "torch.func.grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+}
+
+
+@pytest.mark.parametrize("wants_parameters", [False, True])
+@pytest.mark.parametrize("transform", OTHER_DERIVATIVES.values(), ids=OTHER_DERIVATIVES)
+@pytest.mark.parametrize("name", ["mlp_stack", "mlp_stack_adjoint", "mlp_stack_exact_adjoint"])
+def test_derivatives_that_the_ops_lack_are_not_lost_in_silence(name, transform, wants_parameters):
+    net = network()
+    x, empty = state(net, 7).detach(), torch.empty(0, 7, 6, dtype=torch.float64)
+    if not wants_parameters:
+        net = net.with_parameters([p.detach() for p in net.parameters])
+    layers = *net.parameters, net.activation, net.norm, net.scheme, list(net.steps)
+    solver = "step", 0, True, False, []
+    run_op = {
+        "mlp_stack": lambda x: torch.ops.resode.mlp_stack(*arguments(net, x)),
+        "mlp_stack_adjoint": lambda g: torch.ops.resode.mlp_stack_adjoint(
+            g, x, empty, empty, *layers, *solver, True, True, "torch"
+        ),
+        "mlp_stack_exact_adjoint": lambda g: torch.ops.resode.mlp_stack_exact_adjoint(g, x, *layers, True, "torch"),
+    }[name]
+    expected = rf'^{name}: derivatives must be those of reverse mode, got a torch\.func .*use gradient="backprop" of a'
+    with pytest.raises(RuntimeError, match=expected):
+        transform(lambda x: run_op(x)[0], x)
 
 
 def test_the_place_for_squares_must_fit():

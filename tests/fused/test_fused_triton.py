@@ -168,7 +168,7 @@ def test_slabs_keep_to_their_memory():
 
 def reason_on_cuda(case, dtype, monkeypatch, capability=(9, 0), solver=None):
     pretend_to_have_a_gpu(monkeypatch, capability)
-    monkeypatch.setattr(triton_passes.triton_ops, "reason", lambda: None)
+    monkeypatch.setattr(triton_passes.triton_ops, "reason", lambda device: None)
     network, *_ = case.operands(dtype)
     return triton_passes.reason(network, network.method(solver), torch.device("cuda"))
 
@@ -190,7 +190,7 @@ def test_formulas_that_the_kernels_lack_are_told(monkeypatch, names, reason):
     network = replace(Case().operands(torch.float32)[0], activation=activation, norm=norm)
     method = Method({**SCHEMES, "midpoint": Midpoint}[scheme], network.steps)
     pretend_to_have_a_gpu(monkeypatch)
-    monkeypatch.setattr(triton_passes.triton_ops, "reason", lambda: None)
+    monkeypatch.setattr(triton_passes.triton_ops, "reason", lambda device: None)
     assert triton_passes.reason(network, method, torch.device("cuda")) == reason
 
 
@@ -304,7 +304,7 @@ def test_auto_takes_triton_where_it_runs_and_torch_elsewhere(monkeypatch):
         return selection.select("here", BACKENDS, "auto", network, network.method(), x)
 
     assert taken(x) == "torch"
-    monkeypatch.setattr(triton_passes.triton_ops, "reason", lambda: None)
+    monkeypatch.setattr(triton_passes.triton_ops, "reason", lambda device: None)
     assert taken(x.to("meta")) == "torch"
     monkeypatch.setattr(triton_passes, "reason", lambda *_: None)
     assert taken(x) == "triton"

@@ -12,6 +12,7 @@ from resode_cuda import ResidualMLP, ResidualStack, Reverse, smooth_init_
 from resode_cuda.functional import residual_mlp
 from resode_cuda.fused.activations import ACTIVATIONS
 from resode_cuda.fused.norms import NORMS
+from resode_cuda.fused.reference import passes
 from tests.support.fused_networks import EXACT, ROUNDING, TIGHT, worst_error
 from tests.support.networks import gradients, half_square, mlp, parameters_of
 
@@ -154,6 +155,19 @@ def test_smooth_init_is_that_of_the_blocks(scheme, dtype):
         torch.testing.assert_close(mine.detach(), theirs, rtol=0, atol=0)
 
 
+def test_smooth_init_leaves_frozen_parameters_as_they_are():
+    module = ResidualMLP(6, 10, 5)
+    module.weight_in.requires_grad_(False)
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    stack = smooth_init_(module.to_blocks())
+    smooth_init_(module)
+    kept = [torch.equal(a, b) for a, b in zip(module.parameters(), before, strict=True)]
+    assert kept == [True, False, False, False]
+    assert [parameter.requires_grad for parameter in module.parameters()] == [False, True, True, True]
+    for mine, theirs in zip(module.parameters(), stacked(stack.requires_grad_(True)), strict=True):
+        torch.testing.assert_close(mine.detach(), theirs)
+
+
 def test_smooth_init_needs_values():
     with pytest.raises(ValueError, match=r"^smooth_init_: parameters must have values, got .* on the meta device"):
         smooth_init_(ResidualMLP(6, 10, 3, device="meta"))
@@ -230,6 +244,32 @@ def test_narrow_modules_keep_a_wide_stream(scheme, dtype, gradient):
     )
     assert {g.dtype for g in got} == {dtype}
     assert all(torch.equal(a, b.to(dtype)) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("tile_rows", [1, 8, 1000], ids="{} rows".format)
+@pytest.mark.parametrize("shape", [(6,), (5, 6), (4, 3, 6), (2, 3, 2, 6), (0, 3, 6), (3, 0, 6)], ids=str)
+@pytest.mark.parametrize("solver", [Reverse("step", 2), Reverse("extrapolate", 3)], ids=str)
+def test_iterates_are_mixed_sample_by_sample_as_in_a_stack(monkeypatch, float64, scheme, solver, shape, tile_rows):
+    monkeypatch.setitem(passes.TILE_BYTES, "cpu", tile_rows * 10 * 8)
+    module = ResidualMLP(6, 10, 3, scheme, reverse=solver, step=0.9, on_drift="ignore")
+    x = torch.randn(shape, requires_grad=True)
+    stack = module.to_blocks()
+    x_gradient, *each = gradients(lambda: stack(x), [x, *stack.parameters()])
+    expected = [x_gradient, *(torch.stack(each[place::4]) for place in range(4))]
+    got = gradients(lambda: module(x), [x, *module.parameters()])
+    torch.testing.assert_close(list(got), expected, rtol=TIGHT, atol=TIGHT)
+    if len(shape) > 2 and x.numel():
+        rows = x.detach().flatten(0, -2).requires_grad_()
+        assert worst_error(gradients(lambda: module(rows), list(module.parameters())), got[1:]) > 1e-6
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (5, 4, 6), (5, 4, 3, 6)], ids=str)
+def test_vmap_mixes_the_samples_that_it_maps_over(float64, scheme, shape):
+    module = ResidualMLP(6, 10, 3, scheme, reverse=Reverse("step", 2), anchors={1}, step=0.9, on_drift="ignore")
+    x, inputs = torch.randn(shape, requires_grad=True), list(module.parameters())
+    got = gradients(lambda: torch.vmap(module)(x), [x, *inputs])
+    expected = gradients(lambda: torch.stack([module(each) for each in x]), [x, *inputs])
+    torch.testing.assert_close(got, expected, rtol=TIGHT, atol=TIGHT)
 
 
 @pytest.mark.parametrize("gradient", ["adjoint", "checkpoint", "backprop"])

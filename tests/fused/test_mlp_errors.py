@@ -8,6 +8,7 @@ from resode_cuda.functional import residual_mlp
 
 W1, B1, W2, B2 = torch.zeros(5, 10, 6), torch.zeros(5, 10), torch.zeros(5, 6, 10), torch.zeros(5, 6)
 GOOD = {"x": torch.zeros(7, 6), "weight_in": W1, "bias_in": B1, "weight_out": W2, "bias_out": B2}
+JAGGED = torch.nested.nested_tensor([torch.zeros(2, 6), torch.zeros(3, 6)], layout=torch.jagged)
 BAD_OPERANDS = [
     ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
     ({"x": torch.zeros(7, 6, dtype=torch.int64)}, TypeError, "x must have the parameters' dtype, float32, got int64"),
@@ -23,10 +24,13 @@ BAD_OPERANDS = [
         r"x must have shape \[\*, 6\], as weight_in \[5, 10, 6\] says, got \[7, 5\]",
     ),
     ({"x": torch.zeros(())}, ValueError, r"x must have shape \[\*, 6\], .*, got \[\]"),
+    ({"x": torch.zeros(7, 6).to_sparse()}, TypeError, r"x must be dense, got layout torch\.sparse_coo; use x\.to"),
+    ({"x": JAGGED}, TypeError, r"x must be dense, got a nested tensor; rows are independent, so pass its values\(\)"),
     ({"x": torch.zeros(7, 6, device="meta")}, ValueError, "x must be on the parameters' device, cpu, got meta; move x"),
 ]
 BAD_PARAMETERS = [
     ({"step": 1e300}, ValueError, r"step must be positive and finite in float32, got 1e\+300; leave it out for 1/5"),
+    ({"weight_out": W2.to_sparse()}, TypeError, r"weight_out must be dense, got layout torch\.sparse_coo; use"),
     ({"weight_in": None}, TypeError, "weight_in must be a tensor, got NoneType"),
     ({"weight_out": 1.0}, TypeError, "weight_out must be a tensor, got float"),
     ({"bias_in": 1.0}, TypeError, "bias_in must be a tensor or None, got float"),

@@ -8,6 +8,8 @@ GPU rounds. Its fused multiply-add rounds twice; here it is replaced by the C li
 
 import ctypes
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -18,11 +20,22 @@ from triton.runtime import interpreter
 from resode_cuda.ops import triton as triton_ops
 from resode_cuda.ops import triton_kernels
 from resode_cuda.ops.operands import ForwardStepOperands
-from tests.support.kernel_cases import CASES, DTYPE_PAIRS, Case, by_kernel, by_reference, check, operands, pair_id
+from tests.support.kernel_cases import (
+    CASES,
+    DTYPE_PAIRS,
+    SIZES,
+    Case,
+    by_kernel,
+    by_reference,
+    check,
+    of_size,
+    operands,
+    pair_id,
+)
 
 assert triton.knobs.runtime.interpret, "run this file with TRITON_INTERPRET=1"
 pytestmark = [
-    # numpy warns of what floating point does: NaN, infinity, and values too large for float16;
+    # numpy warns of what floating point does: NaN, infinity, and values too large for a dtype;
     pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"),
     # and of how the interpreter takes a scalar out of an array.
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
@@ -126,6 +139,15 @@ def test_every_16_bit_value_is_rounded_as_torch_does(monkeypatch, h):
         assert torch.equal(out[numbers].view(torch.int16), expected[numbers].view(torch.int16))
 
 
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("op", ["reverse_update_", "reverse_extrapolate_"])
+def test_squares_of_states_of_any_size(op, size):
+    case = Case(op)
+    for stream in (torch.float32, torch.float64):
+        values = of_size(size, operands(case, (stream, stream), (MANY,)))
+        check(case, values, by_kernel(triton_ops, case, values))
+
+
 @pytest.fixture
 def deterministic():
     torch.use_deterministic_algorithms(True)
@@ -151,3 +173,17 @@ def test_partial_squares_are_all_added(count):
     launch = triton_kernels.add_partial_squares_kernel[(2,)]
     launch(partial_squares, squares, count, triton_ops.PARTIAL_SQUARES_AT_A_TIME)
     assert torch.equal(squares, expected)
+
+
+def test_threads_may_launch_at_once():
+    case = Case("reverse_extrapolate_")
+    operands_of = [operands(case, (torch.float32, torch.float16), (MANY + n,)) for n in range(4)]
+    ready = threading.Barrier(len(operands_of))
+
+    def launched(values):
+        ready.wait()
+        return by_kernel(triton_ops, case, values)
+
+    with ThreadPoolExecutor(len(operands_of)) as pool:
+        for values, results in zip(operands_of, pool.map(launched, operands_of), strict=True):
+            check(case, values, results)

@@ -6,7 +6,7 @@ import torch
 from resode_cuda import ops
 
 X = torch.zeros(8, 64)
-SQUARES = torch.zeros(2)
+SQUARES = torch.zeros(2, dtype=torch.float64)
 ADJOINT = (None, None, None, 1.0, 1.0)
 
 
@@ -53,13 +53,13 @@ ADJOINT = (None, None, None, 1.0, 1.0)
         ("reverse_update_", (X, X[:4], X, None, 1.0, SQUARES, *ADJOINT), ValueError, "y must have x's shape"),
         (
             "reverse_update_",
-            (X, X, X, None, 1.0, SQUARES.double(), *ADJOINT),
+            (X, X, X, None, 1.0, SQUARES.float(), *ADJOINT),
             TypeError,
-            "squares must be float32 with x float32",
+            "squares must be float64 on cpu, got float32",
         ),
         (
             "reverse_update_",
-            (X, X, X, None, 1.0, torch.zeros(3), *ADJOINT),
+            (X, X, X, None, 1.0, torch.zeros(3).double(), *ADJOINT),
             ValueError,
             "squares must be two contiguous values",
         ),

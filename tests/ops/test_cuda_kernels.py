@@ -7,7 +7,18 @@ from resode_cuda.library import require
 from resode_cuda.ops import build_info, reference
 from resode_cuda.ops.cuda import CompiledKernels
 from resode_cuda.ops.operands import ForwardStepOperands
-from tests.support.kernel_cases import CASES, DTYPE_PAIRS, Case, by_kernel, by_reference, check, operands, pair_id
+from tests.support.kernel_cases import (
+    CASES,
+    DTYPE_PAIRS,
+    SIZES,
+    Case,
+    by_kernel,
+    by_reference,
+    check,
+    of_size,
+    operands,
+    pair_id,
+)
 
 THREADS = 256
 """Threads of a block. A grid has at most 6 blocks a multiprocessor, those of the reverse updates 3."""
@@ -88,6 +99,15 @@ def test_what_is_not_finite_goes_through(host, operand, value):
     assert torch.equal(results["squares"].isfinite(), expected["squares"].isfinite())
 
 
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("op", ["reverse_update_", "reverse_extrapolate_"])
+def test_squares_of_states_of_any_size(host, op, size):
+    case = Case(op)
+    for stream in (torch.float32, torch.float64, torch.bfloat16):
+        values = of_size(size, operands(case, (stream, stream), (THREADS * 8 + 13,)))
+        check(case, values, by_kernel(host, case, values))
+
+
 def rounds_as_torch_does(backend, dtype, h, device="cpu"):
     patterns = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)  # NaNs, infinities and subnormals too
     for f in (patterns[torch.randperm(2**16)], patterns.roll(1)):
@@ -154,7 +174,7 @@ def test_nothing_to_do(kernels):
 
 def test_every_kernel_has_a_name_of_its_own(kernels):
     names = [kernel["name"] for kernel in kernels.kernel_attributes()]
-    assert len(set(names)) == len(names) == 9 + 2 * 9 + 4 + 2 + 4 * 12
+    assert len(set(names)) == len(names) == 9 + 2 * 9 + 4 + 1 + 4 * 12
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from resode_cuda import ops
 from tests.support.kernel_cases import DTYPE_PAIRS, pair_id
@@ -68,6 +69,44 @@ def test_compiles_whole(name):
     expected = torch.autograd.grad(loss(*tensors), tensors)
     compiled_loss = torch.compile(loss, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(torch.autograd.grad(compiled_loss(*tensors), tensors), expected)
+
+
+def dual(f, x):
+    with forward_ad.dual_level():
+        return f(forward_ad.make_dual(x, x))
+
+
+FORWARD_MODES = {
+    "torch.func.jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "vmap of jvp": lambda f, x: torch.vmap(lambda x: torch.func.jvp(f, (x,), (x,)))(x),
+    "dual tensors": dual,
+    "torch.func.grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+}
+
+
+@pytest.mark.parametrize("mode", FORWARD_MODES.values(), ids=FORWARD_MODES)
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("name", FUNCTIONAL)
+def test_no_tangent_is_lost_in_silence(name, place, mode):
+    *tensors, h = operands(name)
+
+    def with_one(tensor):
+        return getattr(torch.ops.resode, name)(*tensors[:place], tensor, *tensors[place + 1 :], h)
+
+    tensors = [tensor[0] for tensor in tensors] if mode is FORWARD_MODES["vmap of jvp"] else tensors
+    expected = f"^{name}: derivatives must be those of reverse mode, .*; write the step with torch's own additions$"
+    with pytest.raises(RuntimeError, match=expected):
+        mode(with_one, operands(name)[place])
+
+
+def test_what_is_constant_for_forward_mode_is_computed():
+    x, f, h = operands("forward_step")
+    x.requires_grad_()
+    expected = x + h * f
+    with forward_ad.dual_level():
+        out = torch.ops.resode.forward_step(x, f, h)
+        torch.testing.assert_close(out, expected)
+    assert torch.equal(torch.autograd.grad(out.sum(), x)[0], torch.ones_like(x))
 
 
 def test_vmap():

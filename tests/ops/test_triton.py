@@ -4,6 +4,11 @@ import importlib.util
 import json
 import re
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,6 +158,9 @@ def test_a_deterministic_step_is_two_launches_without_atomics():
         assert atomics == ([0, 0] if launches == 2 else [2])
 
 
+CUDA = torch.device("cuda:0")
+
+
 def load_alone():
     """The backend's module, loaded anew."""
     spec = importlib.util.find_spec(triton_ops.__name__)
@@ -163,20 +171,87 @@ def load_alone():
 
 def test_without_triton_the_module_loads_and_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert re.match(r"Triton can't be used here: .*triton", load_alone().reason())
+    assert re.match(r"Triton can't be used here: .*triton", load_alone().reason(CUDA))
 
 
 @needs_triton
 def test_without_a_gpu_it_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert load_alone().reason().startswith("Triton can't be used here: ")
+    assert load_alone().reason(CUDA).startswith("Triton can't be used here: ")
+
+
+class OneGoodDevice:
+    """Stands for torch.cuda and for Triton's driver on a machine whose device 1 alone Triton can use."""
+
+    current = 0
+
+    @contextmanager
+    def device(self, index):
+        before, self.current = self.current, index
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def get_current_target(self):
+        if self.current != 1:
+            raise RuntimeError(f"not on device {self.current}")
+
+
+def test_why_it_cannot_be_used_is_asked_of_each_device(monkeypatch):
+    machine = OneGoodDevice()
+    driver = SimpleNamespace(active=machine)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=driver)))
+    monkeypatch.setattr(torch.cuda, "device", machine.device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: machine.current)
+    module = load_alone()
+    for index in (0, 1, 2, 1):
+        found = module.reason(torch.device("cuda", index))
+        assert found == (None if index == 1 else f"Triton can't be used here: RuntimeError: not on device {index}")
+    assert module.reason(torch.device("cuda")).endswith("not on device 0")
+    machine.current = 1
+    assert module.reason(torch.device("cuda")) is None
+
+
+@needs_triton
+def test_threads_compile_a_kernel_once_and_one_after_the_other(monkeypatch):
+    compiling, compilations, launches = [], [], []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *arguments: launches.append(grid)
+
+    def run(self, *arguments, grid, warmup, **options):
+        compiling.append(self)
+        most = len(compiling)
+        time.sleep(0.02)
+        compilations.append((self, most, len(compiling)))
+        compiling.pop()
+        return Compiled()
+
+    monkeypatch.setattr("triton.runtime.jit.JITFunction.run", run)
+    monkeypatch.setattr(triton_ops, "_compiled", {})
+    x = torch.zeros(8)
+    ready = threading.Barrier(4)
+
+    def step(is_heun):
+        ready.wait()
+        if is_heun:
+            triton_ops.heun_step(HeunStepOperands(x, x, x, 0.1), x)
+        else:
+            triton_ops.forward_step(ForwardStepOperands(x, x, 0.1), x)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(step, (False, True, False, True)))
+    assert [seen[1:] for seen in compilations] == [(1, 1), (1, 1)]
+    assert launches == [(1, 1, 1)] * 2
 
 
 @pytest.mark.gpu
 @needs_triton
 def test_with_a_gpu_it_can_be_used():
-    assert triton_ops.reason() is None
+    assert triton_ops.reason(CUDA) is None
 
 
 @pytest.fixture
@@ -268,7 +343,7 @@ def test_offsets_beyond_32_bits():
     triton_ops.forward_step(ForwardStepOperands(x, f, 1.0), y)
     assert torch.equal(y[-9:], torch.full_like(y[-9:], 2.0))
     assert y[:-9].count_nonzero() == 0
-    squares = torch.zeros(2, device="cuda")
+    squares = torch.zeros(2, device="cuda", dtype=torch.float64)
     triton_ops.reverse_update_(ReverseUpdateOperands(x, y, f, None, -1.0, squares, None, None, None, 1.0, 1.0))
     assert torch.equal(x[-9:], y[-9:])
     assert x[:-9].count_nonzero() == 0

@@ -105,10 +105,30 @@ def test_a_state_of_zeros_has_no_defect():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_drift_is_kept_in_at_least_float32(dtype):
+def test_drift_is_kept_in_float64(dtype):
     stack = ResidualStack(nn.ModuleList(mlps("euler", 4)).to(dtype))
     half_square(stack(torch.randn(3, 6).to(dtype))).backward()
-    assert stack.drift.defects.dtype == torch.promote_types(dtype, torch.float32)
+    assert stack.drift.defects.dtype == torch.float64
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("layout", [lambda x: x, lambda x: x.mT], ids=["contiguous", "transposed"])
+@pytest.mark.parametrize("reverse", ["paper", "corrected", "extrapolated", Reverse("step", 2)], ids=str)
+@pytest.mark.parametrize("exponent", [-100, -70, 66, 100])
+def test_defects_of_states_of_any_size(scheme, reverse, exponent, layout):
+    """Blocks that are homogeneous to the last bit have the same at every size."""
+
+    def build():
+        return nn.Sequential(nn.Linear(6, 10, bias=False), nn.ReLU(), nn.Linear(10, 6, bias=False))
+
+    blocks = [build() for _ in range(block_count(scheme, 4))]
+    stack = ResidualStack(blocks, scheme, reverse=reverse, keep_input=True)
+    x, seen = layout(torch.randn(6, 6)), []
+    for size in (1.0, 2.0**exponent):
+        stack(size * x.detach().requires_grad_()).backward(torch.ones(6, 6))
+        seen.append([stack.drift.reconstruction, *stack.drift.defects])
+    assert 0 < seen[0][0] < 0.1
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-6, atol=0, equal_nan=True)
 
 
 def test_drift_is_no_buffer_and_survives_a_change_of_dtype():

@@ -127,6 +127,25 @@ def test_shared_modules_and_parameters_are_written_once():
     torch.testing.assert_close(b[0].weight.detach(), expected)
 
 
+def test_frozen_parameters_stay():
+    blocks = initialised(5)
+    blocks[0].requires_grad_(False)
+    blocks[2].requires_grad_(False)
+    blocks[3][1].bias.requires_grad_(False)
+    pretrained = blocks[4][1].weight  # held by a block that is not frozen
+    blocks[1][1].weight = pretrained
+    pretrained.requires_grad_(False)
+    before = copy.deepcopy(ResidualStack(blocks).state_dict())
+    stack = smooth_init_(ResidualStack(blocks))
+    written = {name for name, value in stack.state_dict().items() if not torch.equal(value, before[name])}
+    assert written == {"1.1.bias", "1.3.weight", "1.3.bias", "3.1.weight", "3.3.weight", "3.3.bias"}
+    assert not any(block[1].weight.requires_grad for block in (blocks[0], blocks[1], blocks[2]))
+    a, b = before["0.3.weight"], before["4.3.weight"]
+    m = torch.stack([a, b]).mean()
+    expected = m + math.cos(math.pi / 8) * (a - m) + math.sin(math.pi / 8) * (b - m)
+    torch.testing.assert_close(blocks[1][3].weight.detach(), expected)
+
+
 def test_a_shared_parameter_of_all_blocks_stays():
     blocks = [mlp() for _ in range(4)]
     for block in blocks:

@@ -235,7 +235,7 @@ def test_acceleration_is_hardly_ever_worse_and_never_much(corrections):
     assert min(gains) < 0.2
 
 
-def test_rows_are_mixed_each_for_itself():
+def test_samples_are_mixed_each_for_itself():
     x, weight = torch.randn(6, 3, 4), torch.randn(4, 4)
 
     def run(rows):
@@ -243,6 +243,30 @@ def test_rows_are_mixed_each_for_itself():
         return predict(Reverse(corrections=3), SCHEMES["euler"], [f], x[rows], 0.5, None)
 
     torch.testing.assert_close(run(slice(None))[2:4], run(slice(2, 4)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e-10, 1e10, 1e30])
+def test_states_of_any_size_are_mixed_as_those_of_size_1_are(dtype, size):
+    x, weight = torch.randn(8, 6, dtype=dtype), torch.randn(6, 6, dtype=dtype) / 2
+
+    def step_back_from(size):
+        f = lambda y: size * torch.tanh((y / size) @ weight)  # noqa: E731
+        return predict(Reverse(corrections=3), SCHEMES["euler"], [f], size * x, 0.5, None) / size
+
+    rounding = 1e4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(step_back_from(size), step_back_from(1.0), rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_states_of_many_values_are_mixed(dtype):
+    """Their dot products are beyond float16's largest value."""
+    x, bias = 40 * torch.randn(2, 100_000), torch.randn(100_000)
+    slow = lambda y: -0.9 * y + bias.to(y.dtype)  # noqa: E731
+    solver = Reverse("step", corrections=2)
+    found, wide = (predict(solver, SCHEMES["euler"], [slow], x.to(d), 1.0, None).float() for d in (dtype, x.dtype))
+    size = wide.abs().max().item()
+    torch.testing.assert_close(found, wide.float(), rtol=0, atol=8 * torch.finfo(dtype).eps * size)
 
 
 @pytest.mark.parametrize("shape", [(5,), (1,), (0, 4), (3, 0), (2, 3, 4, 5)])

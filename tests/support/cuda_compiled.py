@@ -33,7 +33,7 @@ def compile_source(source, gpu, folder):
 def kernel_names(symbols):
     """By symbol, a kernel's name as in the source, with its types: reverse_kernel<true, float, __half>."""
     done = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True)
-    names = [re.search(r"\w+_kernel<(?:\([^)]*\)|[^>])*>", line)[0] for line in done.stdout.splitlines()]
+    names = [re.search(r"\w+_kernel(?:<(?:\([^)]*\)|[^>])*>)?", line)[0] for line in done.stdout.splitlines()]
     plain = [name.replace("(bool)1", "true").replace("(bool)0", "false").replace("(int)", "") for name in names]
     return dict(zip(symbols, plain, strict=True))
 

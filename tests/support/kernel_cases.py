@@ -71,11 +71,27 @@ def operands(case, pair, shape):
         elif name in case.absent:
             values[name] = None
         elif name == "squares":  # to which kernels add
-            values[name] = torch.tensor([3.0, 5.0], dtype=torch.promote_types(stream, torch.float32))
+            values[name] = torch.tensor([3.0, 5.0], dtype=torch.float64)
         else:
             value = torch.randn(shape, dtype=torch.float64, generator=generator)
             values[name] = value.to(stage if name in STAGES else stream)
     return structure(**values)
+
+
+SIZES = [1e-30, 1e-20, 1e20, 1e30, (1e-20, 1.0), (1.0, 1e30), (1e-30, 1e30)]
+"""Sizes of values whose squares float32 does not hold; a pair stands for two sizes in turn."""
+
+
+def of_size(size, values):
+    """The operands with states of that size, and nothing in squares yet."""
+    first, second = size if isinstance(size, tuple) else (size, size)
+
+    def scaled(value):
+        sizes = torch.where(torch.arange(value.numel()) % 2 == 0, first, second).to(torch.float64)
+        return (value.double() * sizes.view(value.shape)).to(value.dtype)
+
+    states = {name: scaled(v) for name, v in values._asdict().items() if torch.is_tensor(v) and name != "squares"}
+    return values._replace(**states, squares=torch.zeros_like(values.squares))
 
 
 def by_reference(case, values, dtype=None):
@@ -134,7 +150,7 @@ def check(case, values, results):
 
 def _check_squares(values, results):
     """The squares are those of the stored x; each thread adds up few of them, so few roundings pile up."""
-    x = results["x"].double()
+    x_dtype, x = results["x"].dtype, results["x"].double()
     exact = values.squares.double() + torch.stack([(values.y.double() - x).square().sum(), x.square().sum()])
-    eps = torch.finfo(results["squares"].dtype).eps
+    eps = torch.finfo(torch.promote_types(x_dtype, torch.float32)).eps
     torch.testing.assert_close(results["squares"].double(), exact, rtol=64 * eps, atol=0)

@@ -42,7 +42,7 @@ def operands(name, shape=(5, 3), dtypes=(torch.float32, torch.float32), device="
         **{"x": x, "y": y, "d": d, "f": k1, "k1": k1, "k2": k2 if stages == 2 else None},
         **({"g": g, "v1": v1, "v2": v2} if products or name == "adjoint_update_" else dict.fromkeys(("g", "v1", "v2"))),
         **{"h": 0.1, "weight": 0.1, "a": 1.9, "b": 0.8, "g_scale": 0.9, "v_scale": 0.3},
-        "squares": torch.tensor([0.5, 0.25], dtype=torch.promote_types(dtypes[0], torch.float32), device=device),
+        "squares": torch.tensor([0.5, 0.25], dtype=torch.float64, device=device),
     }
     structure = getattr(ops, name).operands
     return structure(**{field: values[field] for field in structure._fields})

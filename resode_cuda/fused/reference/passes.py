@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ...method import Method
 from ...reverse import corrected
+from ...squares import square_dtype, squared_norm
 from ..network import Network
 from ..signature import AdjointResult, ParameterGradients, SavedStates, Wanted
-from .tile import RowTile, extrapolate_, squared_norm, zero_gradients
+from .tile import RowTile, extrapolate_, zero_gradients
 
 TILE_BYTES = {"cpu": 2**20}
 """Size of a tile's hidden activations, by device type: a few such tensors are to stay in the cache."""
@@ -79,10 +80,13 @@ def adjoint(
     g_first = g.clone()
     x_first = torch.empty_like(x_last) if wanted.input else None
     gradients = zero_gradients(network) if wanted.parameters else None
-    squares = g.new_zeros(len(method), 2)
-    for rows, tile in _tiles(kind, network, method, g, points=method.scheme.blocks_per_step):
+    squares = g.new_zeros(len(method), 2, dtype=square_dtype(g.device))
+    tile_rows, sample_rows = _tile_rows(network, g), states.sample_rows
+    if method.solver.accelerate:  # whose coefficients take whole samples
+        tile_rows = max(1, tile_rows // sample_rows) * sample_rows
+    for rows, tile in _tiles(kind, network, method, g, method.scheme.blocks_per_step, tile_rows=tile_rows):
         x = _copied(x_last[rows], None if x_first is None else x_first[rows])
-        sweep = ReverseSweep(tile, SavedStates(x, states.increments[:, rows], states.anchored[:, rows]))
+        sweep = ReverseSweep(tile, SavedStates(x, states.increments[:, rows], states.anchored[:, rows], sample_rows))
         for n in reversed(range(len(method))):
             sweep.step_back(n, g_first[rows], gradients, squares[n])
         del x, sweep  # or the next tile's would be made beside them
@@ -139,7 +143,7 @@ class ReverseSweep:
 
     def __init__(self, tile: RowTile, states: SavedStates) -> None:
         self.tile, self.method = tile, tile.method
-        self.x, increments, self.anchored = states
+        self.x, increments, self.anchored, self.sample_rows = states
         self.y = torch.empty_like(self.x)
         if self.method.extrapolates:
             torch.sub(self.x, increments[0], out=self.y)
@@ -182,13 +186,14 @@ class ReverseSweep:
             y.copy_(x)
             self.tile.add_reverse_increment(y, x, n)
         if solver.corrections:
-            self.y = corrected(solver, y, lambda y: self._stepped_back(y, n))
+            samples = y.view(-1, self.sample_rows, y.shape[-1])
+            self.y = corrected(solver, samples, lambda y: self._stepped_back(y, n)).view(y.shape)
         return self.y
 
     def _stepped_back(self, y: Tensor, n: int) -> Tensor:
         back = self.x.clone()
-        self.tile.add_increment(back, y, n, -1.0)
-        return back
+        self.tile.add_increment(back, y.view(back.shape), n, -1.0)
+        return back.view(y.shape)
 
 
 def _copied(x: Tensor, out: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...method import Method
 from ...schemes import Heun
+from ...squares import squared_norm
 from ..activations import ACTIVATIONS
 from ..network import Network
 from ..norms import norm_vjp, normalize
@@ -246,8 +247,3 @@ def adds_to_wider(device: torch.device, dtype: torch.dtype) -> bool:
     except (RuntimeError, AttributeError):
         return False
     return True
-
-
-def squared_norm(vector: Tensor) -> Tensor:
-    flat = vector.view(-1)
-    return flat.dot(flat)

@@ -45,7 +45,7 @@ def reason(network: Network, method: Method, device: torch.device) -> str | None
     return (
         requirements.reason("Triton's kernels", network, method, device, accelerates=is_wide(network))
         or arguments.reason_against(method.scheme.name, network.activation, network.norm)
-        or triton_ops.reason()
+        or triton_ops.reason(device)
     )
 
 
@@ -218,7 +218,7 @@ class TritonKernels(NetworkKernels):
         )
 
     def _launch(self, kernel: Any, grid: tuple[int, ...], tile: Tile, *values: Any, **constants: Any) -> None:
-        with torch.cuda.device_of(self.w1):
+        with triton_ops.launch_lock, torch.cuda.device_of(self.w1):
             kernel[grid](*values, **constants, CONFIG=self._config(tile), num_warps=tile.warps)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import ops
+from ...ops import triton as triton_ops
 from ..norms import EPSILON
 from ..reference.tile import Point, RowTile
 from .arguments import WideConfig
@@ -69,7 +70,7 @@ class WideTile(RowTile):
             rows=ROWS,
             columns=COLUMNS,
         )
-        with torch.cuda.device_of(values[0]):
+        with triton_ops.launch_lock, torch.cuda.device_of(values[0]):
             kernel[grid](*values, CONFIG=config, num_warps=warps)
 
 
