@@ -16,7 +16,7 @@ from tests.support.fuzz.networks import BLOCKS
 from tests.support.fuzz.recipe import Recipe
 from tests.support.fuzz.search import search
 
-NETWORKS = {"adjoint": 1400, "checkpoint": 300, "backprop": 80}
+NETWORKS = {"adjoint": 900, "checkpoint": 200, "backprop": 60}
 TABLES = {"block": BLOCKS, "arguments": ARGUMENTS, "context": CONTEXTS, "way": WAYS, "event": EVENTS}
 
 

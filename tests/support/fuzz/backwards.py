@@ -128,6 +128,27 @@ def _hooked(session):
     return _collected(leaves)
 
 
+def _updated_in_backward(session):
+    """Every weight is updated as soon as its gradient is there, which is then dropped."""
+    found = {}
+
+    def update(parameter, name):
+        found[name] = parameter.grad.to_dense().clone()
+        parameter.grad = None
+        with torch.no_grad():
+            parameter.add_(0.5)
+
+    for name, leaf in session.model.named_parameters():
+        if not leaf.requires_grad:
+            continue
+        leaf.register_post_accumulate_grad_hook(lambda parameter, name=name: update(parameter, name))
+    loss = session.loss(session.forward(0))
+    session.event()
+    if loss.requires_grad:
+        loss.backward()
+    return found
+
+
 def _batched(session):
     leaves = session.leaves
     out = session.forward(0)
@@ -213,6 +234,7 @@ WAYS = {
     "two_steps": _two_steps,
     "joined": _joined,
     "hooked": _hooked,
+    "updated_in_backward": _updated_in_backward,
     "batched": _batched,
     "thread": _in_a_thread,
     "part": _of_a_part,

@@ -188,6 +188,15 @@ def _run_in_eval_mode(session):
     session.model.train(was_training)
 
 
+def _run_in_training_mode(session):
+    """Running statistics move, of which torch's norms count no version."""
+    was_training = session.model.training
+    session.model.train()
+    with torch.no_grad():
+        session.model(session.inputs[1], *session.given.args, **session.given.kwargs)
+    session.model.train(was_training)
+
+
 def _cast(session):
     session.model.to(torch.float32 if session.recipe.input_dtype == torch.float64 else torch.float64)
 
@@ -277,6 +286,7 @@ EVENTS = {
     "run_without_gradients": _run_without_gradients,
     "run_with_gradients": _run_with_gradients,
     "run_in_eval_mode": _run_in_eval_mode,
+    "run_in_training_mode": _run_in_training_mode,
     "cast": _cast,
     "cast_back": _cast_back,
     "copied": _copied,

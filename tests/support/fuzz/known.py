@@ -80,7 +80,7 @@ def _table() -> list[Known]:
     add("buffers that share memory are copied apart", "block=shared_buffers")
     add("buffers that a block registers when it first runs are not replayed", "block=registered_buffer")
     add("integers that another block wrote are not replayed", "block=integer_board")
-    for event in ("one_mode_toggled", "run_in_eval_mode"):
+    for event in ("one_mode_toggled", "run_in_eval_mode", "run_in_training_mode"):
         add("flags that a block sets in its re-evaluation stay", "block=switches_modes", f"event={event}")
     add(
         "a norm that is put into eval mode by its block is not checked",
@@ -137,7 +137,8 @@ def _table() -> list[Known]:
     ):
         add("torch's message about random numbers under vmap", "way=batched", f"block={block}")
     for block in ("tied", "constant"):
-        add("hooks of parameters without a gradient are called with None", "way=hooked", f"block={block}")
+        for way in ("hooked", "updated_in_backward"):
+            add("hooks of parameters without a gradient are called with None", f"way={way}", f"block={block}")
     add(
         "hooks of arguments without a gradient are called with None",
         "block=itself",
