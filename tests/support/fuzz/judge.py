@@ -57,16 +57,17 @@ UNSERVABLE = {
     "event=argument_object_changed",
     "event=default_dtype_changed",
 }
-"""Features that no library sees before it runs a block again: there a warning of the library's is an answer."""
+"""Features that no library sees before it runs a block again: there the library's warning or error is an answer."""
 
 MEANINGLESS = [
     # The second forward pass, or the one that is repeated, is another network's.
     {"event=settings_changed", "way=accumulated"},
     {"event=settings_changed", "way=two_steps"},
     {"event=settings_changed", "context=checkpoint"},
-    # Buffers are written as often as torch's checkpointing runs their blocks.
+    # torch's checkpointing runs blocks again, buffers and all, and compares no versions.
     {"context=checkpoint", "way=accumulated"},
     {"context=checkpoint", "way=two_steps"},
+    {"context=checkpoint", "block=spoils_saved"},
     # The hooks are on the tensor that the block differentiates for inside itself.
     {"block=makes_leaves", "way=hooked"},
     # torch's checkpointing inside of the block fails where flags of its parameters change.
@@ -125,7 +126,8 @@ def warned(outcome: Outcome) -> list[str]:
 def _faults_of_error(recipe: Recipe, got: Outcome, plain: Outcome) -> list[str]:
     described = f"{type(got.error).__name__} in {got.failed_in}: {got.error}"
     if str(got.error).startswith(PREFIX):
-        found = [] if REFUSABLE & recipe.features or plain.error is not None else [f"refused: {described}"]
+        is_fair = bool((REFUSABLE | UNSERVABLE) & recipe.features) or plain.error is not None
+        found = [] if is_fair else [f"refused: {described}"]
     else:
         is_torchs = plain.error is not None or bool({"block=spoils_saved", "event=output_changed"} & recipe.features)
         found = [] if is_torchs else [f"unclear: {described}"]

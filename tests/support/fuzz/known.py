@@ -56,6 +56,8 @@ def _table() -> list[Known]:
         "arguments=hidden_without_gradient",
         "event=argument_object_changed",
     )
+    objects = "arguments=hidden", "event=argument_object_changed", "gradient=checkpoint"
+    add("objects among the arguments are not replayed", *objects)
     for arguments in ("marked", "marked_without_gradient"):
         add("the attributes of a tensor are not those of its detached alias", f"arguments={arguments}")
     add("a parameter is another object than its detached alias", "arguments=typed")

@@ -116,6 +116,7 @@ class Network:
             anchors=recipe.anchors,
             stream_dtype=recipe.stream_dtype,
             keep_input=recipe.keeps_input,
+            on_drift=recipe.on_drift,
         )
 
     def loss(self, out: Tensor) -> Tensor:

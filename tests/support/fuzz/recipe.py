@@ -19,11 +19,11 @@ DTYPES = {
 STEPS = ("equal", "number", "unequal")
 LIPSCHITZ = 3.0
 """What a block's Lipschitz constant is taken to be before its gain."""
-WORST = 1e-5
-"""The largest error of a gradient that a recipe's solver is to make."""
+WORST, WORST_CORRECTED = 1e-5, 1e-10
+"""The largest error of a gradient that a recipe's solver is to make; from two corrections on."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Recipe:
     """One training step of one network.
 
@@ -48,11 +48,18 @@ class Recipe:
     is_training: bool = True
     is_input_frozen: bool = False
     keeps_input: bool = False
+    on_drift: str = "warn"
     arguments: str = "nothing"
     context: str = "plain"
     way: str = "backward"
     event: str = "nothing"
     seed: int = 0
+
+    def __repr__(self) -> str:
+        default = Recipe()
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        shown = [f"{name}={value!r}" for name, value in given.items() if value != getattr(default, name)]
+        return f"Recipe({', '.join(shown)})"
 
     @classmethod
     def of(cls, *features: str) -> Recipe:
@@ -102,10 +109,11 @@ class Recipe:
 
     @property
     def contraction(self) -> float:
-        """h times the Lipschitz constant of a block, such that the solver's error is at most WORST."""
+        """h times the Lipschitz constant of a block, such that the solver's error is small enough."""
         if self.gradient != "adjoint" or self.anchors == 1:
             return 0.5
-        return min(0.3, (WORST / (30 * self.step_count)) ** (1 / self.order))
+        worst = WORST_CORRECTED if self.solver.corrections >= 2 else WORST
+        return min(0.3, (worst / (30 * self.step_count)) ** (1 / self.order))
 
     @property
     def has_gain(self) -> bool:
@@ -140,11 +148,13 @@ class Recipe:
     @property
     def tolerance(self) -> float:
         """The relative error of a gradient that rounding and the solver may make."""
+        if self.gradient != "adjoint":
+            return 1e-12 if self.input_dtype == torch.float64 else 1e-6
         if self.dtype == "bfloat16" or self.context == "autocast":
             rounding = 5e-2
         else:
             rounding = 1e-4 if self.input_dtype == torch.float32 else 1e-10
-        if self.gradient != "adjoint" or self.anchors == 1:
+        if self.anchors == 1:
             return rounding
         return rounding + 300 * self.step_count * self.contraction**self.order
 

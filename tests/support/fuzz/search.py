@@ -14,7 +14,7 @@ def search(gradient: str, count: int, seed: int = 0) -> None:
     """Run `count` recipes, always the same for one seed.
 
     Raises:
-        AssertionError: for a recipe with faults. Its note is the recipe, to be pasted into `faults(...)`.
+        AssertionError: with the faults of a recipe. Its note is the recipe, to be pasted into `faults(...)`.
     """
 
     @hypothesis.seed(seed)
@@ -28,6 +28,7 @@ def search(gradient: str, count: int, seed: int = 0) -> None:
     )
     @given(recipe=recipes(gradient))
     def run(recipe: Recipe) -> None:
-        assert faults(recipe) == []
+        found = faults(recipe)
+        assert not found, found
 
     run()

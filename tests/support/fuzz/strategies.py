@@ -75,6 +75,7 @@ def recipes(draw: Any, gradient: str) -> Recipe:
         is_training=draw(st.integers(0, 3)) < 3,
         is_input_frozen=draw(st.integers(0, 3)) == 3,
         keeps_input=draw(st.integers(0, 7)) == 7,
+        on_drift=draw(st.sampled_from(["warn", "raise", "checkpoint"])),
         arguments=draw(_ARGUMENTS),
         context=draw(_CONTEXTS),
         way=draw(_WAYS),
