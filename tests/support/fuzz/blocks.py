@@ -192,7 +192,11 @@ class UntrackedNormed(ChannelsLast):
 
 
 class GroupNormed(ChannelsLast):
-    """Its norm has no weights: torch's kernel for CPUs crashes where the gradient of one of the two is asked for."""
+    """Its norm has no weights.
+
+    torch's kernel for channels-last images on a CPU ends the process where the gradient of a weight, and not of the
+    image, is asked for (torch 2.13).
+    """
 
     def normalised(self, channels):
         return nn.GroupNorm(2, channels, affine=False)
