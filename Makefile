@@ -1,19 +1,24 @@
 # make test    lint, types and tests
 # make bench   the main benchmark: table, plots and JSON under bench/results/latest
-# Both create .venv and install what they need on first use; PYTHON chooses the interpreter (>= 3.10).
+# make fuzz    ten minutes of random networks against autograd; FUZZ_OPTIONS="--seed 7 --minutes 0" repeats one seed
+# All create .venv and install what they need on first use; PYTHON chooses the interpreter (>= 3.10).
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BENCH_OPTIONS ?=
+FUZZ_OPTIONS ?= --minutes 10
 
-.PHONY: test bench lint format clean
+.PHONY: test bench fuzz lint format clean
 
 test: lint
 	$(BIN)/python -m pytest -n 2
 
 bench: $(VENV)/installed
 	$(BIN)/python -m bench $(BENCH_OPTIONS)
+
+fuzz: $(VENV)/installed
+	$(BIN)/python -m tests.support.fuzz $(FUZZ_OPTIONS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
