@@ -28,11 +28,15 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def apart(read: Sequence[Tensor | None], written: Sequence[Tensor]) -> list[Tensor | None]:
-    """The tensors to be read, copied where the memory of one overlaps that of a tensor to be written."""
+    """The tensors to be read, copied where the memory of one overlaps that of a dense tensor to be written.
+
+    A sparse one has no memory of its own in that sense.
+    """
     storages = [tensor.untyped_storage().data_ptr() for tensor in written]
     return [
         tensor.clone()
         if tensor is not None
+        and tensor.layout == torch.strided
         and tensor.untyped_storage().data_ptr() in storages
         and any(tensor.data_ptr() < _end(other) and other.data_ptr() < _end(tensor) for other in written)
         else tensor

@@ -120,6 +120,11 @@ class Method:
         return min(2, len(self.steps)) if self.extrapolates else 0
 
     @property
+    def step_weights(self) -> list[float]:
+        """The factor of the stages' sum in each step's increment."""
+        return list(map(self.scheme.weight, self.steps))
+
+    @property
     def exactly_predicted(self) -> frozenset[int]:
         """The steps whose vector-Jacobian product is taken at x_n itself, not at an approximation."""
         count = len(self.steps)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adjoint import checkpoint, node, traced
-from .adjoint.arguments import Arguments, Call
+from .adjoint.block_arguments import Arguments, Call
 from .adjoint.blocks import Auxiliaries, Block
 from .adjoint.buffers import work_on_copies
 from .adjoint.outputs import Outputs, together
@@ -53,9 +53,10 @@ class ResidualStack(AdjointModule):
         max_drift: the largest defect |y - x_n| / |x_n| of a step that is accepted, dimensionless. It compares defects,
             the relative error of the points where vector-Jacobian products are taken, not an error of the gradient;
             `calibrate` measures that one.
-        on_drift: what a larger defect, or NaN or Inf in the reconstruction, leads to. `"warn"` warns once per stack;
-            `"raise"` raises `DriftError`; `"checkpoint"` warns and sets `gradient="checkpoint"`, exact, for the
-            training steps that follow; `"ignore"` warns of NaN and Inf alone. Defects are free. They are judged at the
+        on_drift: what a larger defect, NaN or Inf in the reconstruction, or a block whose increment is another one in
+            the backward pass (`drift.changes`) leads to. `"warn"` warns once per stack; `"raise"` raises `DriftError`;
+            `"checkpoint"` warns and sets `gradient="checkpoint"`, exact, for the training steps that follow;
+            `"ignore"` warns of NaN and Inf alone. Defects are free. They are judged at the
             end of the backward pass on a CPU; on a GPU without waiting for it, by a forward pass once they have
             arrived, except that "raise" and "checkpoint" make the next forward pass wait for them.
         keep_input: keep x_0, one state more, and measure in `drift.reconstruction` how far the rebuilt one is from it.
@@ -144,7 +145,7 @@ class ResidualStack(AdjointModule):
             )
         self.auxiliary = auxiliary
 
-    def forward(self, x: Tensor, /, *args: Any, return_states: Sequence[int] | None = None, **kwargs: Any) -> Any:
+    def forward(self, x: Tensor, /, *args: Any, **kwargs: Any) -> Any:
         """x_N from x_0.
 
         Args:
@@ -152,8 +153,9 @@ class ResidualStack(AdjointModule):
             *args, **kwargs: passed to every block; tensors among them, also inside lists, tuples and dicts, get
                 gradients. Blocks get the caller's own objects in the forward pass, and what each of them was given
                 when they run again.
-            return_states: numbers n, from 0 to N, of states x_n to be returned too, for U-Nets, deep supervision and
-                early exits. Each takes the memory of a state, and the reconstruction's error starts afresh there.
+            return_states: (keyword) numbers n, from 0 to N, of states x_n to be returned too, for U-Nets, deep
+                supervision and early exits; blocks do not get it. Each takes the memory of a state, and the
+                reconstruction's error starts afresh there.
 
         Returns:
             x_N, shape and dtype of x. With `auxiliary` a tuple of it and the reduced auxiliaries; with `return_states`
@@ -167,6 +169,8 @@ class ResidualStack(AdjointModule):
             RuntimeError: if a block modifies in place its input, a tensor among its arguments or its parameters; in the
                 backward pass, see `gradient`.
         """
+        # Not in the signature: what exports a module would pass it on as one more argument of the blocks.
+        return_states = kwargs.pop("return_states", None)
         if torch.compiler.is_compiling():
             if return_states is None and self._is_traceable():
                 return self._forward_traced(x, args, kwargs)
@@ -192,11 +196,11 @@ class ResidualStack(AdjointModule):
         is_plain = wants_plain("ResidualStack", self.gradient, differentiable)
         if is_plain or self.gradient == "backprop" or not differentiable:
             outputs = self._propagate_stored(blocks, state, Call(args, kwargs), wanted)
+        elif torch._C._are_functorch_transforms_active():
+            raise node.unsupported(self.gradient, "a torch.func transform")
         elif self.gradient == "checkpoint":
             outputs = checkpoint.propagate(self._method, blocks, state, arguments, self._monitor)
         else:
-            if torch._C._are_functorch_transforms_active():
-                raise node.unsupported("a torch.func transform")
             between = {n for n in wanted if 0 < n < len(self.steps)}
             outputs = node.propagate(
                 self._method, blocks, state, arguments, self._monitor, keep_input=self.keep_input, states=between

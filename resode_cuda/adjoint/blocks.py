@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from ..dtypes import fits
 from ..schemes import BlockFunction
-from .arguments import Arguments, Call, Given, Versions, left_in
+from .block_arguments import Arguments, Call, Given, Versions, left_in
 from .generators import Generators
 from .replay import Replayed, submodules
 from .restoration import Slot, restoring
@@ -130,7 +130,7 @@ class BlockCall:
         self.replayed = Replayed(block.modules, device, generators)
         self.given: Given | None = None
         self.left_behind: list[str] = []
-        """Where the last re-evaluation left tensors that have gradients; they have been taken off."""
+        """Names of the places where the last re-evaluation left tensors that have gradients; it took them off again."""
 
     def first(self, arguments: Arguments, auxiliaries: Auxiliaries) -> BlockFunction:
         """The block in the forward pass."""
@@ -184,6 +184,17 @@ class HeldParameter(NamedTuple):
 
     tensor: Tensor
     slots: list[Slot]
+    dtype: torch.dtype
+    device: torch.device
+
+    def check(self) -> None:
+        """Raise if the parameter was converted since then, which torch does to the tensor itself."""
+        if (self.tensor.dtype, self.tensor.device) != (self.dtype, self.device):
+            raise RuntimeError(
+                "ResidualStack: between forward and backward parameters must not be converted, but one of shape "
+                f"{list(self.tensor.shape)} was, from {self.dtype} on {self.device} to {self.tensor.dtype} on "
+                f"{self.tensor.device}; convert the stack after backward"
+            )
 
 
 def held_parameters(blocks: Sequence[Block]) -> list[HeldParameter]:
@@ -203,7 +214,8 @@ def held_parameters(blocks: Sequence[Block]) -> list[HeldParameter]:
                     raise RuntimeError(
                         f"{where} must be initialised, got a lazy {name!r}; run the stack once under torch.no_grad()"
                     )
-                found.setdefault(parameter, HeldParameter(parameter, [])).slots.append(Slot(module._parameters, name))
+                found.setdefault(parameter, HeldParameter(parameter, [], parameter.dtype, parameter.device))
+                found[parameter].slots.append(Slot(module._parameters, name))
     return list(found.values())
 
 

@@ -12,13 +12,13 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..method import Method
 from ..schemes import Stages
-from .arguments import Arguments, Versions
+from .block_arguments import Arguments, Versions
 from .blocks import Auxiliaries, Block, BlockCall, held_parameters, modified_in_place
 from .drift import DriftMonitor
 from .generators import Generators
 from .outputs import Outputs
 from .reevaluation import projections
-from .restoration import put, restoring
+from .restoration import put, restoring, undo_later
 
 _passes = itertools.count()
 """Numbers forward passes, so that each step has its turn to be compared."""
@@ -32,6 +32,7 @@ def propagate(
     The blocks replay themselves, buffers included, which torch's own preserve_rng_state does not. In each pass one step
     in turn is recomputed to its end, and compared; the others stop before the operations that gradients don't need.
     """
+    arguments.refuse_iterators()
     generators = Generators(x.device)
     outputs = Outputs(x, [], {0: x})
     compared = next(_passes) % len(method)
@@ -63,6 +64,7 @@ class _Step:
         self.numbers: Tensor | None = None
         self.tensors = list(arguments.tensors)
         self.parameters = held_parameters([call.block for call in calls])
+        self.needs = [(p.tensor, p.tensor.requires_grad) for p in self.parameters if p.tensor.is_leaf]
         self.versions = Versions([*self.tensors, *(parameter.tensor for parameter in self.parameters)])
         self.is_first = True
 
@@ -74,11 +76,18 @@ class _Step:
     def _moved(self, x: Tensor) -> Any:
         for parameter in self.parameters:
             put(parameter.slots, [parameter.tensor] * len(parameter.slots))
+            parameter.check()
+        for tensor, needs in self.needs:
+            if tensor.requires_grad != needs:
+                undo_later(tensor.requires_grad_, tensor.requires_grad)
+                tensor.requires_grad_(needs)
         auxiliaries: Auxiliaries = []
         is_first, self.is_first = self.is_first, False
         if is_first:
             functions = [call.first(self.arguments, auxiliaries) for call in self.calls]
         else:
+            # Hooks that a block registers on its input stand on the state already.
+            x = x.detach().requires_grad_(x.requires_grad)
             functions = [call.again(self.tensors, auxiliaries) for call in self.calls]
         stages = self.scheme.stages(functions, x, self.h)
         if self.monitor is not None:
@@ -87,7 +96,7 @@ class _Step:
         return self.scheme.add(x, stages, self.h), *auxiliaries
 
     def _compare(self, stages: Stages, x: Tensor, monitor: DriftMonitor) -> None:
-        numbers = projections(stages, self.scheme.weight(self.h), x)
+        numbers = projections(stages, x.dtype)
         if self.numbers is None:
             self.numbers = numbers
         else:

@@ -17,6 +17,8 @@ from ..squares import square_dtype, squared_norm
 from .reevaluation import Increments, change_unexplained, changed_in_between, changes, not_recomputed
 
 ON_DRIFT = ("ignore", "warn", "raise", "checkpoint")
+MAX_DRIFT = 0.05
+"""The largest defect that is accepted by default."""
 
 
 class DriftError(RuntimeError):
@@ -62,7 +64,7 @@ class DriftMonitor:
     read in a later forward pass, once the copy has arrived, or when `drift` is read.
     """
 
-    def __init__(self, where: str, steps: int, max_drift: float = 0.05, on_drift: str = "ignore") -> None:
+    def __init__(self, where: str, steps: int, max_drift: float = MAX_DRIFT, on_drift: str = "ignore") -> None:
         self._where = where
         self.max_drift, self.on_drift = max_drift, on_drift
         self.gradient_error_per_defect: float | None = None
@@ -100,8 +102,7 @@ class DriftMonitor:
         self._prepared(stream).zero_()
         self._measured, self._reached_input = measures, False
         self._increments = increments
-        if increments is not None:
-            increments.begin()
+        self._unchecked = increments is not None
 
     def check_recomputed(self, index: int, first: Tensor, again: Tensor, dtype: torch.dtype) -> None:
         """Raise if block `index`, recomputed at the same x, is another function by these numbers, shape [2] each.
@@ -184,22 +185,27 @@ class DriftMonitor:
     def _square(place: Tensor, vector: Tensor) -> None:
         place.copy_(squared_norm(vector))
 
-    def end(self, increments: Increments | None = None) -> None:
+    def end(self, increments: Increments | None = None, is_batched: bool = False) -> None:
         """A backward pass rebuilt all that it will. What a CUDA graph measures on its replays is not judged.
 
         Args:
             increments: those of its forward pass; None takes those of the backward pass that began last.
+            is_batched: it computed a batch of gradients, and measured nothing else.
         """
-        if self._squares is None or not self._unchecked:
-            return
-        self._unchecked = False
-        if is_capturing() or self._squares.is_meta:
-            return
         increments = increments or self._increments
-        tensors = [self._squares]
+        if is_batched and increments is not None:
+            squares = self._prepared(increments.first).zero_()
+        elif self._squares is None or not self._unchecked:
+            return
+        else:
+            squares = self._squares
+        self._unchecked = False
+        if is_capturing() or squares.is_meta:
+            return
+        tensors = [squares]
         if increments is not None and increments.again is not None:
             tensors += [increments.first, increments.again]
-        if self._squares.device.type == "cpu":
+        if squares.device.type == "cpu":
             self._judge(increments, *tensors)
         elif not self._has_warned_of_all():
             self._later(partial(self._judge, increments), *tensors)
@@ -237,7 +243,9 @@ class DriftMonitor:
         if increments is not None and increments.again is not None:
             first, again = increments.first.tolist(), increments.again.tolist()
             changed = defects.new_tensor(changes(first, again))
-            replayed = torch.tensor(change_unexplained(first, again, increments.exact) is None, device=defects.device)
+            replayed = torch.tensor(
+                change_unexplained(first, again, increments.weights, increments.exact) is None, device=defects.device
+            )
         return Drift(
             defects,
             defects.max(),
@@ -253,7 +261,7 @@ class DriftMonitor:
 
     def _has_warned_of_all(self) -> bool:
         """Whether no further finding would be reported."""
-        reported = {"ignore": {"replay", "broken"}, "warn": {"replay", "broken", "drift"}}
+        reported = {"ignore": {"broken"}, "warn": {"replay", "broken", "drift"}}
         return self.on_drift in reported and reported[self.on_drift] <= self._warned_of
 
     def _judge(self, increments: Increments | None, squares: Tensor, *numbers: Tensor) -> None:
@@ -273,19 +281,18 @@ class DriftMonitor:
         defects = self._ratios(squares)[:-1]
         worst = int(defects.argmax())
         defect = defects[worst].item() if self._measured else 0.0
-        if defect > self.max_drift:
-            # Where the states are off, so are the increments.
-            if self.on_drift != "ignore":
-                self._act(
-                    "drift",
-                    f"{self._where}: the defect of step {worst} must be at most max_drift={self.max_drift:g}, got "
-                    f"{defect:.1e}, so gradients may be as far off; choose a solver with resode_cuda.calibrate, or "
-                    "use more corrections, anchors, or a smaller step",
-                )
+        if self.on_drift == "ignore":
             return
-        if increments is not None and numbers:
+        if defect > self.max_drift:
+            self._act(
+                "drift",
+                f"{self._where}: the defect of step {worst} must be at most max_drift={self.max_drift:g}, got "
+                f"{defect:.1e}, so gradients may be as far off; choose a solver with resode_cuda.calibrate, or "
+                "use more corrections, anchors, or a smaller step",
+            )
+        elif defect <= MAX_DRIFT and increments is not None and numbers:  # where states are off, so are increments
             first, again = (tensor.tolist() for tensor in numbers)
-            found = change_unexplained(first, again, increments.exact)
+            found = change_unexplained(first, again, increments.weights, increments.exact)
             if found is not None:
                 n, change = found
                 self._act("replay", f"{self._where}: {increments.blocks_of(n)} {changed_in_between(change)}")
@@ -294,7 +301,7 @@ class DriftMonitor:
         if self.on_drift == "raise":
             raise DriftError(message)
         is_news = what not in self._warned_of
-        if self.on_drift == "checkpoint" and what != "replay":
+        if self.on_drift == "checkpoint":
             is_news, self.fallback_requested = not self.fallback_requested, True
             message += '; gradient="checkpoint" from the next step on'
         if is_news:

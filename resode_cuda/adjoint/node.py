@@ -21,7 +21,7 @@ from torch import Tensor
 from ..layouts import apart
 from ..method import Method
 from ..schemes import BlockFunction
-from .arguments import Arguments
+from .block_arguments import Arguments
 from .blocks import Auxiliaries, Block, BlockCall, HeldParameter, held_parameters, modified_in_place
 from .drift import DriftMonitor
 from .generators import Generators
@@ -58,12 +58,13 @@ def propagate(
         keep_input: keep x_0, and measure how far the rebuilt one is from it.
         states: numbers of the states that are returned too, above 0 and below N. The backward pass starts afresh there.
     """
+    arguments.refuse_iterators()
     if states:
         method = replace(method, anchors=tuple(sorted({*method.anchors, *states})))
     blank = x.new_zeros(())
     shadows: Sequence[Tensor | None] = (None,) * shadow_count(method)
     generators = Generators(x.device)
-    increments = Increments(x, len(method), method.exactly_predicted, method.scheme.blocks_per_step)
+    increments = Increments(x, method.step_weights, method.exactly_predicted, method.scheme.blocks_per_step)
     outputs = Outputs(x, [], {})
     for n in range(len(method)):
         used = blocks[method.blocks_of(n)]
@@ -82,9 +83,9 @@ def propagate(
     return outputs._replace(last=x)
 
 
-def unsupported(what: str) -> RuntimeError:
+def unsupported(gradient: str, what: str) -> RuntimeError:
     return RuntimeError(
-        f'ResidualStack: gradient="adjoint" gives first derivatives in reverse mode only, got {what}; '
+        f'ResidualStack: gradient="{gradient}" gives first derivatives in reverse mode only, got {what}; '
         'use gradient="backprop"'
     )
 
@@ -134,7 +135,7 @@ class AdjointStep(torch.autograd.Function):
         auxiliaries: Auxiliaries = []
         stages = step.scheme.stages(evaluation.first(auxiliaries), x, step.h)
         x_next = step.scheme.add(x, stages, step.h)
-        evaluation.increments.record(step.n, stages, step.scheme.weight(step.h), x)
+        evaluation.increments.record(step.n, stages)
         start = [x] if step.is_anchored or evaluation.is_input_kept else []
         ctx.save_for_backward(*tensors, *step.saved_for_last(x_next, stages, shadows), *start)
         ctx.set_materialize_grads(False)
@@ -144,7 +145,7 @@ class AdjointStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *cotangents: Tensor | None) -> Any:
         if torch.is_grad_enabled():
-            raise unsupported("a double backward (create_graph=True)")
+            raise unsupported("adjoint", "a double backward (create_graph=True)")
         count = ctx.evaluation.auxiliary_count
         auxiliary_cotangents, cotangents = cotangents[:count], cotangents[count:]
         if g is None and all(cotangent is None for cotangent in auxiliary_cotangents):
@@ -153,7 +154,7 @@ class AdjointStep(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise unsupported("forward-mode differentiation")
+        raise unsupported("adjoint", "forward-mode differentiation")
 
 
 class ReturnedState(torch.autograd.Function):
@@ -175,7 +176,7 @@ class ReturnedState(torch.autograd.Function):
     def backward(ctx: Any, gamma: Tensor | None, g: Tensor | None, *cotangents: Tensor | None) -> Any:
         step: Step = ctx.step
         if torch.is_grad_enabled():
-            raise unsupported("a double backward (create_graph=True)")
+            raise unsupported("adjoint", "a double backward (create_graph=True)")
         if g is None:
             return None, None, gamma, *cotangents
         weighted = step.weight_before * g
@@ -183,13 +184,14 @@ class ReturnedState(torch.autograd.Function):
             return None, None, gamma + weighted, *cotangents
         # Later steps have no gradient: the way back starts here.
         (x,) = _unpacked(ctx)
+        ctx.evaluation.increments.begin()
         if not _is_batched(g):
             ctx.evaluation.monitor.begin(g, step.method.reuses, ctx.evaluation.increments)
         return None, None, weighted, x.clone(), *(None,) * (len(cotangents) - 1)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise unsupported("forward-mode differentiation")
+        raise unsupported("adjoint", "forward-mode differentiation")
 
 
 def _backward(
@@ -209,6 +211,7 @@ def _backward(
     gamma = g
     if step.is_last:
         gamma = step.scheme.weight(step.h) * g
+        evaluation.increments.begin()
         if monitor is not None:
             monitor.begin(g, step.method.reuses, evaluation.increments)
     anchor = start if step.is_anchored else None
@@ -224,11 +227,13 @@ def _backward(
 
     weights = step.weights_before if needs_state else None
     needed_gamma = gamma if needs_x else None
+    evaluation.increments.compare(step.n, evaluated.stages, y, trajectory.x_next)
+    evaluation.monitor.warn_of_left_behind(
+        {name: call.block.index for call in evaluation.calls for name in call.left_behind}
+    )
     if monitor is None:
         update = backward_update(step, trajectory, y, evaluated, needed_gamma, weights)
     else:
-        evaluation.increments.compare(step.n, evaluated.stages, step.scheme.weight(step.h), y, trajectory.x_next)
-        monitor.warn_of_left_behind({name: call.block.index for call in evaluation.calls for name in call.left_behind})
         # Cotangents belong to this step and may be overwritten; what is saved may not, and the gradient of a tensor
         # that a block adds to its output may be the cotangent itself.
         trajectory = _writable(step, trajectory, extrapolates=weights is not None)
@@ -239,10 +244,19 @@ def _backward(
         rebuilt = update.x if anchor is None else step.scheme.add(trajectory.x_next, evaluated.stages, -step.h)
         monitor.record_input(rebuilt, start)
     shadow_cotangents = update.cotangents if needs_state else ()
-    if not needs_state and monitor is not None:
-        monitor.end(evaluation.increments)
+    if not needs_state:
+        evaluation.monitor.end(evaluation.increments, is_batched=monitor is None)
     missing = (None,) * (step.shadow_count - len(shadow_cotangents))
-    return None, None, update.gamma, *shadow_cotangents, *missing, *vjps.found
+    products = [
+        torch.zeros_like(tensor) if product is None and need and _has_hooks(tensor) else product
+        for product, tensor, need in zip(vjps.found, tensors, needs_tensors, strict=True)
+    ]
+    return None, None, update.gamma, *shadow_cotangents, *missing, *products
+
+
+def _has_hooks(tensor: Tensor) -> bool:
+    """Whether autograd would call hooks of the tensor, also where no gradient is given, with None."""
+    return bool(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))
 
 
 def _unpacked(ctx: Any) -> Sequence[Tensor]:

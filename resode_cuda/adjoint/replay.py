@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from .attributes import Attributes
-from .buffers import Buffer, buffer_slots, work_on_copies
+from .buffers import Buffers, work_on_copies
 from .capture import draws_are_replayable
 from .generators import Drawn, Generators
-from .restoration import put, restoring
+from .restoration import restoring
 from .surroundings import Surroundings, turn_caches_off
 
 T = TypeVar("T")
@@ -61,15 +61,14 @@ class Replayed:
         self.surroundings: Surroundings | None = None
         self.attributes: list[Attributes] = []
         self.drawn = Drawn()
-        self.written: list[Buffer] = []
-        self.unwritten: list[Buffer] = []
+        self.buffers: Buffers | None = None
         self.left_behind: list[str] = []
         """Attributes in which the last re-evaluation left tensors that have gradients; they have been taken off."""
 
     def record(self, run: Callable[[], T]) -> T:
         self.surroundings = Surroundings.now(self.device_types)
         self.attributes = [Attributes(module) for module in self.modules]
-        buffers = [Buffer.of(slot, module) for module in self.modules for slot in buffer_slots(module)]
+        self.buffers = Buffers(self.modules)
 
         def first() -> T:
             turn_caches_off()
@@ -80,16 +79,13 @@ class Replayed:
         self.drawn = self.generators.drawn_since_last()
         for attributes in self.attributes:
             attributes.evaluated()
-        for buffer in buffers:
-            if buffer.is_written():
-                self.written.append(buffer)
-            else:
-                self.unwritten.append(buffer.without_copy())
+        self.buffers.evaluated()
         return out
 
     def again(self, run: Callable[[], T]) -> T:
-        surroundings = self.surroundings
+        surroundings, buffers = self.surroundings, self.buffers
         assert surroundings is not None, "record comes first"
+        assert buffers is not None
 
         def repeated() -> T:
             turn_caches_off()
@@ -97,11 +93,21 @@ class Replayed:
             surroundings.replay()
             for attributes in self.attributes:
                 attributes.replay()
-            put([b.slot for b in self.written], [b.scratch() for b in self.written])
-            put([b.slot for b in self.unwritten], [b.unchanged() for b in self.unwritten])
-            out = run()
+            buffers.replay()
+            out = self._run(run)
             if torch.is_grad_enabled():
                 self.left_behind = [name for attributes in self.attributes for name in attributes.left_behind()]
             return out
 
         return restoring(repeated)
+
+    def _run(self, run: Callable[[], T]) -> T:
+        try:
+            return run()
+        except RuntimeError as error:
+            if not ("vmap" in str(error) and "random" in str(error)):
+                raise
+            raise RuntimeError(
+                "ResidualStack: blocks that draw random numbers cannot be run again for a batch of gradients "
+                '(is_grads_batched=True); ask for one gradient at a time, or use gradient="backprop"'
+            ) from error

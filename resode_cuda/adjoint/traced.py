@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..method import Method
 from ..schemes import BlockFunction, Vjp
-from .arguments import Call
+from .block_arguments import Call
 from .blocks import Block
 from .step import Step, backward_update, shadow_count, trajectory_at_the_end, trajectory_from
 

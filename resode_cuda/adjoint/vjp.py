@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..schemes import BlockFunction, Vjp
-from .arguments import Kind
+from .block_arguments import Kind
 from .blocks import Auxiliaries, HeldParameter
 from .restoration import put
 
@@ -29,17 +29,19 @@ def parameter_leaves(held: Sequence[HeldParameter], tensors: Sequence[Tensor], n
     """Leaves to differentiate for, which the blocks hold as parameters until the `restoring` around this ends.
 
     A block's own parameter serves where it is still that of the forward pass. It is not after
-    torch.func.functional_call or under saved-tensor hooks; and hooks on a parameter must fire once, when its whole
-    gradient is known, not here.
+    torch.func.functional_call or under saved-tensor hooks; a parameter that is computed has a graph of its own; and
+    hooks on a parameter must fire once, when its whole gradient is known, not here.
 
     Args:
         tensors: the parameters, as autograd saved them.
     """
     found = []
-    for (parameter, slots), tensor, need in zip(held, tensors, needs, strict=True):
+    for parameter, tensor, need in zip(held, tensors, needs, strict=True):
+        parameter.check()
+        slots = parameter.slots
         is_own = all(slot.get() is tensor for slot in slots)
-        if not is_own or tensor.requires_grad != need or tensor._backward_hooks:
-            tensor = Kind.of(parameter).given_to(tensor.detach().requires_grad_(need))
+        if not (is_own and tensor.is_leaf) or tensor.requires_grad != need or tensor._backward_hooks:
+            tensor = Kind.of(parameter.tensor).given_to(tensor.detach().requires_grad_(need))
             put(slots, [tensor] * len(slots))
         found.append(tensor)
     return found
@@ -89,6 +91,11 @@ class BlockVjps:
         self._auxiliaries.clear()
         with torch.enable_grad():
             out = f(point)
+        if point._backward_hooks:
+            raise RuntimeError(
+                f"ResidualStack: the blocks of step {self._n} must not register hooks on their input, which is the "
+                "state itself and has more of a gradient than theirs; register them on a tensor that the block computes"
+            )
         return out, self._auxiliaries[0] if self._auxiliaries else None
 
     def _vjp(self, known: Sequence[Tensor], roots: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Tensor | None:

@@ -252,6 +252,7 @@ def test_bad_input_is_refused():
         stack.recalibrate_every(5, -1)
 
 
+@pytest.mark.filterwarnings("ignore:ResidualStack. block . changed its increment")  # weights doubled, errors built up
 @pytest.mark.parametrize("weights", ["smooth", "independent"])
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 @pytest.mark.parametrize("scheme", ["euler", "heun"])

@@ -7,7 +7,7 @@ a block writes is an error, since its earlier value is gone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -77,7 +77,9 @@ class Arguments:
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.call: Call | None = Call(args, kwargs)
-        by_identity = {id(leaf): leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        found = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        # Autograd does not save what was made in inference mode, which nothing can write outside of it.
+        by_identity = {id(tensor): tensor for tensor in found if not tensor.is_inference()}
         self.tensors: list[Tensor] = list(by_identity.values())
         self.kinds = [Kind.of(tensor) for tensor in self.tensors]
         self.count = len(self.tensors)
@@ -85,6 +87,15 @@ class Arguments:
         has_containers = not all(isinstance(value, ATOMS) for value in (*args, *kwargs.values()))
         self._has_containers = has_containers
         self._unchanging = None if has_containers else self._now()
+
+    def refuse_iterators(self) -> None:
+        """Raise if one of the arguments, of which every block sees the next entry, can't be gone through again."""
+        for path, leaf in pytree.tree_flatten_with_path(tuple(self.call or ()))[0]:
+            if isinstance(leaf, Iterator):
+                raise TypeError(
+                    f"ResidualStack: {_name(path)} must not be an iterator, which cannot be gone through again, got "
+                    f'{type(leaf).__name__}; pass a list, or use gradient="backprop"'
+                )
 
     def given(self) -> Given:
         """What a block that is called now is given."""
