@@ -40,6 +40,11 @@ def _table() -> list[Known]:
         "context=cached_parametrizations",
         shown_with=("scheme=heun",),
     )
+    add(
+        "where gradients are recorded, torch's backward hooks of a module wrap its arguments, without their attributes",
+        "block=block_hooked",
+        "arguments=marked",
+    )
     add("recomputed tensors are not checked for writes", "gradient=checkpoint", "block=spoils_saved")
     for block in ("tied", "constant"):
         for way in ("hooked", "updated_in_backward"):
