@@ -22,56 +22,76 @@ _TORCHS_OWN = frozenset(vars(nn.Module())) - {"training"}
 
 
 class Attributes:
-    """The attributes of a module before an evaluation."""
+    """The attributes of a module before an evaluation.
+
+    Attributes:
+        tensors: names of those that are tensors without a gradient, which serve as buffers.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._plain, containers = _sorted(module)
+        found = vars(module)
+        self._count = len(found)
+        self._plain, self.tensors, containers = _sorted(found)
         self._contents = [(container, _contents(container)) for container in containers]
+        self._has_containers = bool(containers)
         self._before_replay: dict[str, Any] = {}
 
     def evaluated(self) -> None:
         """The evaluation has ended: keep the contents of those containers alone that it changed."""
-        self._contents = [(c, before) for c, before in self._contents if not _are_same(before, _contents(c))]
+        if self._contents:
+            self._contents = [(c, before) for c, before in self._contents if not _are_same(before, _contents(c))]
 
     def replay(self) -> None:
         """Make them what they were, until the `restoring` around this ends, which takes off what is new then."""
         found = vars(self._module)
         self._before_replay = found.copy()
         undo_later(_make_equal, found, self._before_replay)
-        plain, containers = _sorted(self._module)
-        for container in containers:
-            undo_later(_refill, container, _contents(container))
-        for container, before in self._contents:
-            undo_later(_refill, container, _contents(container))
-            _refill(container, before)
-        if plain == self._plain:
+        if self._has_containers:
+            self._replay_contents(found)
+        if len(found) == self._count and all(found.get(name) is value for name, value in self._plain.items()):
             return
+        plain, _, _ = _sorted(found)
         changed = {name: value for name, value in self._plain.items() if name not in plain or plain[name] != value}
         put([Slot(found, name) for name in changed], changed.values())
         for name in plain.keys() - self._plain.keys():
             hide(Slot(found, name))
 
+    def _replay_contents(self, found: dict[str, Any]) -> None:
+        for container in _sorted(found)[2]:
+            undo_later(_refill, container, _contents(container))
+        for container, before in self._contents:
+            undo_later(_refill, container, _contents(container))
+            _refill(container, before)
+
     def left_behind(self) -> list[str]:
         """Names of the attributes in which a re-evaluation, not undone yet, has left tensors that have gradients."""
-        before = self._before_replay
+        found, before = vars(self._module), self._before_replay
+        if not self._has_containers and _are_same(list(found.values()), list(before.values())):
+            return []
         return [
             f"{type(self._module).__name__}.{name}"
-            for name, value in vars(self._module).items()
-            if _has_gradients(value, before.get(name)) and name not in _recomputed(self._module)
+            for name, value in found.items()
+            if name not in _TORCHS_OWN
+            and _has_gradients(value, before.get(name))
+            and name not in _recomputed(self._module)
         ]
 
 
-def _sorted(module: nn.Module) -> tuple[dict[str, Any], list[Any]]:
-    """The plain attributes among a module's, and its containers."""
-    plain, containers = {}, []
-    for name, value in vars(module).items():
+def _sorted(attributes: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[Any]]:
+    """The plain ones among a module's attributes, the names of those that are tensors, and the containers."""
+    plain, tensors, containers = {}, [], []
+    for name, value in attributes.items():
+        if name in _TORCHS_OWN:
+            continue
         kind = type(value)
         if kind in _PLAIN or (kind is tuple and all(type(entry) in _PLAIN for entry in value)):
             plain[name] = value
-        elif kind in _CONTAINERS and name not in _TORCHS_OWN:
+        elif kind in _CONTAINERS:
             containers.append(value)
-    return plain, containers
+        elif isinstance(value, Tensor) and not value.requires_grad:
+            tensors.append(name)
+    return plain, tensors, containers
 
 
 def _contents(container: Any) -> list[Any]:

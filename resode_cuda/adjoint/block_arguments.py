@@ -24,6 +24,9 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
 
 
+NOTHING = Call((), {})
+
+
 class Kind(NamedTuple):
     """The class of a tensor and its attributes in Python, which aliases made by torch lack."""
 
@@ -55,6 +58,8 @@ class Given(NamedTuple):
 
     def call(self, tensors: Sequence[Tensor]) -> Call:
         """The arguments with these tensors for the stack's, in containers of their own."""
+        if not self.leaves:
+            return NOTHING
         leaves = list(self.leaves)
         for place, number in self.places:
             leaves[place] = tensors[number]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +21,7 @@ STATISTICS = 2**14
 
 
 def buffer_slots(module: nn.Module) -> list[Slot]:
-    """The module's buffers, and the tensors among its attributes that serve as such."""
-    attributes = vars(module)
-    found = [Slot(module._buffers, name) for name in module._buffers]
-    found += [Slot(attributes, name) for name, value in attributes.items() if _is_attribute(value)]
-    return found
-
-
-def _is_attribute(value: Any) -> bool:
-    return isinstance(value, Tensor) and not value.requires_grad
+    return [Slot(module._buffers, name) for name in module._buffers]
 
 
 def work_on_copies(modules: Iterable[nn.Module]) -> None:
@@ -94,32 +85,42 @@ class _Buffer:
 
 
 class Buffers:
-    """The buffers of some modules before an evaluation, and what a re-evaluation must find in their places."""
+    """The buffers of some modules before an evaluation, and what a re-evaluation must find in their places.
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    Args:
+        attributes: for each module names of further tensors among its attributes, which serve as buffers.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], attributes: Iterable[Sequence[str]]) -> None:
         self._modules = modules
-        slots = [(slot, module) for module in modules for slot in buffer_slots(module)]
+        slots = []
+        for module, names in zip(modules, attributes, strict=True):
+            slots += [(slot, module) for slot in buffer_slots(module)]
+            slots += [(Slot(vars(module), name), module) for name in names]
         tensors = [slot.get() for slot, _ in slots]
         self._buffers = [
             _Buffer(slot, module, module.training, tensor, _version(tensor), copy)
             for (slot, module), tensor, copy in zip(slots, tensors, _copies(tensors), strict=True)
         ]
+        self._count = sum(len(module._buffers) for module in modules)
         self._new: list[Slot] = []
         """Slots of buffers that the evaluation registered."""
 
     def evaluated(self) -> None:
         """The evaluation has ended: keep the values of those buffers alone that it has written and may have read."""
-        known = {(id(buffer.slot.owner), buffer.slot.name) for buffer in self._buffers}
-        self._new = [
-            Slot(module._buffers, name)
-            for module in self._modules
-            for name in module._buffers
-            if (id(module._buffers), name) not in known
-        ]
+        if sum(len(module._buffers) for module in self._modules) != self._count:
+            self._new = self._registered()
+        if not self._buffers:
+            return
         # An attribute that keeps what was computed last may have kept something large before, which is seldom read.
         self._buffers = [buffer for buffer in self._buffers if not (buffer.is_attribute and buffer.is_rebound)]
         for buffer in self._buffers:
             buffer.evaluated()
+
+    def _registered(self) -> list[Slot]:
+        known = {(id(buffer.slot.owner), buffer.slot.name) for buffer in self._buffers}
+        slots = (slot for module in self._modules for slot in buffer_slots(module))
+        return [slot for slot in slots if (id(slot.owner), slot.name) not in known]
 
     def replay(self) -> None:
         """Have modules work on copies of the buffers that they wrote, as they were, until the `restoring` around this
@@ -128,6 +129,8 @@ class Buffers:
         Raises:
             RuntimeError: if one of those others was modified meanwhile.
         """
+        if not (self._buffers or self._new):
+            return
         written = [buffer for buffer in self._buffers if buffer.is_written]
         scratch = _copies([buffer.tensor if buffer.copy is None else buffer.copy for buffer in written])
         put([buffer.slot for buffer in written], scratch)
@@ -147,6 +150,8 @@ def _version(tensor: Tensor | None) -> int:
 
 def _copies(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Copies, of which those share memory whose originals do."""
+    if not tensors:
+        return []
     plain = [tensor for tensor in tensors if tensor is not None and _is_plain(tensor)]
     storages = Counter(tensor.untyped_storage().data_ptr() for tensor in plain)
     memory: dict[int, torch.UntypedStorage] = {}

@@ -120,13 +120,21 @@ class _NumPy:
 
     _BYTES = 624 * 4 + 4  # the words, and the place in them
 
+    _last: tuple[bytes, Any] | None = None
+    """The last state without such a number, and its bits."""
+
     def __init__(self) -> None:
         self._random = sys.modules["numpy"].random
         self._seen: bytes | None = None
 
     def state(self) -> Any:
+        bits, last = self._bits(), _NumPy._last
+        if last is not None and bits == last[0]:
+            self._seen = bits
+            return last[1]
         state = self._random.get_state(legacy=False)
-        self._seen = None if state["has_gauss"] else self._bits()
+        self._seen = None if state["has_gauss"] else bits
+        _NumPy._last = None if self._seen is None else (self._seen, state)
         return state
 
     def set_state(self, state: Any) -> None:

@@ -45,27 +45,31 @@ class Increments:
     def __init__(self, like: Tensor, weights: Sequence[float], exact: Collection[int], blocks_per_step: int) -> None:
         self.first = like.new_empty(len(weights), 2)
         """The projections in the forward pass."""
+        self._first_rows = self.first.unbind()
         self.again: Tensor | None = None
-        """In the last backward pass, shape [steps, 4]: the projections, |f_n| and |y - (x_{n+1} - w f_n)|."""
+        """In the last backward pass, shape [steps, 4]: the projections, |f_n|^2 and |y - (x_{n+1} - w f_n)|^2."""
+        self._again_rows: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]] = (), (), ()
         self.weights, self.exact, self.blocks_per_step = weights, exact, blocks_per_step
 
     def record(self, n: int, stages: Stages) -> None:
         """Step n was evaluated in the forward pass."""
-        _project(_increment(stages, self.first.dtype), self.first[n])
+        _project(_increment(stages, self.first.dtype), self._first_rows[n])
 
     def begin(self) -> None:
         """A backward pass begins."""
         self.again = self.first.new_full((len(self.first), 4), torch.nan)
+        self._again_rows = self.again[:, :2].unbind(), self.again[:, 2].unbind(), self.again[:, 3].unbind()
 
     def compare(self, n: int, stages: Stages, y: Tensor, x_next: Tensor) -> None:
         """Step n was evaluated again, at y."""
         if self.again is None:
             return
-        row, f = self.again[n], _increment(stages, y.dtype)
-        _project(f, row[:2])
-        torch.linalg.vector_norm(f, out=row[2])
+        projections, squares, errors = self._again_rows
+        f = _increment(stages, y.dtype)
+        _project(f, projections[n])
         difference = (_sample(y) - _sample(x_next)).add_(f, alpha=self.weights[n])
-        torch.linalg.vector_norm(difference, out=row[3])
+        torch.dot(f, f, out=squares[n])
+        torch.dot(difference, difference, out=errors[n])
 
     def blocks_of(self, n: int) -> str:
         last = n + self.blocks_per_step - 1
@@ -88,7 +92,7 @@ def changes(first: Sequence[Sequence[float]], again: Sequence[Sequence[float]]) 
 def _change(first: Sequence[float], again: Sequence[float]) -> float:
     before, now = first[:2], again[:2]
     change = math.dist(before, now) / math.sqrt(2)
-    scale = max(again[2], math.hypot(*before) / math.sqrt(2))
+    scale = max(math.sqrt(again[2]), math.hypot(*before) / math.sqrt(2))
     return change / scale if change else change
 
 
@@ -104,7 +108,7 @@ def explained(again: Sequence[Sequence[float]], weights: Sequence[float], exact:
     """
     found, error = [0.0] * len(again), 0.0
     for n in reversed(range(len(again))):
-        _, _, f, defect = again[n]
+        f, defect = math.sqrt(again[n][2]), math.sqrt(again[n][3])
         if n in exact:
             error = 0.0
             continue
@@ -164,7 +168,7 @@ def _project(f: Tensor, out: Tensor) -> None:
 
 def _sample(x: Tensor) -> Tensor:
     """At most `SAMPLE` values of x, from all over it, as a vector."""
-    return x[_places(x.shape)].reshape(-1)
+    return (x if x.numel() <= SAMPLE else x[_places(x.shape)]).reshape(-1)
 
 
 @lru_cache(maxsize=256)

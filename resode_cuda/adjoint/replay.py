@@ -68,7 +68,7 @@ class Replayed:
     def record(self, run: Callable[[], T]) -> T:
         self.surroundings = Surroundings.now(self.device_types)
         self.attributes = [Attributes(module) for module in self.modules]
-        self.buffers = Buffers(self.modules)
+        self.buffers = Buffers(self.modules, [attributes.tensors for attributes in self.attributes])
 
         def first() -> T:
             turn_caches_off()

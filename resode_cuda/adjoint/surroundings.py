@@ -12,6 +12,8 @@ from torch.nn.utils import parametrize
 
 from .restoration import Slot, put, undo_later
 
+_WITH_FAST_PATH = nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder
+
 
 class Autocast(NamedTuple):
     """The autocast state of a type of device."""
@@ -70,10 +72,7 @@ def turn_caches_off() -> None:
 
 def has_fast_path(modules: Iterable[nn.Module]) -> bool:
     """Whether torch may compute these modules by other kernels where no gradient is asked for."""
-    return any(
-        isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder))
-        for module in modules
-    )
+    return any(isinstance(module, _WITH_FAST_PATH) for module in modules)
 
 
 def turn_fast_path_off() -> None:
