@@ -15,6 +15,7 @@ from .adjoint.block_arguments import Arguments, Call
 from .adjoint.blocks import Auxiliaries, Block
 from .adjoint.buffers import work_on_copies
 from .adjoint.outputs import Outputs, together
+from .adjoint.replay import submodules
 from .adjoint.restoration import restoring, undo_leftovers
 from .calibration import Loss
 from .devices import is_capturing
@@ -72,19 +73,25 @@ class ResidualStack(AdjointModule):
     and grows like exp(L) with the Lipschitz constant L of the flow: watch `drift`.
 
     Under "adjoint" and "checkpoint" a block runs again in the backward pass, under "adjoint" without gradients in the
-    forward pass. Dropout masks, buffers, autocast and train/eval flags are replayed. Limits, all of them the blocks':
+    forward pass. What it sees is as it was: random numbers (torch's, Python's `random`, NumPy's global ones), buffers,
+    autocast, the default dtype, train/eval flags, numbers and strings among its modules' attributes, arguments with
+    their containers. Whether it was the same function is measured (`drift.changes`), and acted on by `on_drift`; under
+    "checkpoint" one step in turn is compared in each pass, and raises `DriftError`. Limits, all of them the blocks':
 
-    - What a block leaves for others (an auxiliary loss kept on the module, activations taken by a hook) has no
-      gradients under "adjoint"; pass it on through the state or use "backprop".
-    - Random numbers of Python, NumPy or a `torch.Generator` of the block's own are not replayed.
-    - Buffers written through `.data` are not seen to be written; write them under `torch.no_grad()`.
-    - `torch.compile` of the stack, or of a model with it, does not see random numbers that a block draws by a function
-      instead of a module, nor buffers that it writes by itself: call such a stack through `torch.compiler.disable`.
-      Drift is not measured in compiled code.
+    - What a block leaves for others (an auxiliary loss kept on the module, states appended to a list, activations taken
+      by a hook) has no gradients under "adjoint", which warns of it where it can: use `auxiliary` or `return_states`.
+    - Random numbers of a generator of the block's own, caches in objects of its own and tensors written through `.data`
+      are not replayed; that they changed is noticed where they change the increment by a tenth or more.
+    - A block must not write its parameters or its tensor arguments, or branch on whether gradients are enabled.
+    - torch's attention does not take its fast path for inference inside a stack, since that is another function.
+    - `torch.compile` traces a stack, or a model with it, where its blocks are torch's own modules, or have run
+      uncompiled in the same mode and neither drew random numbers nor wrote buffers; others run uncompiled inside the
+      compiled model, at first or always. With `fullgraph=True` take one training step uncompiled before. Drift is not
+      measured in compiled code.
     - A CUDA graph may capture training steps of blocks that draw no random numbers; others are refused while it does.
       Replays measure `drift`, and nothing warns of it: read it.
-    - Two threads may train one stack if its blocks draw no random numbers, write no buffers and have no hooks on their
-      parameters.
+    - Two threads may train one stack if its blocks draw no random numbers, write no buffers and attributes, have no
+      hooks on their parameters and hold no attention in eval mode.
 
     Discrete adjoint method: Sander, Ablin and Peyré, NeurIPS 2022, arXiv:2205.14612.
 
@@ -144,6 +151,8 @@ class ResidualStack(AdjointModule):
                 f"ResidualStack: auxiliary must be a function of a list of tensors, got {auxiliary!r}; use sum"
             )
         self.auxiliary = auxiliary
+        # By the training flags of all modules: whether blocks were functions of their arguments when they last ran.
+        self._are_functions: dict[tuple[bool, ...], bool] = {}
 
     def forward(self, x: Tensor, /, *args: Any, **kwargs: Any) -> Any:
         """x_N from x_0.
@@ -206,6 +215,7 @@ class ResidualStack(AdjointModule):
                 self._method, blocks, state, arguments, self._monitor, keep_input=self.keep_input, states=between
             )
             outputs.states.update({0: state, len(self.steps): outputs.last})
+            self._are_functions[self._modes()] = outputs.are_functions
         return self._returned(outputs, x.dtype, None if return_states is None else wanted)
 
     def _returned(self, outputs: Outputs, dtype: torch.dtype, wanted: Sequence[int] | None) -> Any:
@@ -241,7 +251,13 @@ class ResidualStack(AdjointModule):
         autocasts = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
         is_watched = self.keep_input or self._monitor.on_drift in ("raise", "checkpoint")
         wants_eager = autocasts or is_watched or self._recalibration is not None or self.auxiliary is not None
-        return not wants_eager and traced.is_traceable(self.modules())
+        if wants_eager or not traced.is_traceable(self.modules()):
+            return False
+        needs_functions = self.gradient == "adjoint" and torch.is_grad_enabled()
+        return not needs_functions or traced.are_torchs(self.modules()) or self._are_functions.get(self._modes(), False)
+
+    def _modes(self) -> tuple[bool, ...]:
+        return tuple(module.training for module in submodules((self,)))
 
     def _forward_traced(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         blocks, state = self._blocks_for(x), self._state_from(x)

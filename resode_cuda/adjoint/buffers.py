@@ -117,6 +117,10 @@ class Buffers:
         for buffer in self._buffers:
             buffer.evaluated()
 
+    @property
+    def are_written(self) -> bool:
+        return bool(self._new) or any(buffer.is_written for buffer in self._buffers)
+
     def _registered(self) -> list[Slot]:
         known = {(id(buffer.slot.owner), buffer.slot.name) for buffer in self._buffers}
         slots = (slot for module in self._modules for slot in buffer_slots(module))

@@ -65,7 +65,7 @@ def propagate(
     shadows: Sequence[Tensor | None] = (None,) * shadow_count(method)
     generators = Generators(x.device)
     increments = Increments(x, method.step_weights, method.exactly_predicted, method.scheme.blocks_per_step)
-    outputs = Outputs(x, [], {})
+    outputs, are_functions = Outputs(x, [], {}), True
     for n in range(len(method)):
         used = blocks[method.blocks_of(n)]
         calls = [BlockCall(block, x.device, generators) for block in used]
@@ -77,10 +77,11 @@ def propagate(
         tensors = *arguments.tensors, *(parameter.tensor for parameter in evaluation.parameters)
         x, *rest = AdjointStep.apply(step, evaluation, x, *shadows, *tensors)
         shadows = rest[evaluation.auxiliary_count :]
+        are_functions = are_functions and all(call.replayed.is_function for call in calls)
         outputs.auxiliaries.extend(rest[: evaluation.auxiliary_count])
     arguments.release()
     generators.release()
-    return outputs._replace(last=x)
+    return outputs._replace(last=x, are_functions=are_functions)
 
 
 def unsupported(gradient: str, what: str) -> RuntimeError:

@@ -18,6 +18,8 @@ class Outputs(NamedTuple):
     """What each evaluation of a block returned beside its increment, in the order of evaluation."""
     states: dict[int, Tensor]
     """x_n for each number n that was asked for."""
+    are_functions: bool = True
+    """Whether all blocks were functions of their arguments: they drew no random numbers and wrote no buffers."""
 
 
 def together(auxiliaries: Sequence[Tensor]) -> list[Tensor]:

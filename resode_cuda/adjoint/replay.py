@@ -65,6 +65,11 @@ class Replayed:
         self.left_behind: list[str] = []
         """Attributes in which the last re-evaluation left tensors that have gradients; they have been taken off."""
 
+    @property
+    def is_function(self) -> bool:
+        """Whether the block drew no random numbers and wrote no buffers."""
+        return not self.drawn and self.buffers is not None and not self.buffers.are_written
+
     def record(self, run: Callable[[], T]) -> T:
         self.surroundings = Surroundings.now(self.device_types)
         self.attributes = [Attributes(module) for module in self.modules]

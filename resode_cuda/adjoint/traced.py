@@ -31,12 +31,20 @@ def is_traceable(modules: Iterable[nn.Module]) -> bool:
     return not any(_is_changing(module) or module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
+def are_torchs(modules: Iterable[nn.Module]) -> bool:
+    """Whether all modules are of torch's own classes, of which it is known what they draw and write."""
+    return all(type(module).__module__.startswith("torch.nn.") for module in modules)
+
+
 def _is_changing(module: nn.Module) -> bool:
+    if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)):
+        # In eval mode torch computes them otherwise where no gradient is asked for.
+        return not module.training or getattr(module, "dropout", 0) != 0
     if not module.training:
         return False
     if isinstance(module, _DropoutNd):
         return module.p > 0
-    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+    if isinstance(module, nn.RNNBase):
         return module.dropout > 0
     if isinstance(module, (_BatchNorm, _InstanceNorm)):
         return module.track_running_stats
