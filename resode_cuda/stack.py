@@ -254,7 +254,7 @@ class ResidualStack(AdjointModule):
         if wants_eager or not traced.is_traceable(self.modules()):
             return False
         needs_functions = self.gradient == "adjoint" and torch.is_grad_enabled()
-        return not needs_functions or traced.are_torchs(self.modules()) or self._are_functions.get(self._modes(), False)
+        return not needs_functions or traced.are_known(self.modules()) or self._are_functions.get(self._modes(), False)
 
     def _modes(self) -> tuple[bool, ...]:
         return tuple(module.training for module in submodules((self,)))
@@ -404,6 +404,9 @@ class ResidualStack(AdjointModule):
             raise TypeError(
                 f"ResidualStack: x must have a real floating dtype, got {x.dtype}; convert it, or embed it first"
             )
+        if x.is_nested or x.layout != torch.strided:
+            kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+            raise TypeError(f"ResidualStack: x must be a dense tensor, got a {kind} one; pad it, or use x.to_dense()")
         return [Block(module, index, x.dtype, self.auxiliary is not None) for index, module in enumerate(self)]
 
     def _state_from(self, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -201,10 +202,11 @@ def held_parameters(blocks: Sequence[Block]) -> list[HeldParameter]:
     """The blocks' parameters, each once.
 
     Raises:
-        RuntimeError: for a parameter of a lazy module that has not run yet.
+        RuntimeError: for a parameter of a lazy module that has not run yet, or of a module that is sharded by itself.
     """
     found: dict[Tensor, HeldParameter] = {}
     for block in blocks:
+        _refuse_shards(block)
         for module in block.modules:
             for name, parameter in module._parameters.items():
                 if parameter is None:
@@ -217,6 +219,19 @@ def held_parameters(blocks: Sequence[Block]) -> list[HeldParameter]:
                 found.setdefault(parameter, HeldParameter(parameter, [], parameter.dtype, parameter.device))
                 found[parameter].slots.append(Slot(module._parameters, name))
     return list(found.values())
+
+
+def _refuse_shards(block: Block) -> None:
+    """Raise for modules whose hooks put other parameters in the place of their own while they run."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    sharded = tuple(getattr(fsdp, name) for name in ("FSDPModule", "FullyShardedDataParallel") if hasattr(fsdp, name))
+    if any(isinstance(module, sharded) for module in block.modules):
+        raise RuntimeError(
+            f"{block.where} must not be sharded by itself (fully_shard, FullyShardedDataParallel), whose hooks swap its "
+            'parameters while it runs; shard the stack or the whole model, or use gradient="backprop"'
+        )
 
 
 def modified_in_place() -> RuntimeError:

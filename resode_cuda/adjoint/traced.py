@@ -31,9 +31,9 @@ def is_traceable(modules: Iterable[nn.Module]) -> bool:
     return not any(_is_changing(module) or module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
-def are_torchs(modules: Iterable[nn.Module]) -> bool:
-    """Whether all modules are of torch's own classes, of which it is known what they draw and write."""
-    return all(type(module).__module__.startswith("torch.nn.") for module in modules)
+def are_known(modules: Iterable[nn.Module]) -> bool:
+    """Whether all modules are torch's own or this library's, of which it is known what they draw and write."""
+    return all(type(module).__module__.startswith(("torch.nn.", "resode_cuda.")) for module in modules)
 
 
 def _is_changing(module: nn.Module) -> bool:
