@@ -229,8 +229,8 @@ def _refuse_shards(block: Block) -> None:
     sharded = tuple(getattr(fsdp, name) for name in ("FSDPModule", "FullyShardedDataParallel") if hasattr(fsdp, name))
     if any(isinstance(module, sharded) for module in block.modules):
         raise RuntimeError(
-            f"{block.where} must not be sharded by itself (fully_shard, FullyShardedDataParallel), whose hooks swap its "
-            'parameters while it runs; shard the stack or the whole model, or use gradient="backprop"'
+            f"{block.where} must not be sharded by itself (fully_shard, FullyShardedDataParallel), whose hooks swap "
+            'its parameters while it runs; shard the stack or the whole model, or use gradient="backprop"'
         )
 
 

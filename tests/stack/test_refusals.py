@@ -52,17 +52,13 @@ def test_states_must_be_dense(gradient):
     stack = ResidualStack(mlps("euler", 3), gradient=gradient)
     with pytest.raises(TypeError, match="ResidualStack: x must be a dense tensor, got a nested one; pad it"):
         stack(torch.nested.nested_tensor([torch.randn(2, 6), torch.randn(3, 6)], layout=torch.jagged))
-    with pytest.raises(
-        TypeError, match=r"x must be a dense tensor, got a sparse_coo one; pad it, or use x.to_dense\(\)"
-    ):
+    with pytest.raises(TypeError, match=r"x must be a dense tensor, got a sparse_coo one; .* use x.to_dense\(\)"):
         stack(torch.eye(6).to_sparse())
 
 
 def test_torch_func_has_no_backward_pass_of_ours(gradient):
     stack = ResidualStack(mlps("euler", 3), gradient=gradient)
-    with pytest.raises(
-        RuntimeError, match=f'gradient="{gradient}" gives first .* got a torch.func transform; use grad'
-    ):
+    with pytest.raises(RuntimeError, match=f'gradient="{gradient}" gives first .* got a torch.func transform'):
         torch.func.grad(lambda x: stack(x).sum())(torch.randn(3, 6))
 
 
@@ -86,7 +82,7 @@ def test_parameters_must_not_be_converted_in_between(gradient):
     loss = half_square(stack(torch.randn(3, 6)))
     stack.float()
     with pytest.raises(
-        RuntimeError, match="parameters must not be converted, but one of .* from torch.float64 on cpu to"
+        RuntimeError, match=r"parameters must not be converted, but one of .* from torch.float64 on cpu to"
     ):
         loss.backward()
 
@@ -116,6 +112,6 @@ def test_blocks_must_not_be_sharded_by_themselves(gradient):
     stack = ResidualStack([nn.Linear(6, 6) for _ in range(3)], gradient=gradient)
     fully_shard(stack[1])
     with pytest.raises(
-        RuntimeError, match="block 1 must not be sharded by itself .* shard the stack or the whole model"
+        RuntimeError, match=r"block 1 must not be sharded by itself .* shard the stack or the whole model"
     ):
         stack(torch.randn(3, 6))
