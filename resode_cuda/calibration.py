@@ -181,7 +181,7 @@ class _Trial:
 
     def _output_cotangents(self, loss: Loss) -> list[Tensor]:
         with _set(self.stack, EXACT), torch.no_grad():
-            out = self.stack(self.x, *self.args, **self.kwargs)
+            out = self._forward(self.x)
         outputs = [tensor.detach().requires_grad_() for tensor in _as_tuple(out)]
         with _without_effects(), torch.enable_grad():
             value = loss(tuple(outputs) if isinstance(out, tuple) else outputs[0])
@@ -191,6 +191,11 @@ class _Trial:
                 )
             cotangents = torch.autograd.grad(value, outputs, allow_unused=True)
         return [torch.zeros_like(out) if g is None else g for out, g in zip(outputs, cotangents, strict=True)]
+
+    def _forward(self, x: Tensor) -> Any:
+        # In containers of their own, which blocks may change.
+        args, kwargs = pytree.tree_map(lambda leaf: leaf, (self.args, self.kwargs))
+        return self.stack(x, *args, **kwargs)
 
     def run(self, choice: Choice) -> _Outcome:
         return self._as_before(self._run, choice)
@@ -209,7 +214,7 @@ class _Trial:
             counting = torch.nn.modules.module.register_module_forward_pre_hook(count)
             try:
                 begin = _now(x.device)
-                out = _as_tuple(self.stack(x, *self.args, **self.kwargs))
+                out = _as_tuple(self._forward(x))
                 found = torch.autograd.grad(out, self.parameters or [x], self.g, allow_unused=True)
                 seconds = _now(x.device) - begin
             finally:
@@ -247,7 +252,7 @@ class _Trial:
             return tensor.detach()
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            self.stack(x, *self.args, **self.kwargs)
+            self._forward(x)
         return sum(held.values())
 
     def _as_before(self, run: Callable[[Argument], T], argument: Argument) -> T:

@@ -148,7 +148,7 @@ def checked_anchors(where: str, anchors: Anchors, steps: int) -> CheckedAnchors:
     """
     if anchors is None:
         return None
-    if (interval := _integer(anchors)) is not None:
+    if (interval := integer(anchors)) is not None:
         if interval < 1:
             raise ValueError(f"{where}: anchors must be >= 1, got {interval}; use None for no anchors")
         return interval
@@ -156,7 +156,7 @@ def checked_anchors(where: str, anchors: Anchors, steps: int) -> CheckedAnchors:
         raise TypeError(f"{where}: anchors must be an integer, a collection of step numbers or None, got {anchors!r}")
     numbers = set()
     for given in anchors:
-        n = _integer(given)
+        n = integer(given)
         if n is None:
             raise TypeError(f"{where}: anchors must be step numbers, got {given!r}; use integers from 0 to {steps - 1}")
         if not 0 <= n < steps:
@@ -165,7 +165,7 @@ def checked_anchors(where: str, anchors: Anchors, steps: int) -> CheckedAnchors:
     return tuple(sorted(numbers))
 
 
-def _integer(value: object) -> int | None:
+def integer(value: object) -> int | None:
     """An integer of any kind, NumPy's and torch's too, as Python's; None for what is none.
 
     Tensors of one element are collections, and truth values are no numbers.

@@ -21,7 +21,7 @@ from .calibration import Loss
 from .devices import is_capturing
 from .dtypes import DTYPES
 from .export import wants_plain
-from .method import Anchors
+from .method import Anchors, integer
 from .module import AdjointModule, checked_steps
 from .plan import Plan
 from .recalibration import Recalibration
@@ -81,7 +81,7 @@ class ResidualStack(AdjointModule):
     - What a block leaves for others (an auxiliary loss kept on the module, states appended to a list, activations taken
       by a hook) has no gradients under "adjoint", which warns of it where it can: use `auxiliary` or `return_states`.
     - Random numbers of a generator of the block's own, caches in objects of its own and tensors written through `.data`
-      are not replayed; that they changed is noticed where they change the increment by a tenth or more.
+      are not replayed; that they changed is noticed where they change the increment by a twentieth or more.
     - A block must not write its parameters or its tensor arguments, or branch on whether gradients are enabled.
     - torch's attention does not take its fast path for inference inside a stack, since that is another function.
     - `torch.compile` traces a stack, or a model with it, where its blocks are torch's own modules, or have run
@@ -221,29 +221,35 @@ class ResidualStack(AdjointModule):
     def _returned(self, outputs: Outputs, dtype: torch.dtype, wanted: Sequence[int] | None) -> Any:
         found: list[Any] = [outputs.last.to(dtype)]
         if self.auxiliary is not None:
-            found.append(self._reduced(outputs.auxiliaries))
+            found.append(self._reduced(outputs))
         if wanted is not None:
             found.append([outputs.states[n].to(dtype) for n in wanted])
         return found[0] if len(found) == 1 else tuple(found)
 
-    def _reduced(self, auxiliaries: Sequence[Tensor | None]) -> Any:
+    def _reduced(self, outputs: Outputs) -> Any:
         assert self.auxiliary is not None
-        given = [auxiliary for auxiliary in auxiliaries if auxiliary is not None]
+        given = [auxiliary for auxiliary in outputs.auxiliaries if auxiliary is not None]
         if not given:
             raise TypeError(
                 "ResidualStack: with auxiliary set at least one block must return (increment, auxiliary), but none "
                 "did; leave auxiliary out"
             )
-        return self.auxiliary(together(given))
+        return self.auxiliary(together(outputs.last, given))
 
     def _checked_states(self, return_states: Sequence[int] | None) -> list[int]:
-        wanted = [] if return_states is None else list(return_states)
-        for n in wanted:
-            if not isinstance(n, int) or isinstance(n, bool) or not 0 <= n <= len(self.steps):
+        if return_states is None:
+            return []
+        if not isinstance(return_states, Iterable):
+            raise TypeError(f"ResidualStack: return_states must be a list of numbers, got {return_states!r}")
+        wanted = []
+        for given in return_states:
+            n = integer(given)
+            if n is None or not 0 <= n <= len(self.steps):
                 raise ValueError(
-                    f"ResidualStack: return_states must be numbers from 0 to {len(self.steps)}, got {n!r}; x_0 is the "
-                    "input, the last one the output"
+                    f"ResidualStack: return_states must be numbers from 0 to {len(self.steps)}, got {given!r}; x_0 is "
+                    "the input, the last one the output"
                 )
+            wanted.append(n)
         return wanted
 
     def _is_traceable(self) -> bool:

@@ -14,11 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .block_arguments import Versions
 from .restoration import Slot, hide, put, undo_later
 
 _PLAIN = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device}
 _CONTAINERS = {list, dict, set, deque, OrderedDict, defaultdict, Counter}
 _TORCHS_OWN = frozenset(vars(nn.Module())) - {"training"}
+
+LARGEST = 1000
+"""The most entries of a container that is looked into."""
 
 
 class Attributes:
@@ -32,23 +36,37 @@ class Attributes:
         self._module = module
         found = vars(module)
         self._count = len(found)
-        self._plain, self.tensors, containers = _sorted(found)
-        self._contents = [(container, _contents(container)) for container in containers]
-        self._has_containers = bool(containers)
+        self._plain, self.tensors, self._containers = _sorted(found)
+        self._contents = {name: _contents(container) for name, container in self._containers}
+        held = [entry for contents in self._contents.values() for entry in contents if isinstance(entry, Tensor)]
+        self._versions = Versions(held) if held else None
         self._before_replay: dict[str, Any] = {}
+        self._contents_before: dict[str, list[Any]] = {}
 
     def evaluated(self) -> None:
-        """The evaluation has ended: keep the contents of those containers alone that it changed."""
-        if self._contents:
-            self._contents = [(c, before) for c, before in self._contents if not _are_same(before, _contents(c))]
+        """The evaluation has ended: keep the contents of those containers alone that it changed.
+
+        Raises:
+            RuntimeError: if it wrote a tensor in one of them.
+        """
+        if not self._containers:
+            return
+        if self._versions is not None and self._versions.written() is not None:
+            raise RuntimeError(
+                f"ResidualStack: a block must not write a tensor in a container among its attributes, which cannot be "
+                f"run again then, but {type(self._module).__name__} did; register it as a buffer"
+            )
+        self._versions = None
+        changed = [(n, c) for n, c in self._containers if not _are_same(self._contents[n], _contents(c))]
+        self._contents = {name: self._contents[name] for name, _ in changed}
 
     def replay(self) -> None:
         """Make them what they were, until the `restoring` around this ends, which takes off what is new then."""
         found = vars(self._module)
         self._before_replay = found.copy()
         undo_later(_make_equal, found, self._before_replay)
-        if self._has_containers:
-            self._replay_contents(found)
+        if self._containers:
+            self._replay_contents()
         if len(found) == self._count and all(found.get(name) is value for name, value in self._plain.items()):
             return
         plain, _, _ = _sorted(found)
@@ -57,29 +75,36 @@ class Attributes:
         for name in plain.keys() - self._plain.keys():
             hide(Slot(found, name))
 
-    def _replay_contents(self, found: dict[str, Any]) -> None:
-        for container in _sorted(found)[2]:
-            undo_later(_refill, container, _contents(container))
-        for container, before in self._contents:
-            undo_later(_refill, container, _contents(container))
-            _refill(container, before)
+    def _replay_contents(self) -> None:
+        self._contents_before = {name: _contents(container) for name, container in self._containers}
+        for name, container in self._containers:
+            undo_later(_refill, container, self._contents_before[name])
+            if name in self._contents:
+                _refill(container, self._contents[name])
 
     def left_behind(self) -> list[str]:
         """Names of the attributes in which a re-evaluation, not undone yet, has left tensors that have gradients."""
         found, before = vars(self._module), self._before_replay
-        if not self._has_containers and _are_same(list(found.values()), list(before.values())):
-            return []
-        return [
-            f"{type(self._module).__name__}.{name}"
-            for name, value in found.items()
-            if name not in _TORCHS_OWN
-            and _has_gradients(value, before.get(name))
-            and name not in _recomputed(self._module)
-        ]
+        names = [name for name, container in self._containers if self._has_new_gradients(name, container)]
+        if not _are_same(list(found.values()), list(before.values())):
+            recomputed = _recomputed(self._module)
+            names += [
+                name
+                for name, value in found.items()
+                if value is not before.get(name)
+                and name not in _TORCHS_OWN
+                and name not in recomputed
+                and _has_gradient(value)
+            ]
+        return [f"{type(self._module).__name__}.{name}" for name in names]
+
+    def _has_new_gradients(self, name: str, container: Any) -> bool:
+        known = set(map(id, self._contents_before[name]))
+        return any(id(entry) not in known and _has_gradient(entry) for entry in _contents(container))
 
 
-def _sorted(attributes: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[Any]]:
-    """The plain ones among a module's attributes, the names of those that are tensors, and the containers."""
+def _sorted(attributes: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[tuple[str, Any]]]:
+    """The plain ones among a module's attributes, the names of those that are tensors, and the containers by name."""
     plain, tensors, containers = {}, [], []
     for name, value in attributes.items():
         if name in _TORCHS_OWN:
@@ -88,13 +113,25 @@ def _sorted(attributes: dict[str, Any]) -> tuple[dict[str, Any], list[str], list
         if kind in _PLAIN or (kind is tuple and all(type(entry) in _PLAIN for entry in value)):
             plain[name] = value
         elif kind in _CONTAINERS:
-            containers.append(value)
+            containers += _nested(name, value)
         elif isinstance(value, Tensor) and not value.requires_grad:
             tensors.append(name)
     return plain, tensors, containers
 
 
+def _nested(name: str, container: Any) -> list[tuple[str, Any]]:
+    """A container and those in it, unless there are too many entries to look into."""
+    if len(container) > LARGEST:
+        return []
+    found = [(name, container)]
+    for place, entry in enumerate(_contents(container)):
+        if type(entry) in _CONTAINERS:
+            found += _nested(f"{name}[{place}]", entry)
+    return found
+
+
 def _contents(container: Any) -> list[Any]:
+    """Entries, of a dict the keys and then the values."""
     return [*container.keys(), *container.values()] if isinstance(container, dict) else list(container)
 
 
@@ -114,19 +151,15 @@ def _refill(container: Any, contents: list[Any]) -> None:
 
 
 def _make_equal(found: dict[str, Any], before: dict[str, Any]) -> None:
-    if len(found) == len(before) and all(map(operator.is_, found.values(), before.values())):
+    if found.keys() == before.keys() and all(found[name] is value for name, value in before.items()):
         return
     for name in found.keys() - before.keys():
         del found[name]
     found.update(before)
 
 
-def _has_gradients(value: Any, before: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value is not before and value.requires_grad
-    if type(value) in _CONTAINERS:
-        return any(isinstance(entry, Tensor) and entry.grad_fn is not None for entry in _contents(value))
-    return False
+def _has_gradient(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.grad_fn is not None
 
 
 def _recomputed(module: nn.Module) -> set[str]:

@@ -7,12 +7,15 @@ a block writes is an error, since its earlier value is gone.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from .restoration import undo_later
 
 ATOMS = (Tensor, bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
@@ -37,14 +40,27 @@ class Kind(NamedTuple):
     def of(cls, tensor: Tensor) -> Kind:
         return cls(type(tensor), dict(getattr(tensor, "__dict__", {})))
 
+    def replay(self, tensor: Tensor) -> None:
+        """Give the caller's own tensor the attributes that it had, until the `restoring` around this ends."""
+        found = getattr(tensor, "__dict__", None)
+        if found is not None and found != self.attributes:
+            undo_later(_make_equal, found, dict(found))
+            _make_equal(found, self.attributes)
+
     def given_to(self, tensor: Tensor) -> Tensor:
-        """The tensor, which gets them."""
+        """The alias, which gets them."""
         if type(tensor) is not self.type:
             tensor.__class__ = self.type
         for name, value in self.attributes.items():
             if name not in vars(tensor):
                 setattr(tensor, name, value)
         return tensor
+
+
+def _make_equal(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name in found.keys() - wanted.keys():
+        del found[name]
+    found.update(wanted)
 
 
 class Given(NamedTuple):
@@ -96,7 +112,7 @@ class Arguments:
     def refuse_iterators(self) -> None:
         """Raise if one of the arguments, of which every block sees the next entry, can't be gone through again."""
         for path, leaf in pytree.tree_flatten_with_path(tuple(self.call or ()))[0]:
-            if isinstance(leaf, Iterator):
+            if isinstance(leaf, Iterator) and not isinstance(leaf, io.IOBase):
                 raise TypeError(
                     f"ResidualStack: {_name(path)} must not be an iterator, which cannot be gone through again, got "
                     f'{type(leaf).__name__}; pass a list, or use gradient="backprop"'

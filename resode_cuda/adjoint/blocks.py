@@ -81,9 +81,14 @@ class Block:
         if not isinstance(out, tuple):
             auxiliaries.append(None)
             return out
+        if len(out) == 2 and out[1] is None:
+            auxiliaries.append(None)
+            return out[0]
         if len(out) != 2 or not (isinstance(out[1], Tensor) and out[1].is_floating_point()):
             shown = tuple(type(entry).__name__ for entry in out)
-            raise TypeError(f"{self.where} must return (increment, auxiliary), two floating tensors, got {shown}")
+            raise TypeError(
+                f"{self.where} must return (increment, auxiliary), floating tensors or None for the second, got {shown}"
+            )
         auxiliaries.append(out[1])
         return out[0]
 

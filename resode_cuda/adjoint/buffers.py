@@ -17,7 +17,8 @@ from .restoration import Slot, hide, put
 _NORMS = {_BatchNorm.forward, SyncBatchNorm.forward, _InstanceNorm.forward}
 
 STATISTICS = 2**14
-"""The largest number of elements of a floating buffer that may hold statistics which torch's kernels write."""
+"""The largest number of values of a floating buffer that counts as written on a GPU, where it may hold statistics that
+torch's kernels write, and of a tensor among the attributes whose value is kept."""
 
 
 def buffer_slots(module: nn.Module) -> list[Slot]:
@@ -39,7 +40,7 @@ class _Buffer:
     was_training: bool
     tensor: Tensor | None
     version: int
-    copy: Tensor | None
+    copy: Tensor | None = None
     """Its value; after the evaluation None where the module only wrote it, or did not write it."""
     is_written: bool = False
 
@@ -49,13 +50,19 @@ class _Buffer:
         return self.slot.get() is not self.tensor
 
     @property
-    def is_attribute(self) -> bool:
-        return self.slot.owner is vars(self.module)
+    def is_large_attribute(self) -> bool:
+        is_attribute = self.slot.owner is vars(self.module)
+        return is_attribute and self.tensor is not None and self.tensor.numel() > STATISTICS
 
     def evaluated(self) -> None:
         is_norm = type(self.module).forward in _NORMS
         is_write_only = is_norm and self.was_training and self.module.training
         self.is_written = is_write_only or self._is_changed(is_norm)
+        if self.is_written and self.is_large_attribute:
+            raise RuntimeError(
+                f"ResidualStack: a block must not write a tensor of more than {STATISTICS} values among its "
+                f"attributes, of which no copy is kept, but it wrote {self.slot.name!r}; register it as a buffer"
+            )
         if is_write_only or not self.is_written:
             self.copy = None
 
@@ -67,10 +74,12 @@ class _Buffer:
         """
         if self.is_rebound:
             return True
-        if self.tensor is None or self.copy is None:
+        if self.tensor is None:
             return False
         if _version(self.tensor) != self.version:
             return True
+        if self.copy is None or not _is_plain(self.tensor):
+            return False
         if self.tensor.device.type == "cpu":
             return not torch.equal(self.tensor, self.copy)
         return self.tensor.is_floating_point() and self.tensor.numel() <= STATISTICS and not is_norm
@@ -97,11 +106,12 @@ class Buffers:
         for module, names in zip(modules, attributes, strict=True):
             slots += [(slot, module) for slot in buffer_slots(module)]
             slots += [(Slot(vars(module), name), module) for name in names]
-        tensors = [slot.get() for slot, _ in slots]
         self._buffers = [
-            _Buffer(slot, module, module.training, tensor, _version(tensor), copy)
-            for (slot, module), tensor, copy in zip(slots, tensors, _copies(tensors), strict=True)
+            _Buffer(slot, module, module.training, slot.get(), _version(slot.get())) for slot, module in slots
         ]
+        copied = [buffer for buffer in self._buffers if not buffer.is_large_attribute]
+        for buffer, copy in zip(copied, _copies([buffer.tensor for buffer in copied]), strict=True):
+            buffer.copy = copy
         self._count = sum(len(module._buffers) for module in modules)
         self._new: list[Slot] = []
         """Slots of buffers that the evaluation registered."""
@@ -113,7 +123,7 @@ class Buffers:
         if not self._buffers:
             return
         # An attribute that keeps what was computed last may have kept something large before, which is seldom read.
-        self._buffers = [buffer for buffer in self._buffers if not (buffer.is_attribute and buffer.is_rebound)]
+        self._buffers = [buffer for buffer in self._buffers if not (buffer.is_large_attribute and buffer.is_rebound)]
         for buffer in self._buffers:
             buffer.evaluated()
 
@@ -154,24 +164,31 @@ def _version(tensor: Tensor | None) -> int:
 
 def _copies(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Copies, of which those share memory whose originals do."""
-    if not tensors:
-        return []
-    plain = [tensor for tensor in tensors if tensor is not None and _is_plain(tensor)]
-    storages = Counter(tensor.untyped_storage().data_ptr() for tensor in plain)
-    memory: dict[int, torch.UntypedStorage] = {}
+    shared = _shared_memory(tensors)
+    copied: dict[int, torch.UntypedStorage] = {}
     found: list[Tensor | None] = []
     for tensor in tensors:
-        if tensor is None or not _is_plain(tensor) or storages[tensor.untyped_storage().data_ptr()] == 1:
+        if tensor is None or not _is_plain(tensor) or tensor.untyped_storage().data_ptr() not in shared:
             found.append(None if tensor is None else tensor.clone())
             continue
-        storage = tensor.untyped_storage()
-        address = storage.data_ptr()
-        if address not in memory:
-            memory[address] = storage.clone()
-        alias = tensor.new_empty(0)
-        found.append(alias.set_(memory[address], tensor.storage_offset(), tensor.shape, tensor.stride()))
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in copied:
+            copied[memory.data_ptr()] = memory.clone()
+        copy = copied[memory.data_ptr()]
+        found.append(tensor.new_empty(0).set_(copy, tensor.storage_offset(), tensor.shape, tensor.stride()))
     return found
 
 
+def _shared_memory(tensors: Sequence[Tensor | None]) -> set[int]:
+    """The addresses of memory that several of the tensors use, or one of them more than once for different values."""
+    plain = [tensor for tensor in tensors if tensor is not None and _is_plain(tensor)]
+    if not plain:
+        return set()
+    users = Counter(tensor.untyped_storage().data_ptr() for tensor in plain)
+    expanded = {t.untyped_storage().data_ptr() for t in plain if t.numel() * t.itemsize > t.untyped_storage().nbytes()}
+    return expanded | {address for address, count in users.items() if count > 1}
+
+
 def _is_plain(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and type(tensor) in (Tensor, nn.Buffer)
+    """Whether it has memory of the usual kind, which can be copied and compared."""
+    return not tensor.is_nested and tensor.layout == torch.strided and type(tensor) in (Tensor, nn.Buffer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,9 +19,6 @@ from .outputs import Outputs
 from .reevaluation import projections
 from .restoration import put, restoring, undo_later
 
-_passes = itertools.count()
-"""Numbers forward passes, so that each step has its turn to be compared."""
-
 
 def propagate(
     method: Method, blocks: Sequence[Block], x: Tensor, arguments: Arguments, monitor: DriftMonitor
@@ -35,7 +31,7 @@ def propagate(
     arguments.refuse_iterators()
     generators = Generators(x.device)
     outputs = Outputs(x, [], {0: x})
-    compared = next(_passes) % len(method)
+    compared = next(monitor.passes) % len(method)
     for n in range(len(method)):
         calls = [BlockCall(block, x.device, generators) for block in blocks[method.blocks_of(n)]]
         step = _Step(method, n, calls, arguments, monitor if n == compared else None)
@@ -100,4 +96,4 @@ class _Step:
         if self.numbers is None:
             self.numbers = numbers
         else:
-            monitor.check_recomputed(self.calls[0].block.index, self.numbers, numbers, stages.k1.dtype)
+            monitor.check_recomputed(self.calls[0].block.index, self.numbers, numbers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,7 +15,14 @@ from torch._C._functorch import is_legacy_batchedtensor
 
 from ..devices import is_capturing
 from ..squares import square_dtype, squared_norm
-from .reevaluation import Increments, change_unexplained, changed_in_between, changes, not_recomputed
+from .reevaluation import (
+    ROUNDING,
+    Increments,
+    change_unexplained,
+    changed_in_between,
+    changes,
+    not_recomputed,
+)
 
 ON_DRIFT = ("ignore", "warn", "raise", "checkpoint")
 MAX_DRIFT = 0.05
@@ -23,7 +31,7 @@ MAX_DRIFT = 0.05
 
 class DriftError(RuntimeError):
     """A defect above `max_drift`, a state that is not finite, or a block that became another function between forward
-    and backward pass, in a stack with `on_drift="raise"`."""
+    and backward pass, in a stack with `on_drift="raise"`; the last also with `gradient="checkpoint"`."""
 
 
 class Drift(NamedTuple):
@@ -70,6 +78,8 @@ class DriftMonitor:
         self.gradient_error_per_defect: float | None = None
         self.fallback_requested = False
         """Whether on_drift="checkpoint" has found reason to."""
+        self.passes = itertools.count()
+        """Numbers the forward passes under "checkpoint", so that each step has its turn to be compared."""
         self._steps = steps
         # [steps + 1, 2]: |y - x_n|^2, |x_n|^2, and at the end the same of the input.
         self._squares: Tensor | None = None
@@ -104,19 +114,15 @@ class DriftMonitor:
         self._increments = increments
         self._unchecked = increments is not None
 
-    def check_recomputed(self, index: int, first: Tensor, again: Tensor, dtype: torch.dtype) -> None:
+    def check_recomputed(self, index: int, first: Tensor, again: Tensor) -> None:
         """Raise if block `index`, recomputed at the same x, is another function by these numbers, shape [2] each.
 
         On a GPU the numbers are looked at in a later forward pass.
-
-        Args:
-            dtype: of the block's output, whose rounding may differ.
         """
-        tolerance = max(1e-4, 4 * torch.finfo(dtype).eps)
 
         def judge(first: Tensor, again: Tensor) -> None:
             change = math.dist(first.tolist(), again.tolist()) / max(first.norm().item(), again.norm().item(), 1e-300)
-            if change > tolerance:
+            if change > ROUNDING and self.on_drift != "ignore":
                 raise DriftError(f"{self._where}: block {index} {not_recomputed(change)}")
 
         if first.device.type == "cpu":
@@ -240,7 +246,7 @@ class DriftMonitor:
         factor = self.gradient_error_per_defect
         changed = replayed = None
         increments = self._increments
-        if increments is not None and increments.again is not None:
+        if increments is not None and increments.again is not None and not increments.first.is_meta:
             first, again = increments.first.tolist(), increments.again.tolist()
             changed = defects.new_tensor(changes(first, again))
             replayed = torch.tensor(

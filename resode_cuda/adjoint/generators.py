@@ -51,6 +51,12 @@ class Generators:
             self._all.append(_NumPy())
         self._states = [generator.state() for generator in self._all]
 
+    def restore_torchs(self) -> None:
+        """Undo what blocks draw of torch's own when the `restoring` around this ends, also where they seed it."""
+        for generator in self._all:
+            if not isinstance(generator, (_Python, _NumPy)):
+                undo_later(_restore, generator, generator.state())
+
     def restore_later(self) -> None:
         """Give them the states of the beginning when the `restoring` around this ends."""
         for generator, state in zip(self._all, self._states, strict=True):
@@ -69,6 +75,11 @@ class Generators:
                 drawn.append((generator, before))
                 self._states[place] = generator.state()
         return drawn
+
+
+def _restore(generator: Generator, state: Any) -> None:
+    if not generator.has_state(state):
+        generator.set_state(state)
 
 
 class _Cpu:

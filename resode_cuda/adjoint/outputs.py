@@ -22,24 +22,27 @@ class Outputs(NamedTuple):
     """Whether all blocks were functions of their arguments: they drew no random numbers and wrote no buffers."""
 
 
-def together(auxiliaries: Sequence[Tensor]) -> list[Tensor]:
-    """The same tensors, of which none has a gradient without the others: a way back starts at the last one's step."""
-    return list(_Together.apply(*auxiliaries))
+def together(last: Tensor, auxiliaries: Sequence[Tensor]) -> list[Tensor]:
+    """The auxiliaries, of which none has a gradient without x_N: a way back starts at the last step."""
+    return list(_Together.apply(last, *auxiliaries))
 
 
 class _Together(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
+    def forward(last: Tensor, *auxiliaries: Tensor) -> tuple[Tensor, ...]:
+        return tuple(auxiliary.clone() for auxiliary in auxiliaries)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
+        ctx.last = inputs[0].shape, inputs[0].dtype
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, ...]:
-        return cotangents  # zeros for those that are missing
+        shape, dtype = ctx.last
+        return cotangents[0].new_zeros(shape, dtype=dtype), *cotangents  # zeros for those that are missing
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> tuple[Tensor, ...]:
-        return tangents
+        return tangents[1:]

@@ -94,6 +94,7 @@ class Replayed:
 
         def repeated() -> T:
             turn_caches_off()
+            self.generators.restore_torchs()
             self.drawn.replay()
             surroundings.replay()
             for attributes in self.attributes:

@@ -19,14 +19,14 @@ T = TypeVar("T")
 _MISSING = object()
 
 
-class _Undone(threading.local):
+class _Pending(threading.local):
     """The actions that undo this thread's changes, oldest first."""
 
     def __init__(self) -> None:
         self.actions: list[Callable[[], object]] = []
 
 
-_changes = _Undone()
+_changes = _Pending()
 
 
 class Slot(NamedTuple):

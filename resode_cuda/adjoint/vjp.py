@@ -19,10 +19,14 @@ def argument_leaves(tensors: Sequence[Tensor], kinds: Sequence[Kind], needs: Seq
 
     A tensor that has no gradient serves as it is; others are cut off from their graph.
     """
-    return [
-        kind.given_to(tensor.detach().requires_grad_(need) if tensor.requires_grad else tensor)
-        for tensor, kind, need in zip(tensors, kinds, needs, strict=True)
-    ]
+    found = []
+    for tensor, kind, need in zip(tensors, kinds, needs, strict=True):
+        if tensor.requires_grad:
+            tensor = kind.given_to(tensor.detach().requires_grad_(need))
+        else:
+            kind.replay(tensor)
+        found.append(tensor)
+    return found
 
 
 def parameter_leaves(held: Sequence[HeldParameter], tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
