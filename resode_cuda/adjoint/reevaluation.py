@@ -143,10 +143,14 @@ CAUSES = (
 )
 
 
+def _percent(change: float) -> str:
+    return f"{change:.0%}" if change >= 0.1 else f"{100 * change:.2g}%"
+
+
 def changed_in_between(change: float) -> str:
     """What is told of blocks whose increment changed that much between forward and backward pass."""
     return (
-        f"changed its increment by {100 * change:.2g}% between forward and backward pass, more than the error of the "
+        f"changed its increment by {_percent(change)} between forward and backward pass, more than the error of the "
         "reconstruction explains, and the gradient is as far off: it is another function by now, or it is so steep "
         f"that another state was rebuilt, which resode_cuda.calibrate helps; {CAUSES}"
     )
@@ -155,7 +159,7 @@ def changed_in_between(change: float) -> str:
 def not_recomputed(change: float) -> str:
     """What is told of a block that was recomputed at the same state."""
     return (
-        f"changed its increment by {100 * change:.2g}% between forward and backward pass, at the same state, and the "
+        f"changed its increment by {_percent(change)} between forward and backward pass, at the same state, and the "
         f"gradient is as far off: it is another function by now; {CAUSES}"
     )
 
