@@ -84,6 +84,8 @@ class _Step:
         else:
             # Hooks that a block registers on its input stand on the state already.
             x = x.detach().requires_grad_(x.requires_grad)
+            for tensor, kind in zip(self.tensors, self.arguments.kinds, strict=True):
+                kind.replay(tensor)
             functions = [call.again(self.tensors, auxiliaries) for call in self.calls]
         stages = self.scheme.stages(functions, x, self.h)
         if self.monitor is not None:
