@@ -67,7 +67,7 @@ class Attributes:
         undo_later(_make_equal, found, self._before_replay)
         if self._containers:
             self._replay_contents()
-        if len(found) == self._count and all(found.get(name) is value for name, value in self._plain.items()):
+        if len(found) == self._count and all(map(operator.is_, map(found.get, self._plain), self._plain.values())):
             return
         plain, _, _ = _sorted(found)
         changed = {name: value for name, value in self._plain.items() if name not in plain or plain[name] != value}
@@ -86,7 +86,7 @@ class Attributes:
         """Names of the attributes in which a re-evaluation, not undone yet, has left tensors that have gradients."""
         found, before = vars(self._module), self._before_replay
         names = [name for name, container in self._containers if self._has_new_gradients(name, container)]
-        if not _are_same(list(found.values()), list(before.values())):
+        if len(found) != len(before) or not all(map(operator.is_, found.values(), before.values())):
             recomputed = _recomputed(self._module)
             names += [
                 name
@@ -151,7 +151,7 @@ def _refill(container: Any, contents: list[Any]) -> None:
 
 
 def _make_equal(found: dict[str, Any], before: dict[str, Any]) -> None:
-    if found.keys() == before.keys() and all(found[name] is value for name, value in before.items()):
+    if list(found) == list(before) and all(map(operator.is_, found.values(), before.values())):
         return
     for name in found.keys() - before.keys():
         del found[name]
