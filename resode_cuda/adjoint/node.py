@@ -217,8 +217,9 @@ def _backward(
     anchor = start if step.is_anchored else None
 
     count = evaluation.arguments.count
-    used = argument_leaves(tensors[:count], evaluation.arguments.kinds, needs_tensors[:count])
-    used += parameter_leaves(evaluation.parameters, tensors[count:], needs_tensors[count:])
+    parameters = parameter_leaves(evaluation.parameters, tensors[count:], needs_tensors[count:])
+    leaf_of = dict(zip(map(id, tensors[count:]), parameters, strict=True))
+    used = argument_leaves(tensors[:count], evaluation.arguments.kinds, needs_tensors[:count], leaf_of) + parameters
     auxiliaries: Auxiliaries = []
     functions = evaluation.again(used[:count], auxiliaries)
     y = anchor if anchor is not None else step.predict(functions, trajectory)
