@@ -20,7 +20,6 @@ pytestmark = [
 
 MODES = {
     "adjoint": {"reverse": EXACT},
-    "paper": {"reverse": "paper", "anchors": 1},
     "extrapolated": {"reverse": "extrapolated", "anchors": 1},
     "checkpoint": {"gradient": "checkpoint"},
 }
@@ -193,7 +192,7 @@ class Constrained(nn.Module):
         return self.body(x) * self.weight
 
 
-@pytest.mark.parametrize("mode", ["adjoint", "paper", "checkpoint"])
+@every_mode
 def test_a_parameter_that_its_block_writes_is_an_error_with_its_name(scheme, mode):
     blocks, x = [mlp() for _ in range(block_count(scheme, STEPS))], torch.randn(5, 6)
     blocks[2] = Constrained()
