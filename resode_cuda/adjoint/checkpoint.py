@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..method import Method
-from ..schemes import Stages
+from ..schemes import BlockFunction, Stages
 from .block_arguments import Arguments, Versions
 from .blocks import Auxiliaries, Block, BlockCall, held_parameters, modified_in_place
 from .drift import DriftMonitor
@@ -88,9 +88,9 @@ class _Step:
         else:
             # Hooks that a block registers on its input stand on the state already.
             x = x.detach().requires_grad_(x.requires_grad)
-            functions = [call.again(self.tensors, auxiliaries) for call in self.calls]
+            functions = [_again(call, self.tensors, auxiliaries) for call in self.calls]
         stages = self.scheme.stages(functions, x, self.h)
-        if self.monitor is not None:
+        if self.monitor is not None and (is_first or self.numbers is not None):
             with torch.no_grad():
                 self._compare(stages, x, self.monitor)
         return self.scheme.add(x, stages, self.h), *auxiliaries
@@ -101,3 +101,15 @@ class _Step:
             self.numbers = numbers
         else:
             monitor.check_recomputed(self.calls[0].block.index, self.numbers, numbers, stages.k1.dtype)
+
+
+def _again(call: BlockCall, tensors: Sequence[Tensor], auxiliaries: Auxiliaries) -> BlockFunction:
+    """The block run again.
+
+    Where a block differentiates inside, the step runs again before it has ended: later blocks have not run yet.
+    """
+    return _itself if call.given is None else call.again(tensors, auxiliaries)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
