@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -201,11 +202,17 @@ def held_parameters(blocks: Sequence[Block]) -> list[HeldParameter]:
     """The blocks' parameters, each once.
 
     Raises:
-        RuntimeError: for a parameter of a lazy module that has not run yet.
+        RuntimeError: for a parameter of a lazy module that has not run yet, or of a module that holds others while it
+            runs.
     """
     found: dict[Tensor, HeldParameter] = {}
     for block in blocks:
         for module in block.modules:
+            if _is_sharded(module):
+                raise RuntimeError(
+                    f"ResidualStack: block {block.index} must hold the same parameters at all times, but fully_shard "
+                    'gives it others while it runs; apply fully_shard to the whole stack, or use gradient="backprop"'
+                )
             for name, parameter in module._parameters.items():
                 if parameter is None:
                     continue
@@ -217,6 +224,12 @@ def held_parameters(blocks: Sequence[Block]) -> list[HeldParameter]:
                 found.setdefault(parameter, HeldParameter(parameter, [], parameter.dtype, parameter.device))
                 found[parameter].slots.append(Slot(module._parameters, name))
     return list(found.values())
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether torch's `fully_shard` was applied to the module itself."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return isinstance(module, getattr(fsdp, "FSDPModule", ()))
 
 
 def modified_in_place() -> RuntimeError:
