@@ -14,7 +14,7 @@ from .adjoint import checkpoint, node, traced
 from .adjoint.block_arguments import Arguments, Call
 from .adjoint.blocks import Auxiliaries, Block
 from .adjoint.buffers import work_on_copies
-from .adjoint.outputs import Outputs, together
+from .adjoint.outputs import Outputs
 from .adjoint.replay import submodules
 from .adjoint.restoration import restoring, undo_leftovers
 from .calibration import Loss
@@ -234,7 +234,7 @@ class ResidualStack(AdjointModule):
                 "ResidualStack: with auxiliary set at least one block must return (increment, auxiliary), but none "
                 "did; leave auxiliary out"
             )
-        return self.auxiliary(together(outputs.last, given))
+        return self.auxiliary(given)
 
     def _checked_states(self, return_states: Sequence[int] | None) -> list[int]:
         if return_states is None:

@@ -95,7 +95,7 @@ class Block:
     def _check(self, given: Tensor, version: int | None, out: Any) -> None:
         where = self.where
         if not isinstance(out, Tensor):
-            hint = "" if self.has_auxiliary else ', or let the stack add up auxiliaries with auxiliary="sum"'
+            hint = "" if self.has_auxiliary else ", or let the stack add up auxiliaries with auxiliary=sum"
             raise TypeError(
                 f"{where} must return one tensor, got {type(out).__name__}; wrap it to return that tensor{hint}"
             )

@@ -42,7 +42,8 @@ class _Buffer:
     version: int
     copy: Tensor | None = None
     """Its value; after the evaluation None where the module only wrote it, or did not write it."""
-    is_written: bool = False
+    is_written: bool = True
+    """Whether the evaluation may have written it; until it has ended it may."""
 
     @property
     def is_rebound(self) -> bool:

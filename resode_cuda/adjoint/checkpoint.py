@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..method import Method
-from ..schemes import Stages
+from ..schemes import BlockFunction, Stages
 from .block_arguments import Arguments, Versions
 from .blocks import Auxiliaries, Block, BlockCall, held_parameters, modified_in_place
 from .drift import DriftMonitor
@@ -86,9 +86,9 @@ class _Step:
             x = x.detach().requires_grad_(x.requires_grad)
             for tensor, kind in zip(self.tensors, self.arguments.kinds, strict=True):
                 kind.replay(tensor)
-            functions = [call.again(self.tensors, auxiliaries) for call in self.calls]
+            functions = [_again(call, self.tensors, auxiliaries) for call in self.calls]
         stages = self.scheme.stages(functions, x, self.h)
-        if self.monitor is not None:
+        if self.monitor is not None and (is_first or self.numbers is not None):
             with torch.no_grad():
                 self._compare(stages, x, self.monitor)
         return self.scheme.add(x, stages, self.h), *auxiliaries
@@ -99,3 +99,15 @@ class _Step:
             self.numbers = numbers
         else:
             monitor.check_recomputed(self.calls[0].block.index, self.numbers, numbers)
+
+
+def _again(call: BlockCall, tensors: Sequence[Tensor], auxiliaries: Auxiliaries) -> BlockFunction:
+    """The block run again.
+
+    Where a block differentiates inside, the step runs again before it has ended: later blocks have not run yet.
+    """
+    return _itself if call.given is None else call.again(tensors, auxiliaries)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x

@@ -68,13 +68,18 @@ class Generators:
 
     def drawn_since_last(self) -> Drawn:
         """What was drawn from since this was last asked, or since the pass began."""
-        drawn = Drawn()
-        for place, generator in enumerate(self._all):
-            before = self._states[place]
-            if not generator.has_state(before):
-                drawn.append((generator, before))
-                self._states[place] = generator.state()
+        drawn = self.drawn_so_far()
+        for generator, _ in drawn:
+            self._states[self._all.index(generator)] = generator.state()
         return drawn
+
+    def drawn_so_far(self) -> Drawn:
+        """The same, by a block that is still running."""
+        return Drawn(
+            (generator, before)
+            for generator, before in zip(self._all, self._states, strict=True)
+            if not generator.has_state(before)
+        )
 
 
 def _restore(generator: Generator, state: Any) -> None:
@@ -131,30 +136,29 @@ class _NumPy:
 
     _BYTES = 624 * 4 + 4  # the words, and the place in them
 
-    _last: tuple[bytes, Any] | None = None
-    """The last state without such a number, and its bits."""
+    _last: tuple[Any, bytes | None] | None = None
+    """The last state that was asked for: while the bits are the same, so is the rest."""
 
     def __init__(self) -> None:
         self._random = sys.modules["numpy"].random
-        self._seen: bytes | None = None
 
-    def state(self) -> Any:
+    def state(self) -> tuple[Any, bytes | None]:
         bits, last = self._bits(), _NumPy._last
-        if last is not None and bits == last[0]:
-            self._seen = bits
-            return last[1]
-        state = self._random.get_state(legacy=False)
-        self._seen = None if state["has_gauss"] else bits
-        _NumPy._last = None if self._seen is None else (self._seen, state)
+        if last is not None and bits is not None and bits == last[1]:
+            return last
+        whole = self._random.get_state(legacy=False)
+        state = whole, None if whole["has_gauss"] else bits
+        _NumPy._last = state
         return state
 
-    def set_state(self, state: Any) -> None:
-        self._random.set_state(state)
+    def set_state(self, state: tuple[Any, bytes | None]) -> None:
+        self._random.set_state(state[0])
 
-    def has_state(self, state: Any) -> bool:
-        if self._seen is not None:
-            return self._bits() == self._seen
-        return pickle.dumps(self._random.get_state(legacy=False)) == pickle.dumps(state)
+    def has_state(self, state: tuple[Any, bytes | None]) -> bool:
+        whole, bits = state
+        if bits is not None:
+            return self._bits() == bits
+        return pickle.dumps(self._random.get_state(legacy=False)) == pickle.dumps(whole)
 
     def _bits(self) -> bytes | None:
         if not hasattr(self._random, "get_bit_generator"):

@@ -25,7 +25,7 @@ from .block_arguments import Arguments
 from .blocks import Auxiliaries, Block, BlockCall, HeldParameter, held_parameters, modified_in_place
 from .drift import DriftMonitor
 from .generators import Generators
-from .outputs import Outputs
+from .outputs import Outputs, together
 from .reevaluation import Increments
 from .restoration import restoring
 from .step import (
@@ -81,7 +81,7 @@ def propagate(
         outputs.auxiliaries.extend(rest[: evaluation.auxiliary_count])
     arguments.release()
     generators.release()
-    return outputs._replace(last=x, are_functions=are_functions)
+    return together(outputs._replace(last=x, are_functions=are_functions))
 
 
 def unsupported(gradient: str, what: str) -> RuntimeError:
@@ -149,7 +149,7 @@ class AdjointStep(torch.autograd.Function):
             raise unsupported("adjoint", "a double backward (create_graph=True)")
         count = ctx.evaluation.auxiliary_count
         auxiliary_cotangents, cotangents = cotangents[:count], cotangents[count:]
-        if g is None and all(cotangent is None for cotangent in auxiliary_cotangents):
+        if g is None:
             return (None,) * len(ctx.needs_input_grad)
         return restoring(lambda: _backward(ctx, g, auxiliary_cotangents, cotangents))
 
@@ -196,17 +196,13 @@ class ReturnedState(torch.autograd.Function):
 
 
 def _backward(
-    ctx: Any, g: Tensor | None, auxiliary_cotangents: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
+    ctx: Any, g: Tensor, auxiliary_cotangents: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
 ) -> Any:
     step: Step = ctx.step
     evaluation: Evaluation = ctx.evaluation
     needs_x, needs_state = ctx.needs_input_grad[2:4]
     needs_tensors = ctx.needs_input_grad[3 + step.shadow_count :]
     tensors, of_last, start = _saved_tensors(ctx, len(needs_tensors))
-    if g is None:  # what blocks returned beside their increments has a gradient, and nothing after it
-        x_next = of_last[0] if step.is_last else cotangents[0]
-        assert x_next is not None
-        g = torch.zeros_like(x_next)
     trajectory = trajectory_at_the_end(step, of_last) if step.is_last else trajectory_from(cotangents, g)
     monitor = None if _is_batched(g) else evaluation.monitor
     gamma = g
@@ -218,8 +214,9 @@ def _backward(
     anchor = start if step.is_anchored else None
 
     count = evaluation.arguments.count
-    used = argument_leaves(tensors[:count], evaluation.arguments.kinds, needs_tensors[:count])
-    used += parameter_leaves(evaluation.parameters, tensors[count:], needs_tensors[count:])
+    parameters = parameter_leaves(evaluation.parameters, tensors[count:], needs_tensors[count:])
+    leaf_of = dict(zip(map(id, tensors[count:]), parameters, strict=True))
+    used = argument_leaves(tensors[:count], evaluation.arguments.kinds, needs_tensors[:count], leaf_of) + parameters
     auxiliaries: Auxiliaries = []
     functions = evaluation.again(used[:count], auxiliaries)
     y = anchor if anchor is not None else step.predict(functions, trajectory)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,27 +21,29 @@ class Outputs(NamedTuple):
     """Whether all blocks were functions of their arguments: they drew no random numbers and wrote no buffers."""
 
 
-def together(last: Tensor, auxiliaries: Sequence[Tensor]) -> list[Tensor]:
-    """The auxiliaries, of which none has a gradient without x_N: a way back starts at the last step."""
-    return list(_Together.apply(last, *auxiliaries))
+def together(outputs: Outputs) -> Outputs:
+    """The same tensors, of which no auxiliary has a gradient without x_N: the way back starts at the last step."""
+    places = [place for place, auxiliary in enumerate(outputs.auxiliaries) if auxiliary is not None]
+    if not places:
+        return outputs
+    auxiliaries = list(outputs.auxiliaries)
+    last, *given = _Together.apply(outputs.last, *(auxiliaries[place] for place in places))
+    for place, auxiliary in zip(places, given, strict=True):
+        auxiliaries[place] = auxiliary
+    return outputs._replace(last=last, auxiliaries=auxiliaries)
 
 
 class _Together(torch.autograd.Function):
-    generate_vmap_rule = True
+    @staticmethod
+    def forward(ctx: Any, last: Tensor, *auxiliaries: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.shape, ctx.dtype = last.shape, last.dtype
+        return tuple(tensor.detach() for tensor in (last, *auxiliaries))
 
     @staticmethod
-    def forward(last: Tensor, *auxiliaries: Tensor) -> tuple[Tensor, ...]:
-        return tuple(auxiliary.clone() for auxiliary in auxiliaries)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.last = inputs[0].shape, inputs[0].dtype
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, ...]:
-        shape, dtype = ctx.last
-        return cotangents[0].new_zeros(shape, dtype=dtype), *cotangents  # zeros for those that are missing
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> tuple[Tensor, ...]:
-        return tangents[1:]
+    def backward(ctx: Any, g: Tensor | None, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            # Made from a cotangent, which may be one of a batch of them.
+            like = next(cotangent for cotangent in cotangents if cotangent is not None)
+            g = like.new_zeros(ctx.shape, dtype=ctx.dtype)
+        return g, *cotangents

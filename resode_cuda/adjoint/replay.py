@@ -60,7 +60,8 @@ class Replayed:
         self.device_types = sorted({device.type, "cpu"} - {"meta"})
         self.surroundings: Surroundings | None = None
         self.attributes: list[Attributes] = []
-        self.drawn = Drawn()
+        self.drawn: Drawn | None = None
+        """None until the first evaluation has ended."""
         self.buffers: Buffers | None = None
         self.left_behind: list[str] = []
         """Attributes in which the last re-evaluation left tensors that have gradients; they have been taken off."""
@@ -95,7 +96,8 @@ class Replayed:
         def repeated() -> T:
             turn_caches_off()
             self.generators.restore_torchs()
-            self.drawn.replay()
+            # A block that differentiates inside a checkpointed step is run again while it still runs.
+            (self.generators.drawn_so_far() if self.drawn is None else self.drawn).replay()
             surroundings.replay()
             for attributes in self.attributes:
                 attributes.replay()

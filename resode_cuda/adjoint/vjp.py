@@ -14,14 +14,22 @@ from .blocks import Auxiliaries, HeldParameter
 from .restoration import put
 
 
-def argument_leaves(tensors: Sequence[Tensor], kinds: Sequence[Kind], needs: Sequence[bool]) -> list[Tensor]:
+def argument_leaves(
+    tensors: Sequence[Tensor], kinds: Sequence[Kind], needs: Sequence[bool], parameters: dict[int, Tensor]
+) -> list[Tensor]:
     """Leaves to differentiate for in the place of a stack's argument tensors.
 
     A tensor that has no gradient serves as it is; others are cut off from their graph.
+
+    Args:
+        parameters: the leaves in the place of the blocks' parameters, by the identity of these: an argument that is
+            one of them stays the same object.
     """
     found = []
     for tensor, kind, need in zip(tensors, kinds, needs, strict=True):
-        if tensor.requires_grad:
+        if id(tensor) in parameters:
+            tensor = parameters[id(tensor)]
+        elif tensor.requires_grad:
             tensor = kind.given_to(tensor.detach().requires_grad_(need))
         else:
             kind.replay(tensor)
@@ -103,7 +111,7 @@ class BlockVjps:
         return out, self._auxiliaries[0] if self._auxiliaries else None
 
     def _vjp(self, known: Sequence[Tensor], roots: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Tensor | None:
-        wanted = [tensor for tensor in known if tensor.requires_grad]
+        wanted = list({id(tensor): tensor for tensor in known if tensor.requires_grad}.values())
         differentiable = [(root, g) for root, g in zip(roots, cotangents, strict=True) if root.requires_grad]
         if not (wanted and differentiable):
             return None
@@ -119,7 +127,8 @@ class BlockVjps:
             ) from error
         by_tensor = dict(zip(map(id, wanted), products, strict=True))
         for place, leaf in enumerate(self._leaves):
-            product, before = by_tensor.get(id(leaf)), self.found[place]
+            # A leaf in two places, an argument that is a parameter, has its gradient in the first of them.
+            product, before = by_tensor.pop(id(leaf), None), self.found[place]
             if product is not None:
                 self.found[place] = product if before is None else before + product
         return by_tensor.get(id(known[0]))

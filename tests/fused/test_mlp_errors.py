@@ -134,5 +134,5 @@ def test_a_backend_that_was_asked_for_runs_or_says_why_not(bad, message, is_modu
 )
 def test_from_blocks_drops_no_setting_in_silence(setting, got):
     blocks = [block.to(torch.float64) for block in ResidualMLP(6, 10, 5).to_blocks()]
-    with pytest.raises(ValueError, match=f"needs a stack with stream_dtype=None and keep_input=False.*{got}"):
+    with pytest.raises(ValueError, match=f"needs a stack with stream_dtype=None, keep_input=False.*{got}"):
         ResidualMLP.from_blocks(ResidualStack(blocks, **setting))

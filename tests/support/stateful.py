@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from tests.support.networks import gradients, plain
+from tests.support.networks import half_square, plain
 
 
 class Outside:
@@ -19,11 +19,16 @@ def conv_bn(norm=nn.BatchNorm2d):
     return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), norm(4), nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1))
 
 
-def train_step(run, module, x, seed=5):
-    """Gradients of one training step; the step's random numbers start from the seed."""
+def train_step(run, module, x, seed=5, between=lambda: None):
+    """Gradients of one training step; the step's random numbers start from the seed.
+
+    Args:
+        between: what happens after the forward pass and before the backward pass.
+    """
     torch.manual_seed(seed)
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    return gradients(lambda: run(x), parameters)
+    loss = half_square(run(x))
+    between()
+    return torch.autograd.grad(loss, [p for p in module.parameters() if p.requires_grad])
 
 
 def plain_twin(blocks, scheme):
