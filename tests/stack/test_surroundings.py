@@ -266,7 +266,7 @@ ENCODERS = {"encoder": lambda: Masked(2), "layer": lambda: Masked(0), "attention
 @pytest.mark.parametrize("kind", ENCODERS)
 @pytest.mark.parametrize("dropouts", ["off", "on"])
 def test_attention_in_eval_mode_is_the_function_that_has_gradients(scheme, mode, kind, dropouts):
-    """Where only the dropouts are in train mode, as for Monte-Carlo dropout, torch's fast path would leave them out."""
+    """Torch's fast path would leave dropouts out that alone are in train mode, as for Monte-Carlo dropout."""
     blocks = nn.ModuleList([ENCODERS[kind]() for _ in range(block_count(scheme, STEPS))]).eval()
     for module in blocks.modules():
         if isinstance(module, nn.Dropout):
