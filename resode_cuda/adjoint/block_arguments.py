@@ -74,7 +74,7 @@ class Given(NamedTuple):
 
     def call(self, tensors: Sequence[Tensor]) -> Call:
         """The arguments with these tensors for the stack's, in containers of their own."""
-        if not self.leaves:
+        if not (self.leaves or self.has_containers):
             return NOTHING
         leaves = list(self.leaves)
         for place, number in self.places:

@@ -245,7 +245,9 @@ class Returning(nn.Module):
 )
 def test_other_tuples_are_refused(scheme, out):
     blocks = [*mlps(scheme, STEPS - 1), Returning(out)]
-    with pytest.raises(TypeError, match=r"must return \(increment, auxiliary\), two floating tensors, got"):
+    with pytest.raises(
+        TypeError, match=r"must return \(increment, auxiliary\), floating tensors or None for the second, got"
+    ):
         ResidualStack(blocks, scheme, auxiliary=sum)(torch.randn(4, 6))
     with pytest.raises(TypeError, match=r"must return one tensor, got tuple; .*with auxiliary=sum"):
         ResidualStack(blocks, scheme)(torch.randn(4, 6))

@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 
 from resode_cuda import ResidualStack
 from tests.support.networks import half_square, mlps, plain, relative_error
@@ -98,20 +96,3 @@ def test_a_batch_of_gradients_needs_blocks_without_random_numbers(gradient):
         RuntimeError, match="blocks that draw random numbers cannot be run again for a batch of gradients"
     ):
         torch.autograd.grad(out, x, batch, is_grads_batched=True)
-
-
-@pytest.fixture
-def _one_process():
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("_one_process")
-def test_blocks_must_not_be_sharded_by_themselves(gradient):
-    stack = ResidualStack([nn.Linear(6, 6) for _ in range(3)], gradient=gradient)
-    fully_shard(stack[1])
-    with pytest.raises(
-        RuntimeError, match=r"block 1 must not be sharded by itself .* shard the stack or the whole model"
-    ):
-        stack(torch.randn(3, 6))

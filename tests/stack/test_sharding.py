@@ -45,5 +45,5 @@ def test_blocks_that_are_sharded_one_by_one_are_refused_by_number(mesh, scheme, 
         half_square(stack(x)).backward()
         assert relative_error([p.grad.full_tensor() for p in stack.parameters()], exact) < 1e-12
     else:
-        with pytest.raises(RuntimeError, match="block 1 must hold the same parameters at all times, but fully_shard"):
+        with pytest.raises(RuntimeError, match="block 1 must not be sharded by itself"):
             stack(x)
