@@ -161,7 +161,15 @@ class BlockCall:
         assert arguments.call is not None
         self.given, call = arguments.given(), arguments.call
         watched = Versions((*arguments.tensors, *self.given.tensors, *_parameters(self.block.modules)))
-        out = self.replayed.record(lambda: self.block(x, call, auxiliaries))
+        try:
+            out = self.replayed.record(lambda: self.block(x, call, auxiliaries))
+        except RuntimeError as error:
+            if torch.is_grad_enabled() or "does not require grad" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{self.block.where} must enable gradients where it differentiates, since the forward pass of "
+                'gradient="adjoint" runs without them; put that part of it under torch.enable_grad()'
+            ) from error
         written = watched.written()
         if written is not None:
             self._refuse(written, arguments)

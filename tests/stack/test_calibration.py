@@ -124,6 +124,26 @@ def test_checkpointing_is_the_last_resort_and_said_to_be():
     assert stack.drift is None
 
 
+class Routed(nn.Module):
+    """Each row goes to the expert with the highest score, and no other."""
+
+    def __init__(self):
+        super().__init__()
+        self.scores, self.experts = nn.Linear(6, 4), nn.ModuleList(mlps("euler", 4, scale=2.0))
+
+    def forward(self, x):
+        outputs = torch.stack([expert(x) for expert in self.experts])
+        return outputs[self.scores(x).argmax(1), torch.arange(len(x))]
+
+
+def test_blocks_that_are_not_continuous_are_checkpointed():
+    torch.manual_seed(2)
+    stack = ResidualStack([Routed() for _ in range(6)], step=1.0, on_drift="ignore")
+    plan = calibrate(stack, torch.randn(64, 6), tolerance=1e-3)
+    assert plan.is_last_resort
+    assert plan.chosen.gradient == "checkpoint"
+
+
 def test_candidates_go_from_the_cheapest_to_the_dearest():
     assert SOLVERS[0] == Reverse("extrapolate")
     costs = [solver.evaluations for solver in SOLVERS]

@@ -145,3 +145,19 @@ def test_a_smuggled_tensor_is_refused_beside_a_leaf_of_the_blocks_own(scheme, ne
             half_square(stack(x)).backward()
         blocks[place].secrets = [secret.detach()]
         half_square(stack(x)).backward()
+
+
+class Ungraded(WithBody):
+    """Differentiates inside without a word about gradients, as one may where they are always on."""
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(self.body(x).sum(), x, create_graph=True)[0]
+
+
+def test_blocks_that_differentiate_where_gradients_are_off_are_told_how(scheme):
+    stack = ResidualStack([Ungraded() for _ in range(3)], scheme)
+    with pytest.raises(
+        RuntimeError, match=r"block 0 must enable gradients where it differentiates, .* torch.enable_grad"
+    ):
+        stack(torch.randn(4, 6))
