@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -85,6 +85,10 @@ class DriftMonitor:
         self._squares: Tensor | None = None
         self._rows: tuple[Tensor, ...] = ()
         self._increments: Increments | None = None
+        # [steps, 6]: their numbers in the last forward and backward pass, with what judges them. In memory that stays,
+        # as the squares do.
+        self._numbers: Tensor | None = None
+        self._limits: tuple[Sequence[float], Collection[int]] | None = None
         self._measured = False
         self._reached_input = False
         self._unchecked = False
@@ -206,6 +210,7 @@ class DriftMonitor:
         else:
             squares = self._squares
         self._unchecked = False
+        self._keep(increments)
         if is_capturing() or squares.is_meta:
             return
         tensors = [squares]
@@ -215,6 +220,18 @@ class DriftMonitor:
             self._judge(increments, *tensors)
         elif not self._has_warned_of_all():
             self._later(partial(self._judge, increments), *tensors)
+
+    def _keep(self, increments: Increments | None) -> None:
+        """Copy the numbers of a backward pass that has ended."""
+        self._increments = self._limits = None
+        if increments is None or increments.again is None:
+            return
+        first = increments.first
+        if self._numbers is None or (self._numbers.dtype, self._numbers.device) != (first.dtype, first.device):
+            self._numbers = first.new_empty(self._steps, 6)
+        self._numbers[:, :2] = first
+        self._numbers[:, 2:] = increments.again
+        self._limits = increments.weights, increments.exact
 
     def _later(self, judge: Callable[..., None], *tensors: Tensor) -> None:
         """Have copies of the tensors judged once they have arrived on the host."""
@@ -235,23 +252,21 @@ class DriftMonitor:
     def forget(self) -> None:
         """The next backward pass is not the adjoint's."""
         self._measured = self._reached_input = False
-        self._increments = None
+        self._increments = self._limits = None
 
     def read(self) -> Drift | None:
         self.poll()
-        if self._squares is None or not (self._measured or self._reached_input or self._increments is not None):
+        if self._squares is None or not (self._measured or self._reached_input or self._limits is not None):
             return None
         ratios = self._ratios(self._squares)
         defects = ratios[:-1] if self._measured else torch.full_like(ratios[:-1], torch.nan)
         factor = self.gradient_error_per_defect
         changed = replayed = None
-        increments = self._increments
-        if increments is not None and increments.again is not None and not increments.first.is_meta:
-            first, again = increments.first.tolist(), increments.again.tolist()
+        if self._limits is not None and self._numbers is not None and not self._numbers.is_meta:
+            rows = self._numbers.tolist()
+            first, again = [row[:2] for row in rows], [row[2:] for row in rows]
             changed = defects.new_tensor(changes(first, again))
-            replayed = torch.tensor(
-                change_unexplained(first, again, increments.weights, increments.exact) is None, device=defects.device
-            )
+            replayed = torch.tensor(change_unexplained(first, again, *self._limits) is None, device=defects.device)
         return Drift(
             defects,
             defects.max(),

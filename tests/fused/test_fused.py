@@ -277,4 +277,5 @@ def gradients_and_defects(module, x):
         parameters = parameters_of(list(module))
         x_grad, *each = gradients(lambda: out, [x, *parameters])
         found = [torch.stack(each[place::4]) for place in range(4)]
-    return x_grad, [out, *found, *([] if module.drift is None else [module.drift.defects])]
+    measures = module.reverse.reuse  # a stack tells of its increments without it, a ResidualMLP of nothing
+    return x_grad, [out, *found, *([module.drift.defects] if measures else [])]
