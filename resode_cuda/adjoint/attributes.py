@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .block_arguments import Versions
-from .restoration import Slot, hide, put, undo_later
+from .restoration import Slot, are_equal, hide, make_equal, put, undo_later
 
 _PLAIN = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device}
 _CONTAINERS = {list, dict, set, deque, OrderedDict, defaultdict, Counter}
@@ -64,7 +64,7 @@ class Attributes:
         """Make them what they were, until the `restoring` around this ends, which takes off what is new then."""
         found = vars(self._module)
         self._before_replay = found.copy()
-        undo_later(_make_equal, found, self._before_replay)
+        undo_later(make_equal, found, self._before_replay)
         if self._containers:
             self._replay_contents()
         if len(found) == self._count and all(map(operator.is_, map(found.get, self._plain), self._plain.values())):
@@ -86,7 +86,7 @@ class Attributes:
         """Names of the attributes in which a re-evaluation, not undone yet, has left tensors that have gradients."""
         found, before = vars(self._module), self._before_replay
         names = [name for name, container in self._containers if self._has_new_gradients(name, container)]
-        if len(found) != len(before) or not all(map(operator.is_, found.values(), before.values())):
+        if not are_equal(found, before):
             recomputed = _recomputed(self._module)
             names += [
                 name
@@ -148,14 +148,6 @@ def _refill(container: Any, contents: list[Any]) -> None:
         container.update(zip(contents[:count], contents[count:], strict=True))
     else:
         (container.update if isinstance(container, set) else container.extend)(contents)
-
-
-def _make_equal(found: dict[str, Any], before: dict[str, Any]) -> None:
-    if list(found) == list(before) and all(map(operator.is_, found.values(), before.values())):
-        return
-    for name in found.keys() - before.keys():
-        del found[name]
-    found.update(before)
 
 
 def _has_gradient(value: Any) -> bool:

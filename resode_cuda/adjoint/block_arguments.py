@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .restoration import undo_later
+from .restoration import are_equal, make_equal, undo_later
 
 ATOMS = (Tensor, bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
@@ -43,9 +43,9 @@ class Kind(NamedTuple):
     def replay(self, tensor: Tensor) -> None:
         """Give the caller's own tensor the attributes that it had, until the `restoring` around this ends."""
         found = getattr(tensor, "__dict__", None)
-        if found is not None and found != self.attributes:
-            undo_later(_make_equal, found, dict(found))
-            _make_equal(found, self.attributes)
+        if found is not None and not are_equal(found, self.attributes):
+            undo_later(make_equal, found, dict(found))
+            make_equal(found, self.attributes)
 
     def given_to(self, tensor: Tensor) -> Tensor:
         """The alias, which gets them."""
@@ -55,12 +55,6 @@ class Kind(NamedTuple):
             if name not in vars(tensor):
                 setattr(tensor, name, value)
         return tensor
-
-
-def _make_equal(found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for name in found.keys() - wanted.keys():
-        del found[name]
-    found.update(wanted)
 
 
 class Given(NamedTuple):

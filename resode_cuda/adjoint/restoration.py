@@ -7,6 +7,7 @@ undone by the one around it, or by the next forward pass.
 
 from __future__ import annotations
 
+import operator
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -64,6 +65,20 @@ def hide(slot: Slot) -> None:
     """Empty a slot, until the `restoring` around this ends."""
     undo_later(_put_back, slot, slot.owner[slot.name])
     del slot.owner[slot.name]
+
+
+def are_equal(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether two dictionaries hold the same objects in the same order."""
+    return list(found) == list(wanted) and all(map(operator.is_, found.values(), wanted.values()))
+
+
+def make_equal(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Give a dictionary the entries of another; may run twice."""
+    if are_equal(found, wanted):
+        return
+    for name in found.keys() - wanted.keys():
+        del found[name]
+    found.update(wanted)
 
 
 def undo_leftovers() -> None:

@@ -204,14 +204,15 @@ def test_attributes_of_arguments_are_those_of_the_forward_pass_and_the_callers_a
             return torch.tanh(self.body(x)) * mask * mask.scale
 
     blocks, x, mask = [Scaled() for _ in range(3)], torch.randn(4, 6), torch.ones(6)
-    mask.scale = 0.7
+    mask.scale, mask.table = 0.7, torch.ones(2)
     expected = gradients(lambda: plain(blocks, "euler", x, mask), parameters_of(blocks))
     loss = half_square(ResidualStack(blocks, gradient=gradient, anchors=1)(x, mask))
     del mask.scale
+    mask.table = table = torch.zeros(2)
     mask.label = "mine"
     got = torch.autograd.grad(loss, parameters_of(blocks))
     assert relative_error(got, expected) < 1e-12
-    assert vars(mask) == {"label": "mine"}
+    assert vars(mask) == {"table": table, "label": "mine"}
 
 
 def test_calibrate_gives_each_trial_containers_of_its_own():
