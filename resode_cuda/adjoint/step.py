@@ -129,7 +129,7 @@ def shadow_count(method: Method) -> int:
 
 def trajectory_at_the_end(step: Step, saved: Sequence[Tensor]) -> Trajectory:
     """The last step's, from what it saved. Its prediction is exact."""
-    x_last = saved[0]
+    x_last = saved[0].detach()  # blocks are evaluated there, and must not take it for one that has gradients
     if not step.method.extrapolates:
         return Trajectory(x_last, None, None)
     return Trajectory(x_last, add(x_last, saved[1], -1.0), saved[2] if len(saved) == 3 else None)

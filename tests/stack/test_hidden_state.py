@@ -228,3 +228,20 @@ def test_calibrate_gives_each_trial_containers_of_its_own():
     plan = calibrate(ResidualStack([Popping() for _ in range(3)]), torch.randn(4, 6), shifts, tolerance=1e-6)
     assert plan.chosen.error <= 1e-6
     assert shifts == [0.1, 0.2, 0.3]
+
+
+@pytest.mark.parametrize("reverse", ["paper", "corrected", "extrapolated"])
+def test_a_hook_that_a_block_puts_on_its_input_does_not_reach_the_output(reverse):
+    class HooksItsInput(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(6, 6)
+
+        def forward(self, x):
+            if x.requires_grad:
+                x.register_hook(lambda g: 2 * g)
+            return torch.tanh(self.body(x))
+
+    out = ResidualStack([HooksItsInput()], reverse=reverse)(torch.randn(4, 6))
+    half_square(out).backward()
+    assert not out._backward_hooks
