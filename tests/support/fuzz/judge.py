@@ -67,6 +67,9 @@ MEANINGLESS = [
     # torch's checkpointing keeps its own random numbers alone, and stops where it has what it needs.
     {"block=python_random", "context=checkpoint"},
     {"block=numpy_random", "context=checkpoint"},
+    {"arguments=written_list", "context=checkpoint"},
+    # Some of the gradients need nothing of what is spoiled.
+    {"block=spoils_saved", "way=grad"},
     # The second forward pass, or the one that is repeated, is another network's.
     {"event=settings_changed", "way=accumulated"},
     {"event=settings_changed", "way=two_steps"},
