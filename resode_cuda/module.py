@@ -239,7 +239,7 @@ def _all_or_nothing(module: AdjointModule) -> Iterator[None]:
     before = [(vars(changed), dict(vars(changed))) for changed in (module, module._monitor)]
     try:
         yield
-    except Exception:
+    except BaseException:  # an interrupt too
         for now, then in before:
             now.update(then)
         raise

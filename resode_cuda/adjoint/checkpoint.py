@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..method import Method
 from ..schemes import BlockFunction, Stages
+from ..squares import square_dtype
 from .block_arguments import Arguments, Versions
 from .blocks import Auxiliaries, Block, BlockCall, held_parameters, modified_in_place
 from .drift import DriftMonitor
@@ -94,7 +95,7 @@ class _Step:
         return self.scheme.add(x, stages, self.h), *auxiliaries
 
     def _compare(self, stages: Stages, x: Tensor, monitor: DriftMonitor) -> None:
-        numbers = projections(stages, x.dtype)
+        numbers = projections(stages, square_dtype(x.device))
         if self.numbers is None:
             self.numbers = numbers
         else:

@@ -1,10 +1,10 @@
 """Running a block again exactly as it first ran.
 
 The reconstruction is only as good as the re-evaluation: another dropout mask, another autocast state or a power
-iteration further along is another function. What a re-evaluation needs is recorded when the block first runs, and
-kept only where it differs from what any later moment would give: the states of generators that the block drew from,
-buffers that it changed. Whatever happens inside, generators, settings, attributes, buffers and parameters of the
-surrounding program are back as they were when a re-evaluation ends.
+iteration further along is another function. What a re-evaluation needs is recorded when the block first runs. Of what
+is large only that is kept which differs from what any later moment would give: the states of generators that the block
+drew from, buffers that it changed. Whatever happens inside, generators, settings, attributes, buffers and parameters of
+the surrounding program are back as they were when a re-evaluation ends.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .attributes import Attributes
 from .buffers import Buffers, work_on_copies
 from .capture import draws_are_replayable
 from .generators import Drawn, Generators
-from .restoration import restoring
+from .restoration import Slot, put, restoring
 from .surroundings import Surroundings, turn_caches_off
 
 T = TypeVar("T")
@@ -38,12 +38,16 @@ def submodules(blocks: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def protect(modules: Iterable[nn.Module], device: torch.device) -> None:
-    """Modules work on copies of their buffers; these, their attributes and all random generators are as they are now
-    when the `restoring` around this ends."""
+    """Modules work on copies of their buffers and tensor attributes; these, their other attributes and all random
+    generators are as they are now when the `restoring` around this ends."""
+    modules = list(modules)
     Generators(device).restore_later()
     for module in modules:
-        Attributes(module).replay()
-        work_on_copies([module])
+        attributes = Attributes(module)
+        attributes.replay()
+        slots = [Slot(vars(module), name) for name in attributes.tensors]
+        put(slots, [slot.get().clone() for slot in slots])
+    work_on_copies(modules)
 
 
 class Replayed:

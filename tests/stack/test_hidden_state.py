@@ -245,3 +245,17 @@ def test_a_hook_that_a_block_puts_on_its_input_does_not_reach_the_output(reverse
     out = ResidualStack([HooksItsInput()], reverse=reverse)(torch.randn(4, 6))
     half_square(out).backward()
     assert not out._backward_hooks
+
+
+def test_calibrate_leaves_tensors_that_are_no_buffers_alone():
+    class Tallying(Hiding):
+        def hide(self):
+            self.tally = torch.zeros(6)
+
+        def factor(self, h):
+            self.tally += 1
+            return h
+
+    stack = ResidualStack([Tallying() for _ in range(3)])
+    calibrate(stack, torch.randn(4, 6))
+    assert all(block.tally.sum() == 0 for block in stack)
