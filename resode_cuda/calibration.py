@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 
 from .adjoint.buffers import work_on_copies
 from .adjoint.drift import DriftMonitor, root_mean_square
-from .adjoint.replay import protect, submodules
+from .adjoint.inventory import submodules
+from .adjoint.replay import protect
 from .adjoint.restoration import restoring
 from .method import CheckedAnchors, anchored_steps
 from .module import AdjointModule

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from .adjoint import checkpoint, node, traced
 from .adjoint.block_arguments import Arguments, Call
 from .adjoint.blocks import Auxiliaries, Block
 from .adjoint.buffers import work_on_copies
+from .adjoint.inventory import Inventories, submodules
 from .adjoint.outputs import Outputs
-from .adjoint.replay import submodules
 from .adjoint.restoration import restoring, undo_leftovers
 from .calibration import Loss
 from .devices import is_capturing
@@ -151,6 +152,7 @@ class ResidualStack(AdjointModule):
                 f"ResidualStack: auxiliary must be a function of a list of tensors, got {auxiliary!r}; use sum"
             )
         self.auxiliary = auxiliary
+        self._inventories = Inventories()
         # By the training flags of all modules: whether blocks were functions of their arguments when they last ran.
         self._are_functions: dict[tuple[bool, ...], bool] = {}
 
@@ -198,7 +200,7 @@ class ResidualStack(AdjointModule):
         blocks, state = self._blocks_for(x), self._state_from(x)
         arguments = Arguments(args, kwargs)
         differentiable = torch.is_grad_enabled() and any(
-            tensor.requires_grad for tensor in (x, *arguments.tensors, *self.parameters())
+            tensor.requires_grad for tensor in chain((x,), arguments.tensors, self.parameters())
         )
         if differentiable and self.gradient != "adjoint":
             self._monitor.forget()
@@ -363,7 +365,7 @@ class ResidualStack(AdjointModule):
         def undone(n: int, state: Tensor, predicted: Tensor | None) -> tuple[Tensor, Tensor | None]:
             """x_n from x_{n+1}, and the increment where the solver knows it."""
             used, h = blocks[method.blocks_of(n)], self.steps[n]
-            work_on_copies({module for block in used for module in block.modules})
+            work_on_copies(submodules(block.module for block in used))
             functions = [block.function(call, []) for block in used]
             y = predict(method.solver, scheme, functions, state, h, predicted)
             if not method.reuses:
@@ -396,6 +398,11 @@ class ResidualStack(AdjointModule):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_recalibration": None}
 
+    def _replicate_for_data_parallel(self) -> ResidualStack:
+        replica: ResidualStack = super()._replicate_for_data_parallel()  # type: ignore[assignment]
+        replica._inventories = Inventories()
+        return replica
+
     def extra_repr(self) -> str:
         return self._described()
 
@@ -413,7 +420,8 @@ class ResidualStack(AdjointModule):
         if x.is_nested or x.layout != torch.strided:
             kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
             raise TypeError(f"ResidualStack: x must be a dense tensor, got a {kind} one; pad it, or use x.to_dense()")
-        return [Block(module, index, x.dtype, self.auxiliary is not None) for index, module in enumerate(self)]
+        has_auxiliary = self.auxiliary is not None
+        return [Block(module, n, x.dtype, self._inventories, has_auxiliary) for n, module in enumerate(self)]
 
     def _state_from(self, x: Tensor) -> Tensor:
         """x in the stream's dtype, in which there must be all that the steps multiply it by."""

@@ -9,39 +9,98 @@ from __future__ import annotations
 
 import operator
 from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterable
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .block_arguments import Versions
-from .restoration import Slot, are_equal, hide, make_equal, put, undo_later
+from .restoration import Slot, hide, put, undo_later
 
 _PLAIN = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device}
 _CONTAINERS = {list, dict, set, deque, OrderedDict, defaultdict, Counter}
-_TORCHS_OWN = frozenset(vars(nn.Module())) - {"training"}
+_FUNCTIONS = FunctionType, BuiltinFunctionType, type
+TORCHS_OWN = frozenset(vars(nn.Module())) - {"training"}
+"""Attributes of every module that torch alone writes."""
 
 LARGEST = 1000
 """The most entries of a container that is looked into."""
 
 
 class Attributes:
-    """The attributes of a module before an evaluation.
+    """A module's attributes at one moment, by what becomes of them.
 
     Attributes:
+        plain: those that are compared by value and replayed.
         tensors: names of those that are tensors without a gradient, which serve as buffers.
+        containers: those whose contents are replayed, by name.
+        may_hold_tensors: whether one of them is a tensor, or of a kind that may lead to some.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        found = vars(module)
-        self._count = len(found)
-        self._plain, self.tensors, self._containers = _sorted(found)
-        self._contents = {name: _contents(container) for name, container in self._containers}
-        held = [entry for contents in self._contents.values() for entry in contents if isinstance(entry, Tensor)]
-        self._versions = Versions(held) if held else None
-        self._before_replay: dict[str, Any] = {}
-        self._contents_before: dict[str, list[Any]] = {}
+        self.plain: dict[str, Any] = {}
+        self.tensors: list[str] = []
+        self.containers: list[tuple[str, Any]] = []
+        self.may_hold_tensors = False
+        for name, value in vars(module).items():
+            if name not in TORCHS_OWN:
+                self._sort(name, value)
+
+    def _sort(self, name: str, value: Any) -> None:
+        if _is_plain(value):
+            self.plain[name] = value
+        elif type(value) in _CONTAINERS:
+            self.containers.append((name, value))
+            self.may_hold_tensors |= not all(map(_is_plain, _contents(value)))
+        else:
+            self.may_hold_tensors |= not isinstance(value, _FUNCTIONS)
+            if isinstance(value, Tensor) and not value.requires_grad:
+                self.tensors.append(name)
+
+    @property
+    def class_name(self) -> str:
+        return type(self._module).__name__
+
+    def replay(self) -> None:
+        """Give the module the plain ones of then, until the `restoring` around this ends."""
+        found, now = vars(self._module), Attributes(self._module).plain
+        changed = {name: value for name, value in self.plain.items() if name not in now or now[name] != value}
+        put([Slot(found, name) for name in changed], changed.values())
+        for name in now.keys() - self.plain.keys():
+            hide(Slot(found, name))
+
+    def left_behind(self, before: dict[str, Any]) -> list[str]:
+        """Names of attributes that were others before, and are tensors that have gradients."""
+        recomputed = _recomputed(self._module)
+        return [
+            f"{self.class_name}.{name}"
+            for name, value in vars(self._module).items()
+            if value is not before.get(name)
+            and name not in TORCHS_OWN
+            and name not in recomputed
+            and _has_gradient(value)
+        ]
+
+
+class Containers:
+    """The contents of the containers among some modules' attributes, and of those inside them, at one moment."""
+
+    def __init__(self, modules: Iterable[Attributes]) -> None:
+        self._all = [
+            (module.class_name, *found)
+            for module in modules
+            for name, container in module.containers
+            for found in _nested(name, container)
+        ]
+        self._contents: list[list[Any] | None] = [_contents(container) for _, _, container in self._all]
+        self._held = [
+            (class_name, Versions(entry for entry in contents or () if isinstance(entry, Tensor)))
+            for (class_name, _, _), contents in zip(self._all, self._contents, strict=True)
+        ]
+        self._contents_before: list[list[Any]] = []
 
     def evaluated(self) -> None:
         """The evaluation has ended: keep the contents of those containers alone that it changed.
@@ -49,74 +108,37 @@ class Attributes:
         Raises:
             RuntimeError: if it wrote a tensor in one of them.
         """
-        if not self._containers:
-            return
-        if self._versions is not None and self._versions.written() is not None:
-            raise RuntimeError(
-                f"ResidualStack: a block must not write a tensor in a container among its attributes, which cannot be "
-                f"run again then, but {type(self._module).__name__} did; register it as a buffer"
-            )
-        self._versions = None
-        changed = [(n, c) for n, c in self._containers if not _are_same(self._contents[n], _contents(c))]
-        self._contents = {name: self._contents[name] for name, _ in changed}
+        for class_name, versions in self._held:
+            if versions.written() is not None:
+                raise RuntimeError(
+                    "ResidualStack: a block must not write a tensor in a container among its attributes, which cannot "
+                    f"be run again then, but {class_name} did; register it as a buffer"
+                )
+        self._held = []
+        for place, (_, _, container) in enumerate(self._all):
+            if _are_same(self._contents[place] or [], _contents(container)):
+                self._contents[place] = None
 
     def replay(self) -> None:
-        """Make them what they were, until the `restoring` around this ends, which takes off what is new then."""
-        found = vars(self._module)
-        self._before_replay = found.copy()
-        undo_later(make_equal, found, self._before_replay)
-        if self._containers:
-            self._replay_contents()
-        if len(found) == self._count and all(map(operator.is_, map(found.get, self._plain), self._plain.values())):
-            return
-        plain, _, _ = _sorted(found)
-        changed = {name: value for name, value in self._plain.items() if name not in plain or plain[name] != value}
-        put([Slot(found, name) for name in changed], changed.values())
-        for name in plain.keys() - self._plain.keys():
-            hide(Slot(found, name))
-
-    def _replay_contents(self) -> None:
-        self._contents_before = {name: _contents(container) for name, container in self._containers}
-        for name, container in self._containers:
-            undo_later(_refill, container, self._contents_before[name])
-            if name in self._contents:
-                _refill(container, self._contents[name])
+        """Give them the contents that they had, until the `restoring` around this ends."""
+        self._contents_before = [_contents(container) for _, _, container in self._all]
+        for (_, _, container), contents, before in zip(self._all, self._contents, self._contents_before, strict=True):
+            undo_later(_refill, container, before)
+            if contents is not None:
+                _refill(container, contents)
 
     def left_behind(self) -> list[str]:
-        """Names of the attributes in which a re-evaluation, not undone yet, has left tensors that have gradients."""
-        found, before = vars(self._module), self._before_replay
-        names = [name for name, container in self._containers if self._has_new_gradients(name, container)]
-        if not are_equal(found, before):
-            recomputed = _recomputed(self._module)
-            names += [
-                name
-                for name, value in found.items()
-                if value is not before.get(name)
-                and name not in _TORCHS_OWN
-                and name not in recomputed
-                and _has_gradient(value)
-            ]
-        return [f"{type(self._module).__name__}.{name}" for name in names]
-
-    def _has_new_gradients(self, name: str, container: Any) -> bool:
-        known = set(map(id, self._contents_before[name]))
-        return any(id(entry) not in known and _has_gradient(entry) for entry in _contents(container))
+        """Names of those in which a re-evaluation, not undone yet, has left tensors that have gradients."""
+        return [
+            f"{class_name}.{name}"
+            for (class_name, name, container), before in zip(self._all, self._contents_before, strict=True)
+            if _has_new_gradients(container, before)
+        ]
 
 
-def _sorted(attributes: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[tuple[str, Any]]]:
-    """The plain ones among a module's attributes, the names of those that are tensors, and the containers by name."""
-    plain, tensors, containers = {}, [], []
-    for name, value in attributes.items():
-        if name in _TORCHS_OWN:
-            continue
-        kind = type(value)
-        if kind in _PLAIN or (kind is tuple and all(type(entry) in _PLAIN for entry in value)):
-            plain[name] = value
-        elif kind in _CONTAINERS:
-            containers += _nested(name, value)
-        elif isinstance(value, Tensor) and not value.requires_grad:
-            tensors.append(name)
-    return plain, tensors, containers
+def _is_plain(value: Any) -> bool:
+    kind = type(value)
+    return kind in _PLAIN or (kind is tuple and all(type(entry) in _PLAIN for entry in value))
 
 
 def _nested(name: str, container: Any) -> list[tuple[str, Any]]:
@@ -148,6 +170,11 @@ def _refill(container: Any, contents: list[Any]) -> None:
         container.update(zip(contents[:count], contents[count:], strict=True))
     else:
         (container.update if isinstance(container, set) else container.extend)(contents)
+
+
+def _has_new_gradients(container: Any, before: list[Any]) -> bool:
+    known = set(map(id, before))
+    return any(id(entry) not in known and _has_gradient(entry) for entry in _contents(container))
 
 
 def _has_gradient(value: Any) -> bool:

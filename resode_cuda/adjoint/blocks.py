@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 
 from ..dtypes import fits
 from ..schemes import BlockFunction
 from .block_arguments import Arguments, Call, Given, Versions, left_in
 from .generators import Generators
-from .replay import Replayed, submodules
+from .inventory import HeldParameter, Inventories, Inventory
+from .replay import Replayed
 from .restoration import Slot, restoring
-from .surroundings import has_fast_path, turn_fast_path_off
+from .surroundings import turn_fast_path_off
 
 Auxiliaries = list[Tensor | None]
 """What each evaluation of a block that may return a second tensor gave as one, in their order."""
@@ -28,23 +26,34 @@ class Block:
 
     Args:
         dtype: of the stack's input, in which the block computes; the state around it may be wider.
+        inventories: those of the stack's blocks.
         has_auxiliary: whether the block may return a second tensor.
     """
 
-    def __init__(self, module: nn.Module, index: int, dtype: torch.dtype, has_auxiliary: bool = False) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        index: int,
+        dtype: torch.dtype,
+        inventories: Inventories,
+        has_auxiliary: bool = False,
+    ) -> None:
         self.module, self.index, self.dtype, self.has_auxiliary = module, index, dtype, has_auxiliary
+        self._inventories = inventories
+        self._last: Inventory | None = None
 
     @property
     def where(self) -> str:
         return f"ResidualStack: block {self.index}"
 
-    @cached_property
-    def modules(self) -> list[nn.Module]:
-        return submodules((self.module,))
+    def inventory(self) -> Inventory:
+        """What the block holds now."""
+        self._last = self._inventories.of(self.module, self.index)
+        return self._last
 
-    @cached_property
+    @property
     def has_fast_path(self) -> bool:
-        return has_fast_path(self.modules)
+        return (self._last or self.inventory()).has_fast_path
 
     def __call__(
         self, x: Tensor, call: Call, auxiliaries: Auxiliaries, parameters: dict[str, Tensor] | None = None
@@ -63,7 +72,7 @@ class Block:
 
     def _call(self, x: Tensor, call: Call, auxiliaries: Auxiliaries, parameters: dict[str, Tensor] | None) -> Tensor:
         args, kwargs = call
-        given = x.to(self.dtype)
+        given = x if x.dtype == self.dtype else x.to(self.dtype)
         version = None if torch.compiler.is_compiling() or given.is_inference() else given._version
         if parameters is None:
             out = self.module(given, *args, **kwargs)
@@ -129,14 +138,27 @@ def _autocast_dtypes(device_type: str) -> tuple[torch.dtype, ...]:
 
 
 class BlockCall:
-    """A block's evaluation in one step of one forward pass, run again in the backward pass as it first ran."""
+    """A block's evaluation in one step of one forward pass, run again in the backward pass as it first ran.
 
-    def __init__(self, block: Block, device: torch.device, generators: Generators) -> None:
-        self.block = block
-        self.replayed = Replayed(block.modules, device, generators)
+    Args:
+        device: of the state.
+        generators: of the forward pass.
+        stage: which of the step's evaluations it is, 0 or 1.
+    """
+
+    def __init__(self, block: Block, device: torch.device, generators: Generators, stage: int) -> None:
+        self.block, self._stage = block, stage
+        self.inventory = block.inventory()
+        self._device, self._generators = device, generators
+        self._replayed: Replayed | None = None
         self.given: Given | None = None
         self.left_behind: list[str] = []
         """Names of the places where the last re-evaluation left tensors that have gradients; it took them off again."""
+
+    @property
+    def is_function(self) -> bool:
+        """Whether the block drew no random numbers and wrote no buffers in the forward pass."""
+        return self._replayed is not None and self._replayed.is_function
 
     def first(self, arguments: Arguments, auxiliaries: Auxiliaries) -> BlockFunction:
         """The block in the forward pass."""
@@ -144,13 +166,14 @@ class BlockCall:
 
     def again(self, tensors: Sequence[Tensor], auxiliaries: Auxiliaries) -> BlockFunction:
         """The block in the backward pass, with these tensors for those among its arguments."""
-        assert self.given is not None, "first comes first"
-        given = self.given
+        given, replayed = self.given, self._replayed
+        assert given is not None, "first comes first"
+        assert replayed is not None
 
         def evaluated(x: Tensor) -> Tensor:
             call = given.call(tensors)
-            out = self.replayed.again(lambda: self.block(x, call, auxiliaries))
-            self.left_behind = list(self.replayed.left_behind)
+            out = replayed.again(lambda: self.block(x, call, auxiliaries))
+            self.left_behind = list(replayed.left_behind)
             if given.has_containers and left_in(call):
                 self.left_behind.append("a container among the arguments")
             return out
@@ -160,9 +183,13 @@ class BlockCall:
     def _record(self, x: Tensor, arguments: Arguments, auxiliaries: Auxiliaries) -> Tensor:
         assert arguments.call is not None
         self.given, call = arguments.given(), arguments.call
-        watched = Versions((*arguments.tensors, *self.given.tensors, *_parameters(self.block.modules)))
+        if self._stage:  # the block before it may have changed what they share
+            self.inventory = self.block.inventory()
+        parameters = [parameter.tensor for parameter in self.inventory.parameters]
+        watched = Versions((*arguments.tensors, *self.given.tensors, *parameters))
+        self._replayed = Replayed(self.inventory, self._device, self._generators)
         try:
-            out = self.replayed.record(lambda: self.block(x, call, auxiliaries))
+            out = self._replayed.record(lambda: self.block(x, call, auxiliaries))
         except RuntimeError as error:
             if torch.is_grad_enabled() or "does not require grad" not in str(error):
                 raise
@@ -189,61 +216,52 @@ class BlockCall:
         )
 
 
-def _parameters(modules: Sequence[nn.Module]) -> list[Tensor]:
-    return [parameter for module in modules for parameter in module._parameters.values() if parameter is not None]
+class Formats(list[tuple[torch.dtype, torch.device]]):
+    """Dtypes and devices of parameters, which torch converts in place."""
 
-
-class HeldParameter(NamedTuple):
-    """A parameter, and every place in the blocks that holds it."""
-
-    tensor: Tensor
-    slots: list[Slot]
-    dtype: torch.dtype
-    device: torch.device
+    def __init__(self, held: Sequence[HeldParameter]) -> None:
+        super().__init__((parameter.tensor.dtype, parameter.tensor.device) for parameter in held)
+        self._held = held
 
     def check(self) -> None:
-        """Raise if the parameter was converted since then, which torch does to the tensor itself."""
-        if (self.tensor.dtype, self.tensor.device) != (self.dtype, self.device):
-            raise RuntimeError(
-                "ResidualStack: between forward and backward parameters must not be converted, but one of shape "
-                f"{list(self.tensor.shape)} was, from {self.dtype} on {self.device} to {self.tensor.dtype} on "
-                f"{self.tensor.device}; convert the stack after backward"
-            )
+        """Raise if a parameter was converted since then."""
+        for parameter, (dtype, device) in zip(self._held, self, strict=True):
+            tensor = parameter.tensor
+            if (tensor.dtype, tensor.device) != (dtype, device):
+                raise RuntimeError(
+                    "ResidualStack: between forward and backward parameters must not be converted, but one of shape "
+                    f"{list(tensor.shape)} was, from {dtype} on {device} to {tensor.dtype} on {tensor.device}; convert "
+                    "the stack after backward"
+                )
 
 
-def held_parameters(blocks: Sequence[Block]) -> list[HeldParameter]:
-    """The blocks' parameters, each once.
+def held_parameters(calls: Sequence[BlockCall]) -> Sequence[HeldParameter]:
+    """The parameters of a step's blocks, each once.
 
     Raises:
         RuntimeError: for a parameter of a lazy module that has not run yet, or of a module that is sharded by itself.
     """
-    found: dict[Tensor, HeldParameter] = {}
-    for block in blocks:
-        _refuse_shards(block)
-        for module in block.modules:
-            for name, parameter in module._parameters.items():
-                if parameter is None:
-                    continue
-                if isinstance(parameter, UninitializedParameter):
-                    where = f"ResidualStack: the parameters of block {block.index}"
-                    raise RuntimeError(
-                        f"{where} must be initialised, got a lazy {name!r}; run the stack once under torch.no_grad()"
-                    )
-                found.setdefault(parameter, HeldParameter(parameter, [], parameter.dtype, parameter.device))
-                found[parameter].slots.append(Slot(module._parameters, name))
-    return list(found.values())
+    for call in calls:
+        _check_parameters(call.block, call.inventory)
+    if len(calls) == 1:
+        return calls[0].inventory.parameters
+    slots: dict[Tensor, tuple[Slot, ...]] = {}
+    for parameter, places in (held for call in calls for held in call.inventory.parameters):
+        slots[parameter] = (*slots.get(parameter, ()), *places)
+    return [HeldParameter(*held) for held in slots.items()]
 
 
-def _refuse_shards(block: Block) -> None:
-    """Raise for modules whose hooks put other parameters in the place of their own while they run."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return
-    sharded = tuple(getattr(fsdp, name) for name in ("FSDPModule", "FullyShardedDataParallel") if hasattr(fsdp, name))
-    if any(isinstance(module, sharded) for module in block.modules):
+def _check_parameters(block: Block, inventory: Inventory) -> None:
+    if inventory.is_sharded:
+        # Hooks put other parameters in the place of the modules' own while these run.
         raise RuntimeError(
             f"{block.where} must not be sharded by itself (fully_shard, FullyShardedDataParallel), whose hooks swap "
             'its parameters while it runs; shard the stack or the whole model, or use gradient="backprop"'
+        )
+    if inventory.lazy is not None:
+        raise RuntimeError(
+            f"ResidualStack: the parameters of block {block.index} must be initialised, got a lazy "
+            f"{inventory.lazy!r}; run the stack once under torch.no_grad()"
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from .inventory import Inventory
 from .restoration import Slot, hide, put
 
 # In training these normalise with the statistics of the batch, and only write their running ones; else they only read.
@@ -95,34 +96,33 @@ class _Buffer:
 
 
 class Buffers:
-    """The buffers of some modules before an evaluation, and what a re-evaluation must find in their places.
+    """The buffers of a block's modules, and tensors among their attributes, before an evaluation, and what a
+    re-evaluation must find in their places."""
 
-    Args:
-        attributes: for each module names of further tensors among its attributes, which serve as buffers.
-    """
+    def __init__(self, inventory: Inventory) -> None:
+        self._inventory = inventory
+        self._buffers: list[_Buffer] = []
+        self._new: list[Slot] = []
+        """Slots of buffers that the evaluation registered."""
+        if inventory.has_state:
+            self._read()
 
-    def __init__(self, modules: Sequence[nn.Module], attributes: Iterable[Sequence[str]]) -> None:
-        self._modules = modules
+    def _read(self) -> None:
         slots = []
-        for module, names in zip(modules, attributes, strict=True):
+        for module, attributes in zip(self._inventory.modules, self._inventory.attributes, strict=True):
             slots += [(slot, module) for slot in buffer_slots(module)]
-            slots += [(Slot(vars(module), name), module) for name in names]
+            slots += [(Slot(vars(module), name), module) for name in attributes.tensors]
         self._buffers = [
             _Buffer(slot, module, module.training, slot.get(), _version(slot.get())) for slot, module in slots
         ]
         copied = [buffer for buffer in self._buffers if not buffer.is_large_attribute]
         for buffer, copy in zip(copied, _copies([buffer.tensor for buffer in copied]), strict=True):
             buffer.copy = copy
-        self._count = sum(len(module._buffers) for module in modules)
-        self._new: list[Slot] = []
-        """Slots of buffers that the evaluation registered."""
 
     def evaluated(self) -> None:
         """The evaluation has ended: keep the values of those buffers alone that it has written and may have read."""
-        if sum(len(module._buffers) for module in self._modules) != self._count:
+        if not self._inventory.is_current():
             self._new = self._registered()
-        if not self._buffers:
-            return
         # An attribute that keeps what was computed last may have kept something large before, which is seldom read.
         self._buffers = [buffer for buffer in self._buffers if not (buffer.is_large_attribute and buffer.is_rebound)]
         for buffer in self._buffers:
@@ -134,7 +134,7 @@ class Buffers:
 
     def _registered(self) -> list[Slot]:
         known = {(id(buffer.slot.owner), buffer.slot.name) for buffer in self._buffers}
-        slots = (slot for module in self._modules for slot in buffer_slots(module))
+        slots = (slot for module in self._inventory.modules for slot in buffer_slots(module))
         return [slot for slot in slots if (id(slot.owner), slot.name) not in known]
 
     def replay(self) -> None:

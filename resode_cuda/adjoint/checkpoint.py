@@ -11,13 +11,12 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..method import Method
 from ..schemes import BlockFunction, Stages
-from ..squares import square_dtype
 from .block_arguments import Arguments, Versions
-from .blocks import Auxiliaries, Block, BlockCall, held_parameters, modified_in_place
+from .blocks import Auxiliaries, Block, BlockCall, Formats, held_parameters, modified_in_place
 from .drift import DriftMonitor
 from .generators import Generators
 from .outputs import Outputs
-from .reevaluation import projections
+from .reevaluation import Sample
 from .restoration import put, restoring, undo_later
 
 
@@ -34,7 +33,8 @@ def propagate(
     outputs = Outputs(x, [], {0: x})
     compared = next(monitor.passes) % len(method)
     for n in range(len(method)):
-        calls = [BlockCall(block, x.device, generators) for block in blocks[method.blocks_of(n)]]
+        used = blocks[method.blocks_of(n)]
+        calls = [BlockCall(block, x.device, generators, stage) for stage, block in enumerate(used)]
         step = _Step(method, n, calls, arguments, monitor if n == compared else None)
         with set_checkpoint_early_stop(n != compared):
             x, *auxiliaries = checkpoint(step, x, use_reentrant=False, preserve_rng_state=False)
@@ -60,7 +60,8 @@ class _Step:
         self.calls, self.arguments, self.monitor = calls, arguments, monitor
         self.numbers: Tensor | None = None
         self.tensors = list(arguments.tensors)
-        self.parameters = held_parameters([call.block for call in calls])
+        self.parameters = held_parameters(calls)
+        self.formats = Formats(self.parameters)
         self.needs = [(p.tensor, p.tensor.requires_grad) for p in self.parameters if p.tensor.is_leaf]
         self.versions = Versions([*self.tensors, *(parameter.tensor for parameter in self.parameters)])
         self.is_first = True
@@ -73,7 +74,7 @@ class _Step:
     def _moved(self, x: Tensor) -> Any:
         for parameter in self.parameters:
             put(parameter.slots, [parameter.tensor] * len(parameter.slots))
-            parameter.check()
+        self.formats.check()
         for tensor, needs in self.needs:
             if tensor.requires_grad != needs:
                 undo_later(tensor.requires_grad_, tensor.requires_grad)
@@ -95,7 +96,9 @@ class _Step:
         return self.scheme.add(x, stages, self.h), *auxiliaries
 
     def _compare(self, stages: Stages, x: Tensor, monitor: DriftMonitor) -> None:
-        numbers = projections(stages, square_dtype(x.device))
+        sample = Sample(x)
+        f = sample.increment(stages)
+        numbers = sample.project(f, f.new_empty(2))
         if self.numbers is None:
             self.numbers = numbers
         else:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import pickle
 import random
+import struct
 import sys
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -114,17 +116,24 @@ class _Device:
 
 
 class _Python:
+    """Python's `random`, whose functions are methods of one Mersenne twister.
+
+    It tells its state as a tuple of 625 numbers, which takes as long as a small block. CPython's bits are looked at
+    where they lie instead.
+    """
+
     def state(self) -> Any:
-        return random.getstate()
+        if _PYTHONS is None:
+            return random.getstate()
+        return _PYTHONS.raw, random._inst.gauss_next  # type: ignore[attr-defined]
 
     def set_state(self, state: Any) -> None:
+        if isinstance(state[0], bytes):
+            state = random.Random.VERSION, _words(state[0]), state[1]
         random.setstate(state)
 
     def has_state(self, state: Any) -> bool:
-        # The place in the generator's 624 words, then words that change whenever it makes or is given new ones: to
-        # compare all of them would double the cost. The last entry is the spare number of random.gauss.
-        now = random.getstate()
-        return now[1][-1] == state[1][-1] and now[1][1:4] == state[1][1:4] and now[2] == state[2]
+        return bool(self.state() == state)
 
 
 class _NumPy:
@@ -133,8 +142,6 @@ class _NumPy:
     The bits of the Mersenne twister, their default, are looked at where they lie instead, except while NumPy keeps a
     spare Gaussian number, which is drawn without a change of bits.
     """
-
-    _BYTES = 624 * 4 + 4  # the words, and the place in them
 
     _last: tuple[Any, bytes | None] | None = None
     """The last state that was asked for: while the bits are the same, so is the rest."""
@@ -163,7 +170,35 @@ class _NumPy:
     def _bits(self) -> bytes | None:
         if not hasattr(self._random, "get_bit_generator"):
             return None
-        generator = self._random.get_bit_generator()
-        if type(generator).__name__ != "MT19937":
-            return None
-        return ctypes.string_at(generator.ctypes.state_address, self._BYTES)
+        view = _numpys_bits(self._random.get_bit_generator())
+        return None if view is None else view.raw
+
+
+@lru_cache(maxsize=1)
+def _numpys_bits(generator: Any) -> Any:
+    """The memory of a Mersenne twister of NumPy's; None for another generator."""
+    is_twister = type(generator).__name__ == "MT19937"
+    return (ctypes.c_char * _TWISTER.size).from_address(generator.ctypes.state_address) if is_twister else None
+
+
+_TWISTER = struct.Struct("=625I")
+"""A Mersenne twister: its 624 words, and the place in them. CPython has the place first, NumPy last."""
+
+
+def _words(bits: bytes) -> tuple[int, ...]:
+    """CPython's bits as `random.getstate` gives them."""
+    place, *words = _TWISTER.unpack(bits)
+    return *words, place
+
+
+def _pythons_bits() -> Any:
+    """The memory of the generator of Python's `random`; None where its bits don't lie there as expected."""
+    generator = random._inst
+    header = object.__basicsize__
+    if sys.implementation.name != "cpython" or type(generator).__basicsize__ < header + _TWISTER.size:
+        return None
+    bits = (ctypes.c_char * _TWISTER.size).from_address(id(generator) + header)
+    return bits if _words(bits.raw) == random.getstate()[1] else None
+
+
+_PYTHONS = _pythons_bits()

@@ -22,9 +22,10 @@ from ..layouts import apart
 from ..method import Method
 from ..schemes import BlockFunction
 from .block_arguments import Arguments
-from .blocks import Auxiliaries, Block, BlockCall, HeldParameter, held_parameters, modified_in_place
+from .blocks import Auxiliaries, Block, BlockCall, Formats, held_parameters, modified_in_place
 from .drift import DriftMonitor
 from .generators import Generators
+from .inventory import HeldParameter
 from .outputs import Outputs, together
 from .reevaluation import Increments
 from .restoration import restoring
@@ -34,6 +35,7 @@ from .step import (
     backward_update,
     backward_update_,
     shadow_count,
+    steps_of,
     trajectory_at_the_end,
     trajectory_from,
 )
@@ -66,18 +68,18 @@ def propagate(
     generators = Generators(x.device)
     increments = Increments(x, method.step_weights, method.exactly_predicted, method.scheme.blocks_per_step)
     outputs, are_functions = Outputs(x, [], {}), True
-    for n in range(len(method)):
+    for n, step in enumerate(steps_of(method)):
         used = blocks[method.blocks_of(n)]
-        calls = [BlockCall(block, x.device, generators) for block in used]
+        calls = [BlockCall(block, x.device, generators, stage) for stage, block in enumerate(used)]
         is_input_kept = keep_input and n == 0
-        evaluation = Evaluation(calls, held_parameters(used), arguments, monitor, increments, is_input_kept, blank)
-        step = Step(method, n)
+        held = held_parameters(calls)
+        evaluation = Evaluation(calls, held, Formats(held), arguments, monitor, increments, is_input_kept, blank)
         if n in states:
             x, outputs.states[n], *shadows = ReturnedState.apply(step, evaluation, x, *shadows)
         tensors = *arguments.tensors, *(parameter.tensor for parameter in evaluation.parameters)
         x, *rest = AdjointStep.apply(step, evaluation, x, *shadows, *tensors)
         shadows = rest[evaluation.auxiliary_count :]
-        are_functions = are_functions and all(call.replayed.is_function for call in calls)
+        are_functions = are_functions and all(call.is_function for call in calls)
         outputs.auxiliaries.extend(rest[: evaluation.auxiliary_count])
     arguments.release()
     generators.release()
@@ -96,7 +98,9 @@ class Evaluation:
     """What a step's blocks need, forwards and backwards."""
 
     calls: list[BlockCall]
-    parameters: list[HeldParameter]
+    parameters: Sequence[HeldParameter]
+    formats: Formats
+    """Dtypes and devices of the parameters."""
     arguments: Arguments
     monitor: DriftMonitor
     increments: Increments
@@ -214,13 +218,15 @@ def _backward(
     anchor = start if step.is_anchored else None
 
     count = evaluation.arguments.count
+    evaluation.formats.check()
     parameters = parameter_leaves(evaluation.parameters, tensors[count:], needs_tensors[count:])
     leaf_of = dict(zip(map(id, tensors[count:]), parameters, strict=True))
     used = argument_leaves(tensors[:count], evaluation.arguments.kinds, needs_tensors[:count], leaf_of) + parameters
     auxiliaries: Auxiliaries = []
     functions = evaluation.again(used[:count], auxiliaries)
     y = anchor if anchor is not None else step.predict(functions, trajectory)
-    vjps = BlockVjps(step.n, used, needs_x, auxiliaries, auxiliary_cotangents)
+    may_use_strangers = any(call.inventory.may_use_strangers for call in evaluation.calls)
+    vjps = BlockVjps(step.n, used, needs_x, auxiliaries, auxiliary_cotangents, may_use_strangers)
     evaluated = step.scheme.vjp(functions, y, step.h, gamma, vjps.linearize)
 
     weights = step.weights_before if needs_state else None

@@ -51,7 +51,8 @@ class Increments:
     """
 
     def __init__(self, like: Tensor, weights: Sequence[float], exact: Collection[int], blocks_per_step: int) -> None:
-        self.first = like.new_empty(len(weights), 2, dtype=square_dtype(like.device))
+        self._sample = Sample(like)
+        self.first = like.new_empty(len(weights), 2, dtype=self._sample.dtype)
         """The projections in the forward pass."""
         self._first_rows = self.first.unbind()
         self.again: Tensor | None = None
@@ -61,7 +62,7 @@ class Increments:
 
     def record(self, n: int, stages: Stages) -> None:
         """Step n was evaluated in the forward pass."""
-        _project(_increment(stages, self.first.dtype), self._first_rows[n])
+        self._sample.project(self._sample.increment(stages), self._first_rows[n])
 
     def begin(self) -> None:
         """A backward pass begins."""
@@ -73,9 +74,9 @@ class Increments:
         if self.again is None:
             return
         projections, squares, errors = self._again_rows
-        f = _increment(stages, self.first.dtype)
-        _project(f, projections[n])
-        difference = (_sample(y) - _sample(x_next)).to(f.dtype).add_(f, alpha=self.weights[n])
+        f = self._sample.increment(stages)
+        self._sample.project(f, projections[n])
+        difference = self._sample.of(y).sub(self._sample.of(x_next)).to(f.dtype).add_(f, alpha=self.weights[n])
         torch.dot(f, f, out=squares[n])
         torch.dot(difference, difference, out=errors[n])
 
@@ -84,12 +85,29 @@ class Increments:
         return f"block {n}" if last == n else f"blocks {n} to {last}"
 
 
-def projections(stages: Stages, dtype: torch.dtype) -> Tensor:
-    """The two numbers of one increment, shape [2]."""
-    f = _increment(stages, dtype)
-    found = f.new_empty(2)
-    _project(f, found)
-    return found
+class Sample:
+    """At most `SAMPLE` values of states like this one, from all over it, and their projections on random signs."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.dtype = square_dtype(like.device)
+        self._places = None if like.numel() <= SAMPLE else _places(like.shape)
+        count = len(self.of(like))
+        # What is made while a graph is captured has no values until it is replayed.
+        self._signs = (_made_signs if is_capturing() else _signs)(count, self.dtype, like.device)
+
+    def of(self, x: Tensor) -> Tensor:
+        """The sample, as a vector."""
+        return (x if self._places is None else x[self._places]).reshape(-1)
+
+    def increment(self, stages: Stages) -> Tensor:
+        """That of f_n, an increment over its weight, which may be too small for the dtype."""
+        k1, k2 = stages
+        f = self.of(k1).to(self.dtype)
+        return f if k2 is None else f + self.of(k2)
+
+    def project(self, f: Tensor, out: Tensor) -> Tensor:
+        """Write the two numbers of one increment, shape [2]."""
+        return torch.mv(self._signs, f, out=out)
 
 
 def changes(first: Sequence[Sequence[float]], again: Sequence[Sequence[float]]) -> list[float]:
@@ -162,24 +180,6 @@ def not_recomputed(change: float) -> str:
         f"changed its increment by {_percent(change)} between forward and backward pass, at the same state, and the "
         f"gradient is as far off: it is another function by now; {CAUSES}"
     )
-
-
-def _increment(stages: Stages, dtype: torch.dtype) -> Tensor:
-    """The sample of an increment over its weight, which may be too small for the dtype."""
-    k1, k2 = stages
-    f = _sample(k1).to(dtype)
-    return f if k2 is None else f + _sample(k2)
-
-
-def _project(f: Tensor, out: Tensor) -> None:
-    # What is made while a graph is captured has no values until it is replayed.
-    signs = _made_signs if is_capturing() else _signs
-    torch.mv(signs(len(f), f.dtype, f.device), f, out=out)
-
-
-def _sample(x: Tensor) -> Tensor:
-    """At most `SAMPLE` values of x, from all over it, as a vector."""
-    return (x if x.numel() <= SAMPLE else x[_places(x.shape)]).reshape(-1)
 
 
 @lru_cache(maxsize=256)

@@ -9,32 +9,21 @@ the surrounding program are back as they were when a re-evaluation ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from .attributes import Attributes
+from .attributes import Attributes, Containers
 from .buffers import Buffers, work_on_copies
 from .capture import draws_are_replayable
 from .generators import Drawn, Generators
-from .restoration import Slot, put, restoring
+from .inventory import Entries, Inventory
+from .restoration import Slot, put, restoring, undo_later
 from .surroundings import Surroundings, turn_caches_off
 
 T = TypeVar("T")
-
-
-def submodules(blocks: Iterable[nn.Module]) -> list[nn.Module]:
-    """The blocks and all modules inside them, each once. (`Module.modules` builds every name on the way.)"""
-    found: dict[nn.Module, None] = {}
-    pending = list(blocks)
-    while pending:
-        module = pending.pop()
-        if module not in found:
-            found[module] = None
-            pending.extend(child for child in module._modules.values() if child is not None)
-    return list(found)
 
 
 def protect(modules: Iterable[nn.Module], device: torch.device) -> None:
@@ -42,11 +31,11 @@ def protect(modules: Iterable[nn.Module], device: torch.device) -> None:
     generators are as they are now when the `restoring` around this ends."""
     modules = list(modules)
     Generators(device).restore_later()
-    for module in modules:
-        attributes = Attributes(module)
-        attributes.replay()
-        slots = [Slot(vars(module), name) for name in attributes.tensors]
-        put(slots, [slot.get().clone() for slot in slots])
+    undo_later(Entries(modules).restore)
+    attributes = [Attributes(module) for module in modules]
+    Containers(attributes).replay()
+    slots = [Slot(vars(module), name) for module, of in zip(modules, attributes, strict=True) for name in of.tensors]
+    put(slots, [slot.get().clone() for slot in slots])
     work_on_copies(modules)
 
 
@@ -54,32 +43,27 @@ class Replayed:
     """A block's evaluation: `record` runs it for the first time, `again` runs it in the same way.
 
     Args:
-        modules: the block and all modules inside it.
+        inventory: what the block's modules hold before it.
         device: of the state.
         generators: of the forward pass that this evaluation is part of.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], device: torch.device, generators: Generators) -> None:
-        self.modules, self.generators = modules, generators
-        self.device_types = sorted({device.type, "cpu"} - {"meta"})
-        self.surroundings: Surroundings | None = None
-        self.attributes: list[Attributes] = []
+    def __init__(self, inventory: Inventory, device: torch.device, generators: Generators) -> None:
+        self.inventory, self.generators = inventory, generators
+        self.surroundings = Surroundings.now(device.type)
+        self.buffers = Buffers(inventory)
+        self.containers = Containers(inventory.attributes) if inventory.has_state else None
         self.drawn: Drawn | None = None
         """None until the first evaluation has ended."""
-        self.buffers: Buffers | None = None
         self.left_behind: list[str] = []
         """Attributes in which the last re-evaluation left tensors that have gradients; they have been taken off."""
 
     @property
     def is_function(self) -> bool:
         """Whether the block drew no random numbers and wrote no buffers."""
-        return not self.drawn and self.buffers is not None and not self.buffers.are_written
+        return not self.drawn and not self.buffers.are_written
 
     def record(self, run: Callable[[], T]) -> T:
-        self.surroundings = Surroundings.now(self.device_types)
-        self.attributes = [Attributes(module) for module in self.modules]
-        self.buffers = Buffers(self.modules, [attributes.tensors for attributes in self.attributes])
-
         def first() -> T:
             turn_caches_off()
             with draws_are_replayable():
@@ -87,31 +71,46 @@ class Replayed:
 
         out = restoring(first)
         self.drawn = self.generators.drawn_since_last()
-        for attributes in self.attributes:
-            attributes.evaluated()
+        if self.containers is not None:
+            self.containers.evaluated()
         self.buffers.evaluated()
         return out
 
     def again(self, run: Callable[[], T]) -> T:
-        surroundings, buffers = self.surroundings, self.buffers
-        assert surroundings is not None, "record comes first"
-        assert buffers is not None
-
         def repeated() -> T:
             turn_caches_off()
             self.generators.restore_torchs()
             # A block that differentiates inside a checkpointed step is run again while it still runs.
             (self.generators.drawn_so_far() if self.drawn is None else self.drawn).replay()
-            surroundings.replay()
-            for attributes in self.attributes:
-                attributes.replay()
-            buffers.replay()
+            self.surroundings.replay()
+            before = self._replay_attributes()
+            self.buffers.replay()
             out = self._run(run)
             if torch.is_grad_enabled():
-                self.left_behind = [name for attributes in self.attributes for name in attributes.left_behind()]
+                self.left_behind = self._left_since(before)
             return out
 
         return restoring(repeated)
+
+    def _replay_attributes(self) -> Entries:
+        """Make attributes what they were; returns those that the `restoring` around this ends with."""
+        entries = before = self.inventory.entries
+        if not entries.are_current():
+            before = Entries(self.inventory.modules)
+        undo_later(before.restore)
+        if before is not entries:
+            for attributes in self.inventory.attributes:
+                attributes.replay()
+        if self.containers is not None:
+            self.containers.replay()
+        return before
+
+    def _left_since(self, before: Entries) -> list[str]:
+        names = [] if self.containers is None else self.containers.left_behind()
+        if not before.are_current():
+            for attributes, held in zip(self.inventory.attributes, before.copies, strict=True):
+                names += attributes.left_behind(held)
+        return names
 
     def _run(self, run: Callable[[], T]) -> T:
         try:

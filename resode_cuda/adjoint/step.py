@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -120,6 +121,12 @@ class Step:
         if self.method.extrapolates and self.n == len(self.method) - 2:
             following[-1] = increment(self.scheme, stages, self.h, x)
         return following
+
+
+@lru_cache(maxsize=64)
+def steps_of(method: Method) -> tuple[Step, ...]:
+    """All its steps."""
+    return tuple(Step(method, n) for n in range(len(method)))
 
 
 def shadow_count(method: Method) -> int:

@@ -39,16 +39,20 @@ class Surroundings(NamedTuple):
     determinism: tuple[bool, bool]
 
     @classmethod
-    def now(cls, device_types: Iterable[str]) -> Surroundings:
+    def now(cls, device_type: str) -> Surroundings:
+        """Those of states on a type of device, and of the CPU."""
+        autocast = [Autocast.now("cpu")]
+        if device_type not in ("cpu", "meta"):
+            autocast.append(Autocast.now(device_type))
         determinism = (
             torch.are_deterministic_algorithms_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(),
         )
-        return cls(tuple(map(Autocast.now, device_types)), torch.get_default_dtype(), determinism)
+        return cls(tuple(autocast), torch.get_default_dtype(), determinism)
 
     def replay(self) -> None:
         """Make them what they were, until the `restoring` around this ends."""
-        now = Surroundings.now(autocast.device_type for autocast in self.autocast)
+        now = Surroundings.now(self.autocast[-1].device_type)
         if now != self:
             undo_later(now._set)
             self._set()

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..schemes import BlockFunction, Vjp
 from .block_arguments import Kind
-from .blocks import Auxiliaries, HeldParameter
+from .blocks import Auxiliaries
+from .inventory import HeldParameter
 from .restoration import put
 
 
@@ -49,7 +50,6 @@ def parameter_leaves(held: Sequence[HeldParameter], tensors: Sequence[Tensor], n
     """
     found = []
     for parameter, tensor, need in zip(held, tensors, needs, strict=True):
-        parameter.check()
         slots = parameter.slots
         is_own = all(slot.get() is tensor for slot in slots)
         if not (is_own and tensor.is_leaf) or tensor.requires_grad != need or tensor._backward_hooks:
@@ -66,6 +66,7 @@ class BlockVjps:
         needs_x: whether the product for the step's starting state is wanted.
         auxiliaries: where the blocks leave theirs.
         auxiliary_cotangents: of each block's; None for zero.
+        may_use_strangers: whether blocks may use tensors with gradients that are not among the leaves.
     """
 
     def __init__(
@@ -75,12 +76,14 @@ class BlockVjps:
         needs_x: bool,
         auxiliaries: Auxiliaries,
         auxiliary_cotangents: Sequence[Tensor | None],
+        may_use_strangers: bool,
     ) -> None:
         self.found: list[Tensor | None] = [None] * len(leaves)
         self._n, self._leaves = n, leaves
         self._is_point_wanted = needs_x
         self._auxiliaries = auxiliaries
         self._auxiliary_cotangents = list(auxiliary_cotangents)
+        self._may_use_strangers = may_use_strangers
 
     def linearize(self, f: BlockFunction, x: Tensor) -> tuple[Tensor, Vjp]:
         """f(x), and its vector-Jacobian product, which adds the leaves' gradients to those found."""
@@ -88,12 +91,14 @@ class BlockVjps:
         g_auxiliary = self._auxiliary_cotangents.pop(0) if self._auxiliary_cotangents else None
         out, auxiliary = self._evaluate(f, point)
         roots = [out] if auxiliary is None or g_auxiliary is None else [out, auxiliary]
-        self._check_all_found(f, point, roots)
+        if self._may_use_strangers:
+            self._check_all_found(f, point, roots)
         # The next block's input depends on this one's output.
         self._is_point_wanted = self._is_point_wanted or out.requires_grad
 
         def vjp(cotangent: Tensor) -> Tensor | None:
-            cotangents = [cotangent.to(out.dtype), *([] if g_auxiliary is None else [g_auxiliary])]
+            g = cotangent if cotangent.dtype == out.dtype else cotangent.to(out.dtype)
+            cotangents = [g] if g_auxiliary is None else [g, g_auxiliary]
             return self._vjp([point, *self._leaves], roots, cotangents[: len(roots)])
 
         return out.detach(), vjp

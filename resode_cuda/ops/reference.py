@@ -77,5 +77,5 @@ def _sum(k1: Tensor, k2: Tensor | None, x: Tensor) -> Tensor:
 
 def _add_squares_(squares: Tensor, defect: Tensor, x: Tensor) -> None:
     """squares[0] += |defect|^2, squares[1] += |x|^2"""
-    for square, vector in zip(squares.unbind(), (defect, x), strict=True):
-        square.add_(squared_norm(vector))
+    squares[0].add_(squared_norm(defect))
+    squares[1].add_(squared_norm(x))

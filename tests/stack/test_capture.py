@@ -58,11 +58,12 @@ def test_blocks_that_could_draw_and_do_not(capturing, gradient, quiet):
 def test_the_device_is_not_asked_for_its_random_state(capturing, monkeypatch):
     """Which a generator does not tell while a graph is captured."""
     from resode_cuda.adjoint.generators import Generators
+    from resode_cuda.adjoint.inventory import Inventory
     from resode_cuda.adjoint.replay import Replayed
 
     module = mlp()
     device, x = torch.device("cuda", 0), torch.randn(3, 6)
-    replayed = Replayed([module], device, Generators(device))
+    replayed = Replayed(Inventory(module), device, Generators(device))
     assert torch.equal(replayed.record(lambda: module(x)), replayed.again(lambda: module(x)))
 
 
