@@ -77,6 +77,11 @@ def residual_mlp(
     steps = checked_steps(where, step, count) if count > 0 else ()
     # Without steps, what is wrong is the parameters' shape, which `apply` tells.
     kept = anchored_steps(checked_anchors(where, anchors, count), count) if count > 0 else ()
-    method = Method(SCHEMES[scheme], steps, solver_from(where, reverse), kept)
+    solver = solver_from(where, reverse)
+    if solver.is_stored:
+        raise ValueError(
+            f"{where}: reverse must not ask for stored increments, which a ResidualStack alone has, got {reverse!r}"
+        )
+    method = Method(SCHEMES[scheme], steps, solver, kept)
     network = Network(weight_in, bias_in, weight_out, bias_out, activation, norm)
     return apply(where, network, method, x, gradient, backend)

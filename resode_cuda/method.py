@@ -52,6 +52,11 @@ class Method:
     _places: dict[int, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        bits = self.solver.bits
+        if isinstance(bits, tuple) and len(bits) != len(self.steps):
+            raise ValueError(
+                f"Reverse: bits must be one number or {len(self.steps)}, one for each step, got {len(bits)}"
+            )
         # Not when they are first asked for: a compiler may be tracing then.
         count = len(self.steps) if self.solver.extrapolates else 0
         weights = (
@@ -113,6 +118,19 @@ class Method:
     @property
     def reuses(self) -> bool:
         return self.solver.reuse
+
+    @property
+    def measures_defects(self) -> bool:
+        """Whether the backward pass compares each y with what its evaluation says of x_n."""
+        return self.reuses or self.solver.is_stored
+
+    def is_stored(self, n: int) -> bool:
+        """Whether step n's increment is stored in a few bits."""
+        return self.solver.is_stored and not self.is_anchored(n)
+
+    def ends_segment(self, n: int) -> bool:
+        """Whether no rebuilt state is needed after step n: it is the last, or the next one's is kept."""
+        return n == len(self) - 1 or self.is_anchored(n + 1)
 
     @property
     def kept_increments(self) -> int:

@@ -19,6 +19,7 @@ from .method import Anchors
 from .module import AdjointModule, checked_steps
 from .perceptron import Perceptron
 from .reverse import Reverse
+from .schemes import SCHEMES
 from .stack import ResidualStack
 
 
@@ -67,6 +68,7 @@ class ResidualMLP(AdjointModule):
         TypeError: for sizes that are no integers, or a dtype that is none of those four.
     """
 
+    _stores_increments = False
     weight_in: Tensor
     bias_in: Tensor | None
     weight_out: Tensor
@@ -108,7 +110,7 @@ class ResidualMLP(AdjointModule):
         if dtype not in (None, *DTYPES):
             raise TypeError(f"ResidualMLP: dtype must be one of {dtype_names(DTYPES)} or None, got {dtype!r}")
         super().__init__(
-            scheme,
+            SCHEMES[scheme],
             checked_steps("ResidualMLP", step, depth),
             gradient=gradient,
             reverse=reverse,
@@ -156,7 +158,7 @@ class ResidualMLP(AdjointModule):
             TypeError, ValueError: for an x that does not fit, as no nested or sparse one does, or a backend that can't
                 compute this.
         """
-        if torch.compiler.is_compiling() and self.on_drift in ("raise", "checkpoint"):
+        if torch.compiler.is_compiling() and self.on_drift not in ("ignore", "warn"):
             return _forward_uncompiled(self, x)
         return self._forward(x)
 

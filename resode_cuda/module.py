@@ -15,7 +15,7 @@ from torch import nn
 from .adjoint.drift import ON_DRIFT, Drift, DriftMonitor
 from .method import Anchors, CheckedAnchors, Method, anchored_steps, checked_anchors
 from .reverse import Reverse, solver_from
-from .schemes import SCHEMES
+from .schemes import Scheme
 
 GRADIENTS = ("adjoint", "checkpoint", "backprop")
 
@@ -24,14 +24,17 @@ class AdjointModule(nn.Module):
     """A residual network of steps with a choice of backward passes.
 
     Args:
-        scheme: a name of `SCHEMES`.
+        scheme: the formulas of a step.
         steps: h of each step.
         gradient, reverse, anchors, max_drift, on_drift: as the properties say.
     """
 
+    _stores_increments = True
+    """Whether `Reverse("stored")` is among the solvers."""
+
     def __init__(
         self,
-        scheme: str,
+        scheme: type[Scheme],
         steps: Sequence[float],
         *,
         gradient: str,
@@ -41,7 +44,7 @@ class AdjointModule(nn.Module):
         on_drift: str,
     ) -> None:
         super().__init__()
-        self._method = Method(SCHEMES[scheme], tuple(steps))
+        self._method = Method(scheme, tuple(steps))
         self._monitor = DriftMonitor(self._where, len(self._method))
         self._recalibration: Any = None  # set by ResidualStack.recalibrate_every
         self.max_drift = max_drift
@@ -86,7 +89,9 @@ class AdjointModule(nn.Module):
 
     @reverse.setter
     def reverse(self, reverse: str | Reverse) -> None:
-        self._method = replace(self._method, solver=solver_from(self._where, reverse))
+        solver = solver_from(self._where, reverse)
+        self._check_stored(solver.is_stored, "reverse", reverse)
+        self._method = replace(self._method, solver=solver)
         self._monitor.gradient_error_per_defect = None
 
     @property
@@ -118,14 +123,22 @@ class AdjointModule(nn.Module):
 
     @property
     def on_drift(self) -> str:
-        """`"ignore"`, `"warn"`, `"raise"` or `"checkpoint"`; may be set between training steps."""
+        """`"ignore"`, `"warn"`, `"raise"`, `"store"` or `"checkpoint"`; may be set between training steps."""
         return self._monitor.on_drift
 
     @on_drift.setter
     def on_drift(self, on_drift: str) -> None:
         if on_drift not in ON_DRIFT:
             raise ValueError(f"{self._where}: on_drift must be one of {ON_DRIFT}, got {on_drift!r}")
+        self._check_stored(on_drift == "store", "on_drift", on_drift)
         self._monitor.on_drift = on_drift
+
+    def _check_stored(self, is_asked_for: bool, name: str, given: object) -> None:
+        if is_asked_for and not self._stores_increments:
+            raise ValueError(
+                f"{self._where}: {name} must not ask for stored increments, which a ResidualStack alone has, got "
+                f"{given!r}; use to_blocks()"
+            )
 
     @property
     def scheme(self) -> str:

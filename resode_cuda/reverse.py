@@ -1,7 +1,9 @@
 """The reverse solver: how x_n is rebuilt from x_{n+1}.
 
-One reverse step predicts y, corrects it k times by the fixed-point iteration y <- x_{n+1} - Phi_n(y), and hands y to
-the adjoint, which evaluates Phi_n(y) anyway for its vector-Jacobian product. With reuse that evaluation also gives
+Where increments are stored (`stored.py`) that is a subtraction, exact for the companion y = c_n.
+
+Else one reverse step predicts y, corrects it k times by the fixed-point iteration y <- x_{n+1} - Phi_n(y), and hands y
+to the adjoint, which evaluates Phi_n(y) anyway for its vector-Jacobian product. With reuse that evaluation also gives
 the rebuilt state, x_n = x_{n+1} - Phi_n(y): one more correction that costs nothing. From the second correction on the
 iteration can be accelerated by mixing two iterates.
 """
@@ -9,15 +11,18 @@ iteration can be accelerated by mixing two iterates.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .schemes import BlockFunction, Scheme, add
+from .stored import BITS
 
-PREDICTORS = ("step", "extrapolate")
+PREDICTORS = ("step", "extrapolate", "stored")
+DEFAULT_BITS = 8
 WORTHWHILE = 0.8
 """Iterates are mixed where that should shrink the residual at least to this share. Where less is to be gained the
 model is too coarse to tell: of 10,800 rows of random networks on which the plain iteration converges, mixing the second
@@ -31,7 +36,10 @@ class Reverse:
     Args:
         predictor: `"step"` runs the scheme backwards from x_{n+1}, one more evaluation of the increment per step;
             `"extrapolate"` takes the increment expected from the two later steps, no evaluation. It needs weights that
-            vary smoothly with depth.
+            vary smoothly with depth. `"stored"` keeps the increments of the forward pass in a few bits: for networks
+            that nothing can be rebuilt for, trained ones with h = 1 above all. The point y is then off by half a
+            quantum at most, whatever the weights, and takes no evaluation; corrections, reuse and accelerate have no
+            meaning.
         corrections: fixed-point iterations y <- x_{n+1} - Phi_n(y) after the predictor, >= 0. Each costs one
             evaluation per step and gains one order in h where h times the block's Lipschitz constant is below 1; above
             1 they diverge.
@@ -44,6 +52,11 @@ class Reverse:
             buffers and no evaluation, gains most on trained networks, where few directions dominate the error, and
             does not diverge where a single direction makes the plain iteration diverge. Samples in which mixing is not
             worthwhile take the plain iteration. None: from 2 corrections on, the fewest that can be mixed.
+        bits: of each value of a stored increment, 1, 2, 3, 4, 6 or 8, or a sequence of them, one for each step; a
+            quarter of a bit is added for scales. None is 8 for `"stored"`. The gradient's error halves with each bit.
+        rounded_forward: blocks see the rounded states in the forward pass too, wherever a backward pass may follow. The
+            gradient is then exactly that of the network that ran, with rounding taken as the identity: c_n comes back
+            equal to the last bit. Without gradients the plain network runs.
 
     The presets of `ResidualStack(reverse=...)`, with the order in h of the gradient's relative error, measured for
     weights smooth in depth, and the evaluations of the increment per backward step:
@@ -51,11 +64,14 @@ class Reverse:
         "paper"         Reverse("step", reuse=False)   Euler 1, Heun 3   2 evaluations
         "corrected"     Reverse("step")                Euler 2, Heun 4   2 evaluations
         "extrapolated"  Reverse("extrapolate")         Euler 3, Heun 3   1 evaluation, as many as checkpointing
+        "stored"        Reverse("stored", bits=8)      none: any h       1 evaluation
 
     Raises:
-        ValueError: for an unknown predictor, negative corrections, extrapolation without reuse, or acceleration of
-            fewer than 2 corrections.
-        TypeError: if corrections is not an integer, reuse not a bool, or accelerate neither a bool nor None.
+        ValueError: for an unknown predictor, negative corrections, extrapolation without reuse, acceleration of fewer
+            than 2 corrections, numbers of bits that there are not, corrections or acceleration of stored increments, or
+            bits of increments that are not stored.
+        TypeError: if corrections is not an integer, reuse or rounded_forward not a bool, bits no integers, or
+            accelerate neither a bool nor None.
 
     Source of the acceleration: D. G. Anderson, Iterative procedures for nonlinear integral equations, J. ACM 12, 1965.
     """
@@ -64,10 +80,21 @@ class Reverse:
     corrections: int = 0
     reuse: bool = True
     accelerate: bool | None = None
+    bits: int | tuple[int, ...] | None = None
+    rounded_forward: bool = False
 
     def __post_init__(self) -> None:
         if self.predictor not in PREDICTORS:
             raise ValueError(f"Reverse: predictor must be one of {PREDICTORS}, got {self.predictor!r}")
+        if not isinstance(self.rounded_forward, bool):
+            raise TypeError(f"Reverse: rounded_forward must be True or False, got {self.rounded_forward!r}")
+        if self.is_stored:
+            self._check_stored()
+        elif self.bits is not None or self.rounded_forward:
+            raise ValueError(
+                f'Reverse: bits and rounded_forward must go with predictor="stored", got {self.predictor!r}; leave '
+                "them out"
+            )
         if not isinstance(self.corrections, int) or isinstance(self.corrections, bool):
             raise TypeError(f"Reverse: corrections must be an integer, got {self.corrections!r}; use 0, 1, 2, ...")
         if self.corrections < 0:
@@ -88,20 +115,46 @@ class Reverse:
                 f"Reverse: accelerate=True needs corrections >= 2, got {self.corrections}; it mixes two of them"
             )
 
+    def _check_stored(self) -> None:
+        if self.corrections or self.accelerate:
+            raise ValueError(
+                'Reverse: predictor="stored" must have no corrections and no acceleration, got '
+                f"corrections={self.corrections!r}, accelerate={self.accelerate!r}; leave them out, and use more bits"
+            )
+        given: Any = DEFAULT_BITS if self.bits is None else self.bits
+        numbers = [given] if not isinstance(given, Iterable) else list(given)
+        if isinstance(given, str) or not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+            raise TypeError(f"Reverse: bits must be an integer, or one for each step, got {given!r}")
+        if not numbers or any(n not in BITS for n in numbers):
+            raise ValueError(f"Reverse: bits must be among {BITS}, got {given!r}")
+        object.__setattr__(self, "bits", tuple(numbers) if isinstance(given, Iterable) else given)
+        # The evaluation at y rebuilds nothing.
+        object.__setattr__(self, "reuse", False)
+
+    @property
+    def is_stored(self) -> bool:
+        return self.predictor == "stored"
+
     @property
     def extrapolates(self) -> bool:
         return self.predictor == "extrapolate"
 
+    def bits_of(self, n: int) -> int:
+        """Bits a value of step n's stored increment."""
+        assert self.bits is not None, "only stored increments have bits"
+        return self.bits if isinstance(self.bits, int) else self.bits[n]
+
     @property
     def evaluations(self) -> int:
         """Evaluations of the increment in a backward step that is neither anchored nor one of the first two."""
-        return 1 + self.corrections + (not self.extrapolates)
+        return 1 + self.corrections + (self.predictor == "step")
 
 
 PRESETS = {
     "paper": Reverse("step", reuse=False),
     "corrected": Reverse("step"),
     "extrapolated": Reverse("extrapolate"),
+    "stored": Reverse("stored"),
 }
 
 

@@ -10,6 +10,7 @@ NeurIPS 2022, arXiv:2205.14612.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -48,6 +49,8 @@ class Scheme(Protocol):
     blocks_per_step: ClassVar[int]
     sample_point: ClassVar[float]
     """The point of its step, as a share of h, where the increment over h samples dx/dt; extrapolation needs it."""
+    has_state_inside: ClassVar[bool]
+    """Whether blocks add the state themselves, so that a product with their Jacobian is all of the adjoint."""
 
     @staticmethod
     def weight(h: float) -> float:
@@ -84,6 +87,7 @@ class Euler:
     name: ClassVar[str] = "euler"
     blocks_per_step: ClassVar[int] = 1
     sample_point: ClassVar[float] = 0.0
+    has_state_inside: ClassVar[bool] = False
 
     @staticmethod
     def weight(h: float) -> float:
@@ -122,6 +126,7 @@ class Heun:
     name: ClassVar[str] = "heun"
     blocks_per_step: ClassVar[int] = 2
     sample_point: ClassVar[float] = 0.5
+    has_state_inside: ClassVar[bool] = False
 
     @staticmethod
     def weight(h: float) -> float:
@@ -156,7 +161,54 @@ class Heun:
         return StepVjp(Stages(k1, k2), through_k2, vjp(gamma if through_k2 is None else add(gamma, through_k2, h)))
 
 
+class BlockForm:
+    """Euler's method with h = 1, of blocks that add the state themselves, as the layers of most models do.
+
+    x_{n+1} = block_n(x_n),   f_n(x) = block_n(x) - x
+
+    The forward pass is that of the blocks to the last bit, and so is the vector-Jacobian product. f_n is computed, by
+    subtraction, where a state is rebuilt or measured.
+    """
+
+    name: ClassVar[str] = "euler"
+    blocks_per_step: ClassVar[int] = 1
+    sample_point: ClassVar[float] = 0.0
+    has_state_inside: ClassVar[bool] = True
+
+    @staticmethod
+    def weight(h: float) -> float:
+        return 1.0
+
+    @staticmethod
+    def stages(blocks: Sequence[BlockFunction], x: Tensor, h: float) -> Stages:
+        return step(BlockForm, blocks, x, h)[1]
+
+    @staticmethod
+    def add(x: Tensor, stages: Stages, h: float) -> Tensor:
+        return Euler.add(x, stages, math.copysign(1.0, h))
+
+    @staticmethod
+    def reverse_step(blocks: Sequence[BlockFunction], x_next: Tensor, h: float) -> Tensor:
+        return BlockForm.add(x_next, BlockForm.stages(blocks, x_next, h), -h)
+
+    @staticmethod
+    def vjp(blocks: Sequence[BlockFunction], x: Tensor, h: float, gamma: Tensor, linearize: Linearize) -> StepVjp:
+        (block,) = blocks
+        x_next, vjp = linearize(block, x)
+        return StepVjp(Stages(x_next.to(x.dtype) - x), vjp(gamma))
+
+
 SCHEMES: dict[str, type[Scheme]] = {scheme.name: scheme for scheme in (Euler, Heun)}
+
+
+def step(scheme: type[Scheme], blocks: Sequence[BlockFunction], x: Tensor, h: float) -> tuple[Tensor, Stages]:
+    """The next state, and the stages that led to it."""
+    if scheme.has_state_inside:
+        (block,) = blocks
+        x_next = block(x).to(x.dtype)
+        return x_next, Stages(x_next.detach() - x.detach())
+    stages = scheme.stages(blocks, x, h)
+    return scheme.add(x, stages, h), stages
 
 
 def add(x: Tensor, f: Tensor, h: float) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from .adjoint import checkpoint, node, traced
 from .adjoint.block_arguments import Arguments, Call
-from .adjoint.blocks import Auxiliaries, Block
+from .adjoint.blocks import Auxiliaries, Block, Returned
 from .adjoint.buffers import work_on_copies
 from .adjoint.inventory import Inventories, submodules
 from .adjoint.outputs import Outputs
@@ -26,8 +27,11 @@ from .method import Anchors, integer
 from .module import AdjointModule, checked_steps
 from .plan import Plan
 from .recalibration import Recalibration
-from .reverse import Reverse, extrapolate, predict
-from .schemes import SCHEMES, increment
+from .reverse import DEFAULT_BITS, Reverse, extrapolate, predict
+from .schemes import SCHEMES, BlockForm, increment
+from .schemes import step as take_step
+
+FORMS = ("residual", "block")
 
 
 class ResidualStack(AdjointModule):
@@ -108,9 +112,10 @@ class ResidualStack(AdjointModule):
         blocks: Iterable[nn.Module],
         scheme: str = "euler",
         *,
+        form: str = "residual",
         step: float | Sequence[float] | None = None,
         gradient: str = "adjoint",
-        reverse: str | Reverse = "corrected",
+        reverse: str | Reverse | None = None,
         anchors: Anchors = None,
         stream_dtype: torch.dtype | None = None,
         max_drift: float = 0.05,
@@ -124,6 +129,8 @@ class ResidualStack(AdjointModule):
                 raise TypeError(f"ResidualStack: block {index} must be an nn.Module, got {type(block).__name__}")
         if scheme not in SCHEMES:
             raise ValueError(f"ResidualStack: scheme must be one of {tuple(SCHEMES)}, got {scheme!r}")
+        if form not in FORMS:
+            raise ValueError(f"ResidualStack: form must be one of {FORMS}, got {form!r}")
         needed = SCHEMES[scheme].blocks_per_step
         if len(blocks) < needed:
             way_out = 'use scheme="euler" or add a block' if blocks else "pass a list of modules"
@@ -131,11 +138,15 @@ class ResidualStack(AdjointModule):
                 f"ResidualStack: scheme={scheme!r} needs at least {needed} block{'s'[: needed - 1]}, "
                 f"got {len(blocks)}; {way_out}"
             )
+        steps = checked_steps("ResidualStack", step, len(blocks) + 1 - needed)
+        if form == "block":
+            steps = _checked_block_form(scheme, step, steps, stream_dtype)
+        is_ordinary = form == "block" or (step is not None and set(steps) == {1.0})
         super().__init__(
-            scheme,
-            checked_steps("ResidualStack", step, len(blocks) + 1 - needed),
+            BlockForm if form == "block" else SCHEMES[scheme],
+            steps,
             gradient=gradient,
-            reverse=reverse,
+            reverse=("stored" if is_ordinary else "corrected") if reverse is None else reverse,
             anchors=anchors,
             max_drift=max_drift,
             on_drift=on_drift,
@@ -143,6 +154,7 @@ class ResidualStack(AdjointModule):
         for index, block in enumerate(blocks):
             self.add_module(str(index), block)
         self._block_count = len(blocks)
+        self.form = form
         if stream_dtype not in (None, *DTYPES):
             raise TypeError(f"ResidualStack: stream_dtype must be one of {DTYPES} or None, got {stream_dtype!r}")
         self.stream_dtype = stream_dtype
@@ -257,7 +269,7 @@ class ResidualStack(AdjointModule):
     def _is_traceable(self) -> bool:
         """Whether a compiler may trace the stack; else it runs uncompiled inside the compiled model."""
         autocasts = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
-        is_watched = self.keep_input or self._monitor.on_drift in ("raise", "checkpoint")
+        is_watched = self.keep_input or self._monitor.on_drift not in ("ignore", "warn")
         wants_eager = autocasts or is_watched or self._recalibration is not None or self.auxiliary is not None
         if wants_eager or not traced.is_traceable(self.modules()):
             return False
@@ -286,7 +298,7 @@ class ResidualStack(AdjointModule):
         states = {0: state}
         for n, h in enumerate(self.steps):
             functions = [block.function(call, auxiliaries) for block in blocks[self._method.blocks_of(n)]]
-            state = scheme.add(state, scheme.stages(functions, state, h), h)
+            state, _ = take_step(scheme, functions, state, h)
             if n + 1 in wanted:
                 states[n + 1] = state
         return Outputs(state, auxiliaries, states)
@@ -298,7 +310,10 @@ class ResidualStack(AdjointModule):
             plan = self._recalibration.plan(self, x, args, kwargs)
             if plan is not None:
                 self.apply_plan(plan)
-        if self._monitor.fallback_requested:
+        if self._monitor.fallback_requested and self.on_drift == "store" and self.reverse.bits != DEFAULT_BITS:
+            self.reverse = "stored"
+            self._monitor.fallback_requested = False
+        elif self._monitor.fallback_requested:
             self.gradient = "checkpoint"
 
     def apply_plan(self, plan: Plan) -> ResidualStack:
@@ -346,6 +361,9 @@ class ResidualStack(AdjointModule):
     def invert(self, x_last: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
         """x_0 rebuilt from x_N by the stack's reverse solver, without gradients. No buffer of a block changes.
 
+        Nothing is stored for it: where increments are stored for the backward pass, `"corrected"` serves here, which
+        trained networks of h = 1 are out of reach of.
+
         Args:
             x_last: x_N, the output of the forward pass, any shape, floating dtype, on the blocks' device.
             *args, **kwargs: those of the forward pass.
@@ -361,6 +379,8 @@ class ResidualStack(AdjointModule):
         undo_leftovers()
         blocks, state = self._blocks_for(x_last), self._state_from(x_last)
         call, method, scheme = Call(args, kwargs), self._method, self._method.scheme
+        if method.solver.is_stored:
+            method = replace(method, solver=Reverse("step"))
 
         def undone(n: int, state: Tensor, predicted: Tensor | None) -> tuple[Tensor, Tensor | None]:
             """x_n from x_{n+1}, and the increment where the solver knows it."""
@@ -407,7 +427,8 @@ class ResidualStack(AdjointModule):
         return self._described()
 
     def settings(self) -> dict[str, Any]:
-        mine = {"stream_dtype": self.stream_dtype, "keep_input": self.keep_input, "auxiliary": self.auxiliary}
+        names = "form", "stream_dtype", "keep_input", "auxiliary"
+        mine = {name: getattr(self, name) for name in names}
         return {**super().settings(), **mine}
 
     def _blocks_for(self, x: Tensor) -> list[Block]:
@@ -420,14 +441,35 @@ class ResidualStack(AdjointModule):
         if x.is_nested or x.layout != torch.strided:
             kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
             raise TypeError(f"ResidualStack: x must be a dense tensor, got a {kind} one; pad it, or use x.to_dense()")
-        has_auxiliary = self.auxiliary is not None
-        return [Block(module, n, x.dtype, self._inventories, has_auxiliary) for n, module in enumerate(self)]
+        returns = Returned(self.form == "block", self.auxiliary is not None)
+        return [Block(module, n, x.dtype, self._inventories, returns) for n, module in enumerate(self)]
 
     def _state_from(self, x: Tensor) -> Tensor:
         """x in the stream's dtype, in which there must be all that the steps multiply it by."""
-        dtype = self.stream_dtype or torch.promote_types(x.dtype, torch.float32)
+        # Blocks that add the state themselves add it in their own dtype.
+        is_own = self.form == "block"
+        dtype = x.dtype if is_own else self.stream_dtype or torch.promote_types(x.dtype, torch.float32)
         self._method.check_steps("ResidualStack", dtype)
         return x.to(dtype)
+
+
+def _checked_block_form(
+    scheme: str, step: object, steps: tuple[float, ...], stream_dtype: torch.dtype | None
+) -> tuple[float, ...]:
+    """The steps of blocks that add the state themselves, all 1."""
+    if scheme != "euler":
+        raise ValueError(f'ResidualStack: form="block" must go with scheme="euler", got {scheme!r}; leave scheme out')
+    if step is not None and set(steps) != {1.0}:
+        raise ValueError(
+            f'ResidualStack: form="block" must have step=1.0, which blocks that add the state themselves take, got '
+            f"{step!r}; leave step out"
+        )
+    if stream_dtype is not None:
+        raise ValueError(
+            f'ResidualStack: form="block" must have no stream_dtype, since blocks add the state in their own, got '
+            f"{stream_dtype}; leave it out"
+        )
+    return (1.0,) * len(steps)
 
 
 @torch._disable_dynamo

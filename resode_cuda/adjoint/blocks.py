@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,22 @@ Auxiliaries = list[Tensor | None]
 """What each evaluation of a block that may return a second tensor gave as one, in their order."""
 
 
+class Returned(NamedTuple):
+    """What blocks may return: a tensor, or with one of these also a tuple that begins with it."""
+
+    is_state: bool = False
+    """Whether it is the next state; the rest of the tuple may be None then."""
+    has_auxiliary: bool = False
+    """Whether a second tensor may follow."""
+
+
 class Block:
     """Block n of a stack during one forward pass and its backward pass.
 
     Args:
         dtype: of the stack's input, in which the block computes; the state around it may be wider.
         inventories: those of the stack's blocks.
-        has_auxiliary: whether the block may return a second tensor.
+        returned: what the block may return.
     """
 
     def __init__(
@@ -36,9 +45,11 @@ class Block:
         index: int,
         dtype: torch.dtype,
         inventories: Inventories,
-        has_auxiliary: bool = False,
+        returned: Returned,
     ) -> None:
-        self.module, self.index, self.dtype, self.has_auxiliary = module, index, dtype, has_auxiliary
+        self.module, self.index, self.dtype = module, index, dtype
+        self._returned = returned
+        self.has_auxiliary = returned.has_auxiliary
         self._inventories = inventories
         self._last: Inventory | None = None
 
@@ -78,28 +89,31 @@ class Block:
             out = self.module(given, *args, **kwargs)
         else:
             out = torch.func.functional_call(self.module, parameters, (given, *args), kwargs)
-        if self.has_auxiliary:
-            out = self._without_auxiliary(out, auxiliaries)
+        if any(self._returned):
+            out = self._first(out, auxiliaries)
         self._check(given, version, out)
         return out if fits(out.dtype, x.dtype) else out.to(x.dtype)
 
     def function(self, call: Call, auxiliaries: Auxiliaries) -> BlockFunction:
         return lambda x: self(x, call, auxiliaries)
 
-    def _without_auxiliary(self, out: Any, auxiliaries: Auxiliaries) -> Any:
-        if not isinstance(out, tuple):
-            auxiliaries.append(None)
-            return out
-        if len(out) == 2 and out[1] is None:
-            auxiliaries.append(None)
-            return out[0]
-        if len(out) != 2 or not (isinstance(out[1], Tensor) and out[1].is_floating_point()):
+    def _first(self, out: Any, auxiliaries: Auxiliaries) -> Any:
+        """The first entry of a tuple. A second tensor is appended to the auxiliaries, where there may be one."""
+        rest = out[1:] if isinstance(out, tuple) else ()
+        given = [entry for entry in rest if entry is not None]
+        is_right = len(given) <= self.has_auxiliary and (self._returned.is_state or len(rest) <= 1)
+        if not (is_right and all(isinstance(entry, Tensor) and entry.is_floating_point() for entry in given)):
             shown = tuple(type(entry).__name__ for entry in out)
-            raise TypeError(
-                f"{self.where} must return (increment, auxiliary), floating tensors or None for the second, got {shown}"
+            first = "state" if self._returned.is_state else "increment"
+            wanted = (
+                f"({first}, auxiliary), floating tensors or None for the second"
+                if self.has_auxiliary
+                else ("one tensor, or a tuple of it and None; let the stack add up auxiliaries with auxiliary=sum")
             )
-        auxiliaries.append(out[1])
-        return out[0]
+            raise TypeError(f"{self.where} must return {wanted}, got {shown}")
+        if self.has_auxiliary:
+            auxiliaries.append(given[0] if given else None)
+        return out[0] if isinstance(out, tuple) and out else out
 
     def _check(self, given: Tensor, version: int | None, out: Any) -> None:
         where = self.where

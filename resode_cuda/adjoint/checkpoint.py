@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..method import Method
 from ..schemes import BlockFunction, Stages
+from ..schemes import step as take_step
 from .block_arguments import Arguments, Versions
 from .blocks import Auxiliaries, Block, BlockCall, Formats, held_parameters, modified_in_place
 from .drift import DriftMonitor
@@ -89,11 +90,11 @@ class _Step:
             for tensor, kind in zip(self.tensors, self.arguments.kinds, strict=True):
                 kind.replay(tensor)
             functions = [_again(call, self.tensors, auxiliaries) for call in self.calls]
-        stages = self.scheme.stages(functions, x, self.h)
+        x_next, stages = take_step(self.scheme, functions, x, self.h)
         if self.monitor is not None and (is_first or self.numbers is not None):
             with torch.no_grad():
                 self._compare(stages, x, self.monitor)
-        return self.scheme.add(x, stages, self.h), *auxiliaries
+        return x_next, *auxiliaries
 
     def _compare(self, stages: Stages, x: Tensor, monitor: DriftMonitor) -> None:
         sample = Sample(x)

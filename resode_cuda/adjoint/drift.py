@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,13 +18,15 @@ from ..squares import square_dtype, squared_norm
 from .reevaluation import (
     ROUNDING,
     Increments,
-    change_unexplained,
+    Judge,
     changed_in_between,
     changes,
     not_recomputed,
 )
 
-ON_DRIFT = ("ignore", "warn", "raise", "checkpoint")
+ON_DRIFT = ("ignore", "warn", "raise", "store", "checkpoint")
+FALLBACKS = {"store": "stored increments", "checkpoint": 'gradient="checkpoint"'}
+"""What such an `on_drift` goes on with."""
 MAX_DRIFT = 0.05
 """The largest defect that is accepted by default."""
 
@@ -88,7 +90,7 @@ class DriftMonitor:
         # [steps, 6]: their numbers in the last forward and backward pass, with what judges them. In memory that stays,
         # as the squares do.
         self._numbers: Tensor | None = None
-        self._limits: tuple[Sequence[float], Collection[int]] | None = None
+        self._replay_judge: Judge | None = None
         self._measured = False
         self._reached_input = False
         self._unchecked = False
@@ -103,7 +105,7 @@ class DriftMonitor:
 
     def wants_fallback(self) -> bool:
         """`fallback_requested`, once all that was measured has been judged."""
-        if self.on_drift == "checkpoint":
+        if self.on_drift in FALLBACKS:
             self.poll()
         return self.fallback_requested
 
@@ -223,7 +225,7 @@ class DriftMonitor:
 
     def _keep(self, increments: Increments | None) -> None:
         """Copy the numbers of a backward pass that has ended."""
-        self._increments = self._limits = None
+        self._increments = self._replay_judge = None
         if increments is None or increments.again is None:
             return
         first = increments.first
@@ -231,7 +233,7 @@ class DriftMonitor:
             self._numbers = first.new_empty(self._steps, 6)
         self._numbers[:, :2] = first
         self._numbers[:, 2:] = increments.again
-        self._limits = increments.weights, increments.exact
+        self._replay_judge = increments.judge
 
     def _later(self, judge: Callable[..., None], *tensors: Tensor) -> None:
         """Have copies of the tensors judged once they have arrived on the host."""
@@ -243,7 +245,7 @@ class DriftMonitor:
     def poll(self) -> None:
         """Judge what has arrived by now; all there is, where the answer decides what happens next."""
         self.end()
-        must_know = self.on_drift in ("raise", "checkpoint")
+        must_know = self.on_drift == "raise" or self.on_drift in FALLBACKS
         while self._arriving and (must_know or self._arriving[0][1].query()):
             judge, arrived = self._arriving.pop(0)
             arrived.synchronize()
@@ -252,21 +254,22 @@ class DriftMonitor:
     def forget(self) -> None:
         """The next backward pass is not the adjoint's."""
         self._measured = self._reached_input = False
-        self._increments = self._limits = None
+        self._increments = self._replay_judge = None
 
     def read(self) -> Drift | None:
         self.poll()
-        if self._squares is None or not (self._measured or self._reached_input or self._limits is not None):
+        if self._squares is None or not (self._measured or self._reached_input or self._replay_judge is not None):
             return None
         ratios = self._ratios(self._squares)
         defects = ratios[:-1] if self._measured else torch.full_like(ratios[:-1], torch.nan)
         factor = self.gradient_error_per_defect
         changed = replayed = None
-        if self._limits is not None and self._numbers is not None and not self._numbers.is_meta:
+        if self._replay_judge is not None and self._numbers is not None and not self._numbers.is_meta:
             rows = self._numbers.tolist()
             first, again = [row[:2] for row in rows], [row[2:] for row in rows]
             changed = defects.new_tensor(changes(first, again))
-            replayed = torch.tensor(change_unexplained(first, again, *self._limits) is None, device=defects.device)
+            is_replayed = self._replay_judge.unexplained(first, again) is None
+            replayed = torch.tensor(is_replayed, device=defects.device)
         return Drift(
             defects,
             defects.max(),
@@ -299,21 +302,24 @@ class DriftMonitor:
                 'use gradient="checkpoint", more corrections, anchors, or a smaller step',
             )
             return
+        slack = [1.0] * self._steps if increments is None else increments.slack
         defects = self._ratios(squares)[:-1]
-        worst = int(defects.argmax())
-        defect = defects[worst].item() if self._measured else 0.0
+        excess = defects / defects.new_tensor(slack)
+        worst = int(excess.argmax())
+        defect = excess[worst].item() if self._measured else 0.0
         if self.on_drift == "ignore":
             return
         if defect > self.max_drift:
             self._act(
                 "drift",
-                f"{self._where}: the defect of step {worst} must be at most max_drift={self.max_drift:g}, got "
-                f"{defect:.1e}, so gradients may be as far off; choose a solver with resode_cuda.calibrate, or "
-                "use more corrections, anchors, or a smaller step",
+                f"{self._where}: the defect of step {worst} must be at most max_drift={self.max_drift:g}"
+                f"{'' if slack[worst] == 1 else f' times {slack[worst]:g}'}, got {defects[worst].item():.1e}, so "
+                "gradients may be as far off; choose a solver with resode_cuda.calibrate, or use more corrections, "
+                "more stored bits, anchors, or a smaller step",
             )
         elif defect <= MAX_DRIFT and increments is not None and numbers:  # where states are off, so are increments
             first, again = (tensor.tolist() for tensor in numbers)
-            found = change_unexplained(first, again, increments.weights, increments.exact)
+            found = increments.judge.unexplained(first, again)
             if found is not None:
                 n, change = found
                 self._act("replay", f"{self._where}: {increments.blocks_of(n)} {changed_in_between(change)}")
@@ -322,9 +328,9 @@ class DriftMonitor:
         if self.on_drift == "raise":
             raise DriftError(message)
         is_news = what not in self._warned_of
-        if self.on_drift == "checkpoint":
+        if self.on_drift in FALLBACKS:
             is_news, self.fallback_requested = not self.fallback_requested, True
-            message += '; gradient="checkpoint" from the next step on'
+            message += f"; {FALLBACKS[self.on_drift]} from the next step on"
         if is_news:
             self._warned_of.add(what)
             warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..layouts import apart
 from ..method import Method
 from ..schemes import BlockFunction
+from ..schemes import step as take_step
 from .block_arguments import Arguments
 from .blocks import Auxiliaries, Block, BlockCall, Formats, held_parameters, modified_in_place
 from .drift import DriftMonitor
@@ -34,10 +35,10 @@ from .step import (
     Trajectory,
     backward_update,
     backward_update_,
+    known_states,
     shadow_count,
     steps_of,
-    trajectory_at_the_end,
-    trajectory_from,
+    stored_forward,
 )
 from .vjp import BlockVjps, argument_leaves, parameter_leaves
 
@@ -66,7 +67,7 @@ def propagate(
     blank = x.new_zeros(())
     shadows: Sequence[Tensor | None] = (None,) * shadow_count(method)
     generators = Generators(x.device)
-    increments = Increments(x, method.step_weights, method.exactly_predicted, method.scheme.blocks_per_step)
+    increments = Increments(x, method)
     outputs, are_functions = Outputs(x, [], {}), True
     for n, step in enumerate(steps_of(method)):
         used = blocks[method.blocks_of(n)]
@@ -138,14 +139,19 @@ class AdjointStep(torch.autograd.Function):
     def forward(ctx: Any, step: Step, evaluation: Evaluation, x: Tensor, *shadows_and_tensors: Any) -> Any:
         shadows, tensors = shadows_and_tensors[: step.shadow_count], shadows_and_tensors[step.shadow_count :]
         auxiliaries: Auxiliaries = []
-        stages = step.scheme.stages(evaluation.first(auxiliaries), x, step.h)
-        x_next = step.scheme.add(x, stages, step.h)
+        functions = evaluation.first(auxiliaries)
+        if step.method.solver.is_stored:
+            x_next, stages, kept, new_shadows = stored_forward(step, functions, x, shadows, evaluation.blank)
+        else:
+            x_next, stages = take_step(step.scheme, functions, x, step.h)
+            kept = tuple(step.saved_for_last(x_next, stages, shadows))
+            new_shadows = tuple(step.shadows(x, stages, evaluation.blank))
         evaluation.increments.record(step.n, stages)
         start = [x] if step.is_anchored or evaluation.is_input_kept else []
-        ctx.save_for_backward(*tensors, *step.saved_for_last(x_next, stages, shadows), *start)
+        ctx.save_for_backward(*tensors, *kept, *start)
         ctx.set_materialize_grads(False)
         ctx.step, ctx.evaluation = step, evaluation
-        return x_next, *auxiliaries, *step.shadows(x, stages, evaluation.blank)
+        return x_next, *auxiliaries, *new_shadows
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *cotangents: Tensor | None) -> Any:
@@ -191,7 +197,7 @@ class ReturnedState(torch.autograd.Function):
         (x,) = _unpacked(ctx)
         ctx.evaluation.increments.begin()
         if not _is_batched(g):
-            ctx.evaluation.monitor.begin(g, step.method.reuses, ctx.evaluation.increments)
+            ctx.evaluation.monitor.begin(g, step.method.measures_defects, ctx.evaluation.increments)
         return None, None, weighted, x.clone(), *(None,) * (len(cotangents) - 1)
 
     @staticmethod
@@ -206,15 +212,14 @@ def _backward(
     evaluation: Evaluation = ctx.evaluation
     needs_x, needs_state = ctx.needs_input_grad[2:4]
     needs_tensors = ctx.needs_input_grad[3 + step.shadow_count :]
-    tensors, of_last, start = _saved_tensors(ctx, len(needs_tensors))
-    trajectory = trajectory_at_the_end(step, of_last) if step.is_last else trajectory_from(cotangents, g)
+    tensors, kept, start = _saved_tensors(ctx, len(needs_tensors))
     monitor = None if _is_batched(g) else evaluation.monitor
     gamma = g
     if step.is_last:
         gamma = step.scheme.weight(step.h) * g
         evaluation.increments.begin()
         if monitor is not None:
-            monitor.begin(g, step.method.reuses, evaluation.increments)
+            monitor.begin(g, step.method.measures_defects, evaluation.increments)
     anchor = start if step.is_anchored else None
 
     count = evaluation.arguments.count
@@ -224,10 +229,12 @@ def _backward(
     used = argument_leaves(tensors[:count], evaluation.arguments.kinds, needs_tensors[:count], leaf_of) + parameters
     auxiliaries: Auxiliaries = []
     functions = evaluation.again(used[:count], auxiliaries)
-    y = anchor if anchor is not None else step.predict(functions, trajectory)
+    trajectory, y = known_states(step, kept, anchor, cotangents, g)
+    if y is None:
+        y = step.predict(functions, trajectory)
     may_use_strangers = any(call.inventory.may_use_strangers for call in evaluation.calls)
     vjps = BlockVjps(step.n, used, needs_x, auxiliaries, auxiliary_cotangents, may_use_strangers)
-    evaluated = step.scheme.vjp(functions, y, step.h, gamma, vjps.linearize)
+    evaluated = step.scheme.vjp(functions, y.to(g.dtype), step.h, gamma, vjps.linearize)
 
     weights = step.weights_before if needs_state else None
     needed_gamma = gamma if needs_x else None
@@ -241,11 +248,12 @@ def _backward(
         # Cotangents belong to this step and may be overwritten; what is saved may not, and the gradient of a tensor
         # that a block adds to its output may be the cotangent itself.
         trajectory = _writable(step, trajectory, extrapolates=weights is not None)
-        overwritten = [tensor for tensor in (*trajectory, y, gamma) if tensor is not None]
+        overwritten = [tensor for tensor in (*trajectory, y, gamma, evaluated.v1) if tensor is not None]
         vjps.found = apart(vjps.found, overwritten)
         update = backward_update_(step, trajectory, y, evaluated, needed_gamma, weights, monitor)
     if evaluation.is_input_kept and start is not None and monitor is not None:
-        rebuilt = update.x if anchor is None else step.scheme.add(trajectory.x_next, evaluated.stages, -step.h)
+        is_known = anchor is None or step.method.solver.is_stored
+        rebuilt = update.x if is_known else step.scheme.add(trajectory.x_next, evaluated.stages, -step.h)
         monitor.record_input(rebuilt, start)
     shadow_cotangents = update.cotangents if needs_state else ()
     if not needs_state:
@@ -274,7 +282,7 @@ def _unpacked(ctx: Any) -> Sequence[Tensor]:
 
 
 def _saved_tensors(ctx: Any, count: int) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor | None]:
-    """The step's tensors, what the last step saved (x_N and increments, newest first), and the state it starts from."""
+    """The step's tensors, what it keeps of states after it, and the state it starts from."""
     saved = _unpacked(ctx)
     tensors, states = saved[:count], saved[count:]
     saves_start = ctx.step.is_anchored or ctx.evaluation.is_input_kept
@@ -284,7 +292,7 @@ def _saved_tensors(ctx: Any, count: int) -> tuple[Sequence[Tensor], Sequence[Ten
 def _writable(step: Step, trajectory: Trajectory, extrapolates: bool) -> Trajectory:
     """The trajectory with copies of what is saved and would be overwritten."""
     x_next, predicted, d_next = trajectory
-    if step.is_rebuilt and step.is_result_saved:
+    if (step.is_rebuilt and step.is_result_saved) or (step.is_stored and step.ends_segment):
         x_next = x_next.clone()
     if step.is_last and extrapolates and d_next is not None:
         d_next = d_next.clone()

@@ -14,11 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..devices import is_capturing
+from ..method import Method
+from ..reverse import DEFAULT_BITS
 from ..schemes import Stages
 from ..squares import square_dtype
 
@@ -36,6 +39,11 @@ Of 480 backward passes of networks that ran again as they first ran (MLP, convol
 some steps; all solvers, h = 1/N and 1) 328 had defects below 0.05, or a solver that measures none. 35 of them were told
 of; their gradients were off by 6.6% at least, by 85% in the median.
 """
+STEEP = 10
+"""By which a block may multiply the rounding of its input, relative to its increment."""
+
+Numbers = Sequence[Sequence[float]]
+"""Those of each step."""
 
 
 class Increments:
@@ -45,12 +53,11 @@ class Increments:
 
     Args:
         like: the state, whose dtype and device they have.
-        weights: w of each step.
-        exact: the steps that are evaluated again at x_n itself, not at an approximation.
-        blocks_per_step: the number of blocks that a warning has to name.
+        method: of the stack.
     """
 
-    def __init__(self, like: Tensor, weights: Sequence[float], exact: Collection[int], blocks_per_step: int) -> None:
+    def __init__(self, like: Tensor, method: Method) -> None:
+        weights = method.step_weights
         self._sample = Sample(like)
         self.first = like.new_empty(len(weights), 2, dtype=self._sample.dtype)
         """The projections in the forward pass."""
@@ -58,7 +65,11 @@ class Increments:
         self.again: Tensor | None = None
         """In the last backward pass, shape [steps, 4]: the projections, |f_n|^2 and |y - (x_{n+1} - w f_n)|^2."""
         self._again_rows: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]] = (), (), ()
-        self.weights, self.exact, self.blocks_per_step = weights, exact, blocks_per_step
+        self.judge = Judge(weights, method.exactly_predicted, method.solver.is_stored)
+        bits = [method.solver.bits_of(n) if method.is_stored(n) else DEFAULT_BITS for n in range(len(method))]
+        self.slack = [2.0 ** (DEFAULT_BITS - b) for b in bits]
+        """Multiples of `max_drift` that a step's defect may have: what is stored in few bits is meant to be off."""
+        self._blocks_per_step = method.scheme.blocks_per_step
 
     def record(self, n: int, stages: Stages) -> None:
         """Step n was evaluated in the forward pass."""
@@ -76,12 +87,12 @@ class Increments:
         projections, squares, errors = self._again_rows
         f = self._sample.increment(stages)
         self._sample.project(f, projections[n])
-        difference = self._sample.of(y).sub(self._sample.of(x_next)).to(f.dtype).add_(f, alpha=self.weights[n])
+        difference = self._sample.of(y).sub(self._sample.of(x_next)).to(f.dtype).add_(f, alpha=self.judge.weights[n])
         torch.dot(f, f, out=squares[n])
         torch.dot(difference, difference, out=errors[n])
 
     def blocks_of(self, n: int) -> str:
-        last = n + self.blocks_per_step - 1
+        last = n + self._blocks_per_step - 1
         return f"block {n}" if last == n else f"blocks {n} to {last}"
 
 
@@ -110,7 +121,7 @@ class Sample:
         return torch.mv(self._signs, f, out=out)
 
 
-def changes(first: Sequence[Sequence[float]], again: Sequence[Sequence[float]]) -> list[float]:
+def changes(first: Numbers, again: Numbers) -> list[float]:
     """The relative change of each step's increment; NaN for a step that was not evaluated again."""
     return [_change(before, now) for before, now in zip(first, again, strict=True)]
 
@@ -122,36 +133,53 @@ def _change(first: Sequence[float], again: Sequence[float]) -> float:
     return change / scale if change else change
 
 
-def explained(again: Sequence[Sequence[float]], weights: Sequence[float], exact: Collection[int]) -> list[float]:
-    """What of each change the errors of the points y explain.
+class Judge(NamedTuple):
+    """Tells a block that became another function from one that is seen from another point."""
 
-    An error of y changes the increment by the step's Jacobian J times it, and shows in y - (x_{n+1} - d_n) as 1 + J
-    times it: with |J| below 1/2, where rebuilding converges, the former is at most the latter. Errors of later steps
-    add up, up to a state that is known exactly.
+    weights: Sequence[float]
+    """w of each step."""
+    exact: Collection[int]
+    """The steps that are evaluated again at x_n itself, not at an approximation."""
+    is_stored: bool
+    """Whether the errors of the points are those of rounding, each step's own."""
 
-    Args:
-        exact: the steps whose y is exact.
-    """
-    found, error = [0.0] * len(again), 0.0
-    for n in reversed(range(len(again))):
-        f, defect = math.sqrt(again[n][2]), math.sqrt(again[n][3])
-        if n in exact:
-            error = 0.0
-            continue
-        error += defect if math.isfinite(defect) else 0.0
-        d = weights[n] * f
-        found[n] = error / d if d else math.inf
-    return found
+    def unexplained(self, first: Numbers, again: Numbers) -> tuple[int, float] | None:
+        """The step whose change is furthest above what is let pass, and its change; None where all are let pass."""
+        found = changes(first, again)
+        explained = self._rounded(found, again) if self.is_stored else self._rebuilt(again)
+        most = 1.0 if self.is_stored else LARGE
+        allowed = [ROUNDING if n in self.exact else min(most, UNEXPLAINED + e) for n, e in enumerate(explained)]
+        above = [(change - allowed[n], n, change) for n, change in enumerate(found) if change > allowed[n]]
+        return max(above)[1:] if above else None
 
+    def _rebuilt(self, again: Numbers) -> list[float]:
+        """What of each change the errors of the points y explain.
 
-def change_unexplained(
-    first: Sequence[Sequence[float]], again: Sequence[Sequence[float]], weights: Sequence[float], exact: Collection[int]
-) -> tuple[int, float] | None:
-    """The step whose change is furthest above what is let pass, and its change; None where all are let pass."""
-    explanations = explained(again, weights, exact)
-    allowed = [ROUNDING if n in exact else min(LARGE, UNEXPLAINED + e) for n, e in enumerate(explanations)]
-    found = [(change - allowed[n], n, change) for n, change in enumerate(changes(first, again)) if change > allowed[n]]
-    return max(found)[1:] if found else None
+        An error of y changes the increment by the step's Jacobian J times it, and shows in y - (x_{n+1} - d_n) as 1 + J
+        times it: with |J| below 1/2, where rebuilding converges, the former is at most the latter. Errors of later
+        steps add up, up to a state that is known exactly.
+        """
+        found, error = [0.0] * len(again), 0.0
+        for n in reversed(range(len(again))):
+            f, defect = math.sqrt(again[n][2]), math.sqrt(again[n][3])
+            if n in self.exact:
+                error = 0.0
+                continue
+            error += defect if math.isfinite(defect) else 0.0
+            d = self.weights[n] * f
+            found[n] = error / d if d else math.inf
+        return found
+
+    def _rounded(self, found: Sequence[float], again: Numbers) -> list[float]:
+        """The same where increments are stored: y - (c_{n+1} - d_n) is the change, which alone is judged, and what was
+        rounded off, which the step's Jacobian may have made `STEEP` times as large in the increment."""
+        explained = []
+        for n, change in enumerate(found):
+            f, defect = again[n][2], again[n][3]
+            d = self.weights[n] * math.sqrt(f)
+            rounded = math.sqrt(max(defect - (change * d) ** 2, 0.0))
+            explained.append(STEEP * rounded / d if d else math.inf)
+        return explained
 
 
 CAUSES = (

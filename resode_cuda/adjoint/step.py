@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from .. import ops
+from .. import ops, stored
 from ..method import Method
 from ..reverse import extrapolate, predict
 from ..schemes import BlockFunction, Scheme, Stages, StepVjp, add, increment
+from ..schemes import step as take_step
 from .drift import DriftMonitor
 
 
@@ -23,7 +25,7 @@ class Trajectory(NamedTuple):
     """What is known of the states when the backward pass reaches step n."""
 
     x_next: Tensor
-    """The rebuilt x_{n+1}."""
+    """The rebuilt x_{n+1}; of stored increments the companion c_{n+1}."""
     predicted: Tensor | None
     """y, the prediction of x_n; None where the reverse step has to predict."""
     d_next: Tensor | None
@@ -71,6 +73,16 @@ class Step:
     def is_rebuilt(self) -> bool:
         """Whether x_n is x_{n+1} less the increment at y; else it is y itself."""
         return self.method.reuses and not self.is_anchored
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether its increment is stored in a few bits."""
+        return self.method.is_stored(self.n)
+
+    @property
+    def ends_segment(self) -> bool:
+        """Whether the companion, which starts afresh at kept states, ends with this step."""
+        return self.method.ends_segment(self.n)
 
     @property
     def is_result_saved(self) -> bool:
@@ -131,10 +143,97 @@ def steps_of(method: Method) -> tuple[Step, ...]:
 
 def shadow_count(method: Method) -> int:
     """Number of shadows between two steps."""
+    if method.solver.is_stored:
+        return 2
     return 3 if method.extrapolates else 1
 
 
-def trajectory_at_the_end(step: Step, saved: Sequence[Tensor]) -> Trajectory:
+class StoredIncrement(NamedTuple):
+    """What step n keeps of its increment where that is stored."""
+
+    packed: Tensor
+    scales: Tensor
+    unit: Tensor
+    """Of each sample."""
+
+
+class StoredForward(NamedTuple):
+    """A step of a forward pass that stores increments."""
+
+    x_next: Tensor
+    stages: Stages
+    kept: tuple[Tensor, ...]
+    """The fields of a `StoredIncrement`, and c_{n+1} where the companion ends; nothing at a kept state."""
+    shadows: tuple[Tensor, ...]
+    """c_{n+1} and its units, which the next step starts with; nothing after the last."""
+
+
+def stored_forward(
+    step: Step, blocks: Sequence[BlockFunction], x: Tensor, shadows: Sequence[Tensor | None], blank: Tensor
+) -> StoredForward:
+    """Step n of a forward pass that stores increments.
+
+    Args:
+        shadows: c_n, and its units; None at the beginning of the stack.
+        blank: one element.
+    """
+    companion, unit = shadows
+    if companion is None and not step.is_anchored:
+        companion, unit = stored.start(x)
+    is_rounded = step.method.solver.rounded_forward and not step.is_anchored
+    start = companion.to(x.dtype) if is_rounded and companion is not None else x
+    scheme, h = step.scheme, step.h
+    kept: tuple[Tensor, ...] = ()
+    if step.is_anchored:
+        x_next, stages = take_step(scheme, blocks, x, h)
+        if not step.ends_segment:
+            companion, unit = stored.start(x_next)
+    else:
+        assert companion is not None
+        assert unit is not None
+        bits = step.method.solver.bits_of(step.n)
+        if scheme.has_state_inside and not is_rounded:
+            x_next, stages = take_step(scheme, blocks, start, h)
+            companion, *packed = ops.store(x_next, companion, unit, bits)
+        else:
+            stages = scheme.stages(blocks, start, h)
+            x_next, companion, *packed = ops.store_step(x, *stages, scheme.weight(h), companion, unit, bits)
+        kept = (*packed, unit, companion) if step.ends_segment else (*packed, unit)
+    if step.is_last:
+        return StoredForward(x_next, stages, kept, ())
+    if step.ends_segment:
+        # The next step's state is kept, and its companion starts there.
+        return StoredForward(x_next, stages, kept, (blank.expand(x.shape), blank.expand(1)))
+    assert companion is not None
+    assert unit is not None
+    return StoredForward(x_next, stages, kept, (companion, unit.clone()))
+
+
+def known_states(
+    step: Step, kept: Sequence[Tensor], anchor: Tensor | None, cotangents: Sequence[Tensor | None], g: Tensor
+) -> tuple[Trajectory, Tensor | None]:
+    """What is known of the states when the backward pass reaches a step, and the point y where that takes no block.
+
+    Args:
+        kept: what the step has saved of states after it.
+        anchor: x_n, where that is kept.
+        cotangents: of its shadows, which the step after it left.
+    """
+    if step.method.solver.is_stored:
+        if anchor is not None:
+            return Trajectory(anchor, None, None), anchor
+        increment = StoredIncrement(*kept[:3])
+        companion = kept[3] if step.ends_segment else None
+        if companion is None:
+            dtype = stored.companion_dtype(g.dtype)
+            companion = _trajectory_from(cotangents, g.shape, dtype).x_next
+        bits = step.method.solver.bits_of(step.n)
+        return Trajectory(companion, None, None), ops.stored_step(companion, *increment, bits)
+    trajectory = _trajectory_at_the_end(step, kept) if step.is_last else _trajectory_from(cotangents, g.shape, g.dtype)
+    return trajectory, anchor
+
+
+def _trajectory_at_the_end(step: Step, saved: Sequence[Tensor]) -> Trajectory:
     """The last step's, from what it saved. Its prediction is exact."""
     x_last = saved[0].detach()  # blocks are evaluated there, and must not take it for one that has gradients
     if not step.method.extrapolates:
@@ -142,10 +241,14 @@ def trajectory_at_the_end(step: Step, saved: Sequence[Tensor]) -> Trajectory:
     return Trajectory(x_last, add(x_last, saved[1], -1.0), saved[2] if len(saved) == 3 else None)
 
 
-def trajectory_from(cotangents: Sequence[Tensor | None], g: Tensor) -> Trajectory:
-    """Any other step's, from the cotangents of its shadows, which the step after it left."""
+def _trajectory_from(cotangents: Sequence[Tensor | None], shape: torch.Size, dtype: torch.dtype) -> Trajectory:
+    """Any other step's, from the cotangents of its shadows, which the step after it left.
+
+    Args:
+        shape, dtype: of the rebuilt states.
+    """
     x_next, predicted, d_next = (*cotangents, None, None)[:3]
-    if x_next is None or x_next.shape != g.shape or x_next.dtype != g.dtype:
+    if x_next is None or x_next.shape != shape or x_next.dtype != dtype:
         raise RuntimeError(
             "ResidualStack: the rebuilt state must reach every step as a cotangent of the state's shape and dtype, got "
             f"{None if x_next is None else (list(x_next.shape), x_next.dtype)}; run autograd over the whole stack, and "
@@ -169,7 +272,9 @@ def backward_update(
         weights: `step.weights_before`; None where nothing is rebuilt any more.
     """
     x = step.scheme.add(trajectory.x_next, evaluated.stages, -step.h) if step.is_rebuilt else y
-    if gamma is not None:
+    if gamma is not None and step.scheme.has_state_inside:
+        gamma = torch.zeros_like(gamma) if evaluated.v1 is None else evaluated.v1
+    elif gamma is not None:
         gamma_scale, v_scale = step.adjoint_scales
         gamma = gamma if gamma_scale == 1 else gamma_scale * gamma
         for v in (evaluated.v1, evaluated.v2):
@@ -189,11 +294,14 @@ def backward_update_(
     """`backward_update` by the ops that mutate, each buffer read and written once, and the defect's squares with it."""
     stages, weight = evaluated.stages, step.scheme.weight(step.h)
     x_next, d_next = trajectory.x_next, trajectory.d_next
-    adjoint = gamma, evaluated.v1, evaluated.v2, *step.adjoint_scales
+    adjoint, gamma = _adjoint_operands(step, evaluated, gamma, y.dtype)
+    if step.is_stored:
+        ops.reverse_update_(x_next, y, *stages, weight, monitor.row(step.n), *adjoint)
+        return BackwardUpdate(y, (y,), gamma)
     if not step.is_rebuilt:
         if not step.is_anchored:
             monitor.record(step.n, y)
-        if gamma is not None:
+        if adjoint is not NO_ADJOINT:
             ops.adjoint_update_(*adjoint)
         return BackwardUpdate(y, _cotangents(step, y, d_next, stages, weights), gamma)
     squares = monitor.row(step.n)
@@ -206,6 +314,25 @@ def backward_update_(
         return BackwardUpdate(x_next, (x_next, None, d), gamma)
     ops.reverse_extrapolate_(x_next, y, d_next, *stages, weight, *weights, squares, *adjoint)
     return BackwardUpdate(x_next, (x_next, y, d_next), gamma)
+
+
+NO_ADJOINT = (None, None, None, 1.0, 1.0)
+"""Operands of an update that leaves the adjoint alone."""
+
+
+def _adjoint_operands(
+    step: Step, evaluated: StepVjp, gamma: Tensor | None, dtype: torch.dtype
+) -> tuple[tuple[Any, ...], Tensor | None]:
+    """Operands that update the adjoint in place along with states of this dtype, and what it is afterwards."""
+    if gamma is None:
+        return NO_ADJOINT, None
+    if step.scheme.has_state_inside:
+        return NO_ADJOINT, torch.zeros_like(gamma) if evaluated.v1 is None else evaluated.v1
+    operands = gamma, evaluated.v1, evaluated.v2, *step.adjoint_scales
+    if gamma.dtype == dtype:
+        return operands, gamma
+    ops.adjoint_update_(*operands)
+    return NO_ADJOINT, gamma
 
 
 def _cotangents(

@@ -21,9 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ..method import Method
 from ..schemes import BlockFunction, Vjp
+from ..schemes import step as take_step
 from .block_arguments import Call
 from .blocks import Block
-from .step import Step, backward_update, shadow_count, trajectory_at_the_end, trajectory_from
+from .step import Step, backward_update, known_states, shadow_count, stored_forward
 
 
 def is_traceable(modules: Iterable[nn.Module]) -> bool:
@@ -70,7 +71,7 @@ def propagate_checkpointed(method: Method, blocks: Sequence[Block], x: Tensor, c
         functions = [block.function(call, []) for block in blocks[method.blocks_of(n)]]
 
         def step(x: Tensor, functions: list[BlockFunction] = functions, h: float = h) -> Tensor:
-            return method.scheme.add(x, method.scheme.stages(functions, x, h), h)
+            return take_step(method.scheme, functions, x, h)[0]
 
         x = checkpoint(step, x, use_reentrant=False)
     return x
@@ -177,13 +178,18 @@ class TracedStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, step: Step, evaluation: TracedEvaluation, blank: Tensor, x: Tensor, *rest: Any) -> Any:
         shadows, tensors = rest[: step.shadow_count], rest[step.shadow_count :]
-        stages = step.scheme.stages(evaluation.functions(tensors), x, step.h)
-        x_next = step.scheme.add(x, stages, step.h)
+        functions = evaluation.functions(tensors)
+        if step.method.solver.is_stored:
+            x_next, _, kept, new_shadows = stored_forward(step, functions, x, shadows, blank)
+        else:
+            x_next, stages = take_step(step.scheme, functions, x, step.h)
+            kept = tuple(step.saved_for_last(x_next, stages, shadows))
+            new_shadows = tuple(step.shadows(x, stages, blank))
         start = [x] if step.is_anchored else []
-        ctx.save_for_backward(*tensors, *step.saved_for_last(x_next, stages, shadows), *start)
+        ctx.save_for_backward(*tensors, *kept, *start)
         ctx.set_materialize_grads(False)
         ctx.step, ctx.evaluation = step, evaluation
-        return x_next, *step.shadows(x, stages, blank)
+        return x_next, *new_shadows
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *cotangents: Tensor | None) -> Any:
@@ -192,14 +198,15 @@ class TracedStep(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         needs_x, needs_state = ctx.needs_input_grad[3:5]
         wants = ctx.needs_input_grad[4 + step.shadow_count :]
-        tensors, states = ctx.saved_tensors[: len(wants)], ctx.saved_tensors[len(wants) :]
-        of_last = states[:-1] if step.is_anchored else states
-        trajectory = trajectory_at_the_end(step, of_last) if step.is_last else trajectory_from(cotangents, g)
+        tensors, kept = ctx.saved_tensors[: len(wants)], ctx.saved_tensors[len(wants) :]
+        kept, anchor = (kept[:-1], kept[-1]) if step.is_anchored else (kept, None)
         gamma = step.scheme.weight(step.h) * g if step.is_last else g
         functions = ctx.evaluation.functions(tensors)
-        y = states[-1] if step.is_anchored else step.predict(functions, trajectory)
+        trajectory, y = known_states(step, kept, anchor, cotangents, g)
+        if y is None:
+            y = step.predict(functions, trajectory)
         vjps = TracedVjps(wants)
-        evaluated = step.scheme.vjp(functions, y, step.h, gamma, vjps.linearize)
+        evaluated = step.scheme.vjp(functions, y.to(g.dtype), step.h, gamma, vjps.linearize)
         weights = step.weights_before if needs_state else None
         update = backward_update(step, trajectory, y, evaluated, gamma if needs_x else None, weights)
         shadow_cotangents = update.cotangents if needs_state else ()

@@ -23,8 +23,9 @@ from .operands import (
 )
 from .pointwise import FunctionalOp, MutatingOp
 from .selection import reasons, using
+from .storing import STORING_OPS, store, store_step, stored_step
 
-__all__ = ["BuildInfo", "backends", "build_info", "using"]
+__all__ = ["BuildInfo", "backends", "build_info", "store", "store_step", "stored_step", "using"]
 
 library = torch.library.Library("resode", "DEF")
 
@@ -67,7 +68,7 @@ adjoint_update_ = MutatingOp(
 )
 
 _OPS = (forward_step, heun_step, reverse_update_, reverse_extrapolate_, adjoint_update_)
-for _op in _OPS:
+for _op in (*_OPS, *STORING_OPS):
     _op.register(library)
 
 

@@ -9,9 +9,13 @@ Pointwise ops (`ops/`), whose formulas and names are those of `reference.py`, th
 | reverse_update_ | x <- x - w (k1 + k2) and the defect's squares; g <- s g + t (v1 + v2) | 4 and 3; Heun 5 and 4 |
 | reverse_extrapolate_ | the same, y <- x - (a d' - b d), d <- d' = w (k1 + k2) | 7 and 3; Heun 8 and 4 |
 | adjoint_update_ | g <- s g + t (v1 + v2) | 3; Heun 4 |
+| store(x, c, unit, b) | c' = c + Q_b(x - c), and Q_b's integers and scales | 3 + b/32 |
+| store_step | x' = x + w (k1 + k2), then as store with x' | 5 + b/32; Heun 6 + b/32 |
+| stored_step(c', ...) | c = c' - q, with q as store has packed it | 2 + b/32 |
 
-The first two are functional and differentiable, to any order. The others mutate, have no gradient, and belong to the
-backward step. The defect's squares are |y - x|^2 and |x|^2, in float64: float32 would not hold those of all states.
+The first two are functional and differentiable, to any order. The last three, which `stored.py` specifies, are
+functional and have no gradient. The others mutate, have no gradient, and belong to the backward step. The defect's
+squares are |y - x|^2 and |x|^2, in float64: float32 would not hold those of all states.
 
 A backward step outside its blocks, in passes, with k corrections:
 
@@ -52,6 +56,12 @@ REVERSE_EXTRAPOLATE_ = (
     "reverse_extrapolate_(Tensor(a!) x, Tensor(b!) y, Tensor(c!) d, Tensor k1, Tensor? k2, float weight, "
     f"float a, float b, Tensor(d!) squares, Tensor(e!)? g, {_ADJOINT}) -> ()"
 )
+STORE = "store(Tensor x, Tensor companion, Tensor unit, int bits) -> (Tensor companion, Tensor packed, Tensor scales)"
+STORE_STEP = (
+    "store_step(Tensor x, Tensor k1, Tensor? k2, float weight, Tensor companion, Tensor unit, int bits) -> "
+    "(Tensor x, Tensor companion, Tensor packed, Tensor scales)"
+)
+STORED_STEP = "stored_step(Tensor companion, Tensor packed, Tensor scales, Tensor unit, int bits) -> Tensor"
 ADJOINT_UPDATE_ = f"adjoint_update_(Tensor(a!) g, {_ADJOINT}) -> ()"
 
 _NETWORK = "Tensor weight_in, Tensor? bias_in, Tensor weight_out, Tensor? bias_out, str activation, str? norm"

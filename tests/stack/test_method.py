@@ -107,6 +107,7 @@ def test_settings_are_what_makes_a_module_behave_alike(scheme):
     assert stack.settings() == {
         **settings,
         "scheme": scheme,
+        "form": "residual",
         "anchors": (0, 2),
         "stream_dtype": None,
         "keep_input": True,
@@ -119,6 +120,7 @@ def test_settings_are_what_makes_a_module_behave_alike(scheme):
     assert mlp.settings() == {**settings, "scheme": scheme, "anchors": (0, 2)}
     assert mlp.to_blocks().settings() == {
         **mlp.settings(),
+        "form": "residual",
         "stream_dtype": None,
         "keep_input": False,
         "auxiliary": None,

@@ -19,7 +19,7 @@ def diverging(**options):
             for parameter in (*first.parameters(), *last.parameters()):
                 parameter.mul_(4)
         blocks.append(nn.Sequential(first, nn.BatchNorm1d(12), nn.Tanh(), nn.Dropout(0.2), last))
-    return ResidualStack(blocks, step=1.0, **options)
+    return ResidualStack(blocks, step=1.0, **{"reverse": "corrected", **options})
 
 
 def trained(stack, steps, on_step=lambda n: None):

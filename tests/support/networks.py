@@ -137,6 +137,7 @@ class Midpoint:
     name: ClassVar[str] = "midpoint"
     blocks_per_step: ClassVar[int] = 2
     sample_point: ClassVar[float] = 0.5
+    has_state_inside = False
 
     @staticmethod
     def weight(h):
