@@ -70,7 +70,7 @@ def group_count(x: Tensor) -> int:
 def start(x: Tensor) -> tuple[Tensor, Tensor]:
     """The companion of the state x that it starts at, and its unit, shape [samples]."""
     dtype = companion_dtype(x.dtype)
-    companion = _empty_companion(x, dtype)
+    companion = empty_companion(x, dtype)
     rows = _rows(x, companion).to(dtype)
     largest = rows.abs().amax(1) if rows.shape[1] else rows.new_ones(len(rows))
     exponent = torch.frexp(torch.where(largest == 0, 1.0, largest)).exponent
@@ -118,7 +118,7 @@ def _inner_dims(x: Tensor) -> list[int]:
     return sorted(range(1, x.ndim), key=lambda dim: (-x.stride()[dim], dim))
 
 
-def _empty_companion(x: Tensor, dtype: torch.dtype) -> Tensor:
+def empty_companion(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Dense, sample after sample, each in the order of x in memory."""
     dims = [*range(min(1, x.ndim)), *_inner_dims(x)]
     empty = x.new_empty([x.shape[dim] for dim in dims], dtype=dtype)

@@ -87,7 +87,7 @@ class DriftMonitor:
         self._squares: Tensor | None = None
         self._rows: tuple[Tensor, ...] = ()
         self._increments: Increments | None = None
-        # [steps, 6]: their numbers in the last forward and backward pass, with what judges them. In memory that stays,
+        # [steps, 7]: their numbers in the last forward and backward pass, with what judges them. In memory that stays,
         # as the squares do.
         self._numbers: Tensor | None = None
         self._replay_judge: Judge | None = None
@@ -230,9 +230,9 @@ class DriftMonitor:
             return
         first = increments.first
         if self._numbers is None or (self._numbers.dtype, self._numbers.device) != (first.dtype, first.device):
-            self._numbers = first.new_empty(self._steps, 6)
-        self._numbers[:, :2] = first
-        self._numbers[:, 2:] = increments.again
+            self._numbers = first.new_empty(self._steps, 7)
+        self._numbers[:, :3] = first
+        self._numbers[:, 3:] = increments.again
         self._replay_judge = increments.judge
 
     def _later(self, judge: Callable[..., None], *tensors: Tensor) -> None:
@@ -266,7 +266,7 @@ class DriftMonitor:
         changed = replayed = None
         if self._replay_judge is not None and self._numbers is not None and not self._numbers.is_meta:
             rows = self._numbers.tolist()
-            first, again = [row[:2] for row in rows], [row[2:] for row in rows]
+            first, again = [row[:3] for row in rows], [row[3:] for row in rows]
             changed = defects.new_tensor(changes(first, again))
             is_replayed = self._replay_judge.unexplained(first, again) is None
             replayed = torch.tensor(is_replayed, device=defects.device)

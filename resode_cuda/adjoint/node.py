@@ -141,7 +141,9 @@ class AdjointStep(torch.autograd.Function):
         auxiliaries: Auxiliaries = []
         functions = evaluation.first(auxiliaries)
         if step.method.solver.is_stored:
-            x_next, stages, kept, new_shadows = stored_forward(step, functions, x, shadows, evaluation.blank)
+            x_next, stages, companion, kept, new_shadows = stored_forward(step, functions, x, shadows, evaluation.blank)
+            if companion is not None:
+                evaluation.increments.record_rounding(step.n, x_next, companion)
         else:
             x_next, stages = take_step(step.scheme, functions, x, step.h)
             kept = tuple(step.saved_for_last(x_next, stages, shadows))

@@ -162,6 +162,8 @@ class StoredForward(NamedTuple):
 
     x_next: Tensor
     stages: Stages
+    companion: Tensor | None
+    """c_{n+1}; None after a kept state."""
     kept: tuple[Tensor, ...]
     """The fields of a `StoredIncrement`, and c_{n+1} where the companion ends; nothing at a kept state."""
     shadows: tuple[Tensor, ...]
@@ -179,7 +181,7 @@ def stored_forward(
     """
     companion, unit = shadows
     if companion is None and not step.is_anchored:
-        companion, unit = stored.start(x)
+        companion, unit = ops.start_companion(x)
     is_rounded = step.method.solver.rounded_forward and not step.is_anchored
     start = companion.to(x.dtype) if is_rounded and companion is not None else x
     scheme, h = step.scheme, step.h
@@ -187,7 +189,7 @@ def stored_forward(
     if step.is_anchored:
         x_next, stages = take_step(scheme, blocks, x, h)
         if not step.ends_segment:
-            companion, unit = stored.start(x_next)
+            companion, unit = ops.start_companion(x_next)
     else:
         assert companion is not None
         assert unit is not None
@@ -200,13 +202,16 @@ def stored_forward(
             x_next, companion, *packed = ops.store_step(x, *stages, scheme.weight(h), companion, unit, bits)
         kept = (*packed, unit, companion) if step.ends_segment else (*packed, unit)
     if step.is_last:
-        return StoredForward(x_next, stages, kept, ())
+        return StoredForward(x_next, stages, None if step.is_anchored else companion, kept, ())
     if step.ends_segment:
         # The next step's state is kept, and its companion starts there.
-        return StoredForward(x_next, stages, kept, (blank.expand(x.shape), blank.expand(1)))
+        blanks = blank.expand(x.shape), blank.expand(1)
+        return StoredForward(x_next, stages, None if step.is_anchored else companion, kept, blanks)
     assert companion is not None
     assert unit is not None
-    return StoredForward(x_next, stages, kept, (companion, unit.clone()))
+    # A trace may not return what it was given; else all steps share one memory.
+    unit = unit.clone() if torch.compiler.is_compiling() else unit.detach()
+    return StoredForward(x_next, stages, None if step.is_anchored else companion, kept, (companion, unit))
 
 
 def known_states(

@@ -40,7 +40,8 @@ def are_known(modules: Iterable[nn.Module]) -> bool:
 def _is_changing(module: nn.Module) -> bool:
     if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)):
         # In eval mode torch computes them otherwise where no gradient is asked for.
-        return not module.training or getattr(module, "dropout", 0) != 0
+        dropout = getattr(module, "dropout", 0)  # a number in nn.MultiheadAttention, a module in others
+        return not module.training or getattr(dropout, "p", dropout) != 0
     if not module.training:
         return False
     if isinstance(module, _DropoutNd):
@@ -180,7 +181,8 @@ class TracedStep(torch.autograd.Function):
         shadows, tensors = rest[: step.shadow_count], rest[step.shadow_count :]
         functions = evaluation.functions(tensors)
         if step.method.solver.is_stored:
-            x_next, _, kept, new_shadows = stored_forward(step, functions, x, shadows, blank)
+            forward = stored_forward(step, functions, x, shadows, blank)
+            x_next, kept, new_shadows = forward.x_next, forward.kept, forward.shadows
         else:
             x_next, stages = take_step(step.scheme, functions, x, step.h)
             kept = tuple(step.saved_for_last(x_next, stages, shadows))

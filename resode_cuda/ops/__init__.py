@@ -23,9 +23,9 @@ from .operands import (
 )
 from .pointwise import FunctionalOp, MutatingOp
 from .selection import reasons, using
-from .storing import STORING_OPS, store, store_step, stored_step
+from .storing import STORING_OPS, start_companion, store, store_step, stored_step
 
-__all__ = ["BuildInfo", "backends", "build_info", "store", "store_step", "stored_step", "using"]
+__all__ = ["BuildInfo", "backends", "build_info", "start_companion", "store", "store_step", "stored_step", "using"]
 
 library = torch.library.Library("resode", "DEF")
 

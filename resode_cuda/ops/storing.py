@@ -106,6 +106,11 @@ def _check_stored_step(companion: Tensor, packed: Tensor, scales: Tensor, unit: 
             )
 
 
+def _fake_start(x: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = stored.companion_dtype(x.dtype)
+    return stored.empty_companion(x, dtype), x.new_empty(stored.sample_count(x), dtype=dtype)
+
+
 def _fake_store(x: Tensor, companion: Tensor, unit: Tensor, bits: int) -> tuple[Tensor, ...]:
     shape = stored.sample_count(x), stored.group_count(x)
     packed = x.new_empty((*shape, 4 * bits), dtype=torch.uint8)
@@ -118,9 +123,12 @@ def _fake_store_step(
     return torch.empty_like(x), *_fake_store(x, companion, unit, bits)
 
 
+start_companion = StoringOp(
+    schemas.START_COMPANION, stored.start, lambda x: check_states("start_companion", x, [], []), _fake_start
+)
 store = StoringOp(schemas.STORE, stored.store, _check_store, _fake_store)
 store_step = StoringOp(schemas.STORE_STEP, _store_step, _check_store_step, _fake_store_step)
 stored_step = StoringOp(
     schemas.STORED_STEP, stored.take_back, _check_stored_step, lambda companion, *_: torch.empty_like(companion)
 )
-STORING_OPS = (store, store_step, stored_step)
+STORING_OPS = (start_companion, store, store_step, stored_step)

@@ -223,6 +223,7 @@ def test_the_ops_are_registered_rightly(shape, dtype, bits):
     x, k = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
     companion, unit = stored.start(x)
     moved, packed, scales = ops.store(x + k, companion, unit, bits)
+    torch.library.opcheck(torch.ops.resode.start_companion.default, (x,))
     torch.library.opcheck(torch.ops.resode.store.default, (x + k, companion, unit, bits))
     torch.library.opcheck(torch.ops.resode.store_step.default, (x, k, None, 0.5, companion, unit, bits))
     torch.library.opcheck(torch.ops.resode.store_step.default, (x, k, k.clone(), 0.5, companion, unit, bits))

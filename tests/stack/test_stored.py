@@ -297,6 +297,8 @@ def test_under_autocast_and_with_16_bit_inputs(scheme):
     assert error_of(half, x.detach().bfloat16().requires_grad_(), loss=lambda out: half_square(out.float())) < 8e-2
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of torch, by its own code
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("rounded_forward", [False, True], ids=["exact", "rounded"])
 @pytest.mark.parametrize("anchors", [None, (0, 3)], ids=str)
@@ -306,9 +308,11 @@ def test_compiled_stacks(anchors, rounded_forward, scheme):
     stack = ordinary(blocks_of(scheme, 4), scheme, anchors=anchors, reverse=reverse)
     x = torch.randn(5, DIM, requires_grad=True)
     inputs = [x, *stack.parameters()]
-    compiled = torch.compile(stack, fullgraph=True, backend="aot_eager")
-    found = gradients(lambda: compiled(x), inputs)
-    assert relative_error(found, gradients(lambda: stack(x), inputs)) < 1e-5
+    for is_dynamic in (False, True):
+        torch._dynamo.reset()
+        compiled = torch.compile(stack, fullgraph=True, backend="aot_eager", dynamic=is_dynamic)
+        found = gradients(lambda: compiled(x), inputs)  # noqa: B023
+        assert relative_error(found, gradients(lambda: stack(x), inputs)) < 1e-5
 
 
 def test_states_that_are_returned_and_auxiliaries():
