@@ -23,15 +23,24 @@ from .adjoint.drift import DriftMonitor, root_mean_square
 from .adjoint.inventory import submodules
 from .adjoint.replay import protect
 from .adjoint.restoration import restoring
-from .method import CheckedAnchors, anchored_steps
+from .candidates import (
+    EXACT,
+    PREFERENCES,
+    PROBE,
+    WILD,
+    Choice,
+    all_choices,
+    first_choices,
+    has_prospect,
+    sets_by_defect,
+    sets_by_size,
+)
 from .module import AdjointModule
 from .plan import Candidate, Plan, checked_tolerance
-from .reverse import Reverse
 
 Loss = Callable[[Any], Tensor]
 T = TypeVar("T")
 Argument = TypeVar("Argument")
-MOST_CORRECTIONS = 4
 
 
 class CalibrationError(ValueError):
@@ -44,16 +53,18 @@ def calibrate(
     x: Tensor,
     /,
     *args: Any,
-    tolerance: float = 1e-2,
+    tolerance: float | str = 1e-2,
     loss: Loss | None = None,
+    prefer: str = "memory",
     **kwargs: Any,
 ) -> Plan:
-    """The cheapest reverse solver whose gradient error on this batch is within the tolerance.
+    """The cheapest way of getting gradients whose error on this batch is within the tolerance.
 
-    Candidates are tried from the cheapest to the dearest until one meets it: without anchors; with the first state
-    kept; with the first and those that a backward pass showed to be rebuilt badly; with an anchor every sqrt(N) steps,
-    every sqrt(N)/2, ...; among those by block evaluations: the predictors "extrapolate" and "step" with 0 to 4
-    corrections, plain and accelerated. If none does, the plan is `gradient="checkpoint"`, which is exact.
+    Candidates are all reverse solvers that rebuild (the predictors "extrapolate" and "step" with 0 to 4 corrections,
+    plain and accelerated) and stored increments of 1 to 8 bits, with the states of no step kept, of the first, of those
+    that a backward pass showed to be rebuilt badly, of those whose increment is large beside the state, or of every
+    K-th. They are tried from the cheapest to the dearest until one meets the tolerance; what is in vain by what was
+    measured before is left out. If none does, the plan is `gradient="checkpoint"`, which is exact.
 
     The error is |g - g_exact| / |g_exact|, 2-norms over all parameter gradients of the stack together, or of the
     input's gradient where no parameter needs one. It holds for this batch and these weights; trained further, calibrate
@@ -64,18 +75,23 @@ def calibrate(
     Args:
         stack: in the mode (train or eval) in which it is to be used.
         x, *args, **kwargs: as for the stack's forward pass, a batch like those of training. A smaller one is cheaper.
-        tolerance: of the relative error, > 0.
+        tolerance: of the relative error, > 0; or "amp", the error that training in bfloat16 by `torch.autocast` has
+            itself on this batch, which is measured.
         loss: from the stack's output to a scalar, the rest of the network and its loss, for this batch. None is half
-            the sum of squares of the output. Errors depend on it somewhat. It is called once.
+            the sum of squares of the output. Errors depend on it somewhat. It is called once; twice with "amp".
+        prefer: what the cheapest is: `"memory"`, bytes held and among equals evaluations, or `"time"`, the reverse.
 
     Raises:
-        ValueError: if the tolerance is not positive and finite; as `CalibrationError` if the exact gradient is not
-            finite or is zero.
+        ValueError: if the tolerance is not positive and finite, or prefer is unknown; as `CalibrationError` if the
+            exact gradient is not finite or is zero.
         TypeError: for a stack that is none (pass the model's own `ResidualStack`) or whose parameters are inference
             tensors, or a loss that returns no differentiable scalar.
     """
+    if prefer not in PREFERENCES:
+        raise ValueError(f"calibrate: prefer must be one of {PREFERENCES}, got {prefer!r}")
     trial = _Trial(_checked_stack(stack), x, args, kwargs, loss or _half_square)
-    tolerance = checked_tolerance("calibrate", tolerance)
+    if tolerance != "amp":
+        tolerance = checked_tolerance("calibrate", tolerance)
     exact = trial.run(EXACT)
     scale = _norm(exact.gradients)
     if not (math.isfinite(scale) and scale > 0):
@@ -83,86 +99,65 @@ def calibrate(
             f"calibrate: the exact gradient must be finite and not zero, got a norm of {scale}; scale the loss, or "
             "calibrate on another batch"
         )
+    limit = trial.error_of_autocast(exact) if tolerance == "amp" else float(tolerance)
     tried: list[Candidate] = []
-    for anchors in _anchors_to_try(trial, len(stack.steps), tolerance):
-        for reverse in SOLVERS:
-            outcome = trial.run(Choice("adjoint", reverse, anchors))
-            difference = _norm([a - b for a, b in zip(outcome.gradients, exact.gradients, strict=True)])
-            error = difference / scale if math.isfinite(difference) else math.inf
-            tried.append(replace(outcome.candidate, error=error))
-            if error <= tolerance:
-                return Plan(tolerance, tuple(tried))
-    return Plan(tolerance, (*tried, exact.candidate))
+    errors: dict[Choice, float] = {}
+    for choice in _choices(trial, prefer, limit):
+        if not has_prospect(choice, errors, limit):
+            continue
+        candidate = _compared(trial.run(choice), exact, trial.blocks_of_gradients)
+        tried.append(candidate)
+        errors[choice] = candidate.error
+        if candidate.error <= limit:
+            return Plan(limit, tuple(tried))
+    return Plan(limit, (*tried, exact.candidate))
 
 
-SOLVERS = tuple(
-    sorted(
-        (
-            Reverse(predictor, corrections, accelerate=accelerate)
-            for corrections in range(MOST_CORRECTIONS + 1)
-            for predictor in ("extrapolate", "step")
-            for accelerate in ((False, True) if corrections >= 2 else (False,))
-        ),
-        key=lambda solver: solver.evaluations,
+def _choices(trial: _Trial, prefer: str, tolerance: float) -> Iterator[Choice]:
+    """From the cheapest on. The network is looked at once what needs no look has failed."""
+    yield from first_choices(prefer)
+    rebuilt_badly = list(sets_by_defect(trial.run(PROBE).defects, tolerance))
+    wild = list(sets_by_size(trial.sizes_of_increments(), WILD))
+    yield from all_choices(len(trial.stack.steps), prefer, rebuilt_badly, wild)
+
+
+def _compared(outcome: _Outcome, exact: _Outcome, blocks: Sequence[int]) -> Candidate:
+    """The candidate with its errors; `blocks` has the block of each gradient."""
+    differences = [a - b for a, b in zip(outcome.gradients, exact.gradients, strict=True)]
+    by_block = [
+        _ratio([d for d, of in zip(differences, blocks, strict=True) if of == block], exact.of_block(block, blocks))
+        for block in sorted(set(blocks))
+    ]
+    input_error = None
+    if outcome.input_gradient is not None and exact.input_gradient is not None:
+        input_error = _ratio([outcome.input_gradient - exact.input_gradient], [exact.input_gradient])
+    return replace(
+        outcome.candidate,
+        error=_ratio(differences, exact.gradients),
+        input_error=input_error,
+        layer_error=max(by_block, default=0.0),
     )
-)
-"""From the cheapest to the dearest."""
 
 
-def _anchors_to_try(trial: _Trial, steps: int, tolerance: float) -> Iterator[CheckedAnchors]:
-    """Anchors for a stack of so many steps: none, the first state, those after which a step went wrong, every K-th.
-
-    A backward pass with the first state kept tells which steps go wrong; it is taken once the first two have failed.
-    """
-    yield None
-    yield FIRST_STATE
-    known: set[tuple[int, ...]] = {FIRST_STATE}
-    for anchors in anchors_by_defect(trial.run(PROBE).defects, tolerance):
-        known.add(anchors)
-        yield anchors
-    spacing = math.isqrt(steps)
-    while spacing > 1:
-        if anchored_steps(spacing, steps) not in known:
-            yield spacing
-        spacing //= 2
-
-
-def anchors_by_defect(defects: Sequence[float], tolerance: float) -> Iterator[tuple[int, ...]]:
-    """Sets of steps with large defects, the worst 1, 2, 4, ... of them, each with the first step.
-
-    A defect is large above the tolerance. One that is not finite is the worst; it hides those of all steps before it.
-    At most half of the steps join the first: with more, checkpointing is the choice.
-    """
-    broken = max((n for n, defect in enumerate(defects) if not math.isfinite(defect)), default=0)
-    large = [n for n, defect in enumerate(defects) if n >= max(1, broken) and not defect <= tolerance]
-    large.sort(key=lambda n: math.inf if n == broken else defects[n], reverse=True)
-    large = large[: len(defects) // 2]
-    count = 1
-    while large and count < 2 * len(large):
-        yield tuple(sorted({0, *large[:count]}))
-        count *= 2
-
-
-class Choice(NamedTuple):
-    """How a stack gets its gradients."""
-
-    gradient: str
-    reverse: Reverse | None = None
-    anchors: CheckedAnchors = None
-
-
-EXACT = Choice("checkpoint")
-FIRST_STATE = (0,)
-PROBE = Choice("adjoint", Reverse("step"), FIRST_STATE)
-"""Its defects tell which other states are worth keeping."""
+def _ratio(differences: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """|differences| / |exact|; infinite where it is no number, 0 where both are."""
+    difference, scale = _norm(differences), _norm(exact)
+    if not math.isfinite(difference):
+        return math.inf
+    return difference / scale if scale else (0.0 if difference == 0 else math.inf)
 
 
 class _Outcome(NamedTuple):
     gradients: list[Tensor]
+    """Those of the parameters; that of the input where there are none."""
+    input_gradient: Tensor | None
     defects: list[float]
     """One for each step; none where none were measured."""
     candidate: Candidate
-    """The choice and what it cost; its error is left at 0."""
+    """The choice and what it cost; its errors are left at 0."""
+
+    def of_block(self, block: int, blocks: Sequence[int]) -> list[Tensor]:
+        return [gradient for gradient, of in zip(self.gradients, blocks, strict=True) if of == block]
 
 
 class _Trial:
@@ -177,8 +172,53 @@ class _Trial:
         self.stack, self.x = stack, x.detach()
         self.parameters: list[Tensor] = [parameter for parameter in stack.parameters() if parameter.requires_grad]
         self.modules = submodules((stack,))
-        self.held_bytes: dict[tuple[str, int, CheckedAnchors], int] = {}
+        self.held_bytes: dict[tuple[Any, ...], int] = {}
+        self.loss = loss
         self.g = self._as_before(self._output_cotangents, loss)
+        self.blocks_of_gradients = self._blocks_of_gradients()
+
+    def _blocks_of_gradients(self) -> list[int]:
+        """The block of each parameter that has a gradient, the first of those that share it."""
+        found: dict[Tensor, int] = {}
+        for index, block in enumerate(self.stack.children()):
+            for parameter in block.parameters():
+                found.setdefault(parameter, index)
+        return [found[parameter] for parameter in self.parameters] or [0]
+
+    def error_of_autocast(self, exact: _Outcome) -> float:
+        """The error of the gradient that training in bfloat16 by autocast has."""
+        g = self.g
+        try:
+            with torch.autocast(self.x.device.type, torch.bfloat16):
+                self.g = self._as_before(self._output_cotangents, self.loss)
+                found = self.run(EXACT)
+        finally:
+            self.g = g
+        return _compared(found, exact, self.blocks_of_gradients).error
+
+    def sizes_of_increments(self) -> list[float]:
+        """|d_n| / |x_n| of each step; of a scheme with two blocks a step by the first one's output."""
+        return self._as_before(self._sizes, self.x)
+
+    def _sizes(self, x: Tensor) -> list[float]:
+        blocks, found = set(self.stack.children()), []
+        adds = getattr(self.stack, "form", "residual") == "residual"
+
+        def measure(module: torch.nn.Module, given: Any, out: Any) -> None:
+            if module in blocks:
+                first = out[0] if isinstance(out, tuple) else out
+                increment = first if adds else first - given[0]
+                found.append(_ratio([increment], [given[0]]))
+
+        measuring = torch.nn.modules.module.register_module_forward_hook(measure)
+        try:
+            with _set(self.stack, EXACT), torch.no_grad():
+                self._forward(x)
+        finally:
+            measuring.remove()
+        steps = self.stack.steps
+        sizes = found[:: self.stack._method.scheme.blocks_per_step]
+        return [h * size for h, size in zip(steps, sizes, strict=True)]
 
     def _output_cotangents(self, loss: Loss) -> list[Tensor]:
         with _set(self.stack, EXACT), torch.no_grad():
@@ -216,17 +256,30 @@ class _Trial:
             try:
                 begin = _now(x.device)
                 out = _as_tuple(self._forward(x))
-                found = torch.autograd.grad(out, self.parameters or [x], self.g, allow_unused=True)
+                found = torch.autograd.grad(out, [*self.parameters, x], self.g, allow_unused=True)
                 seconds = _now(x.device) - begin
             finally:
                 counting.remove()
             drift = self.stack.drift
             defect = math.nan if drift is None else root_mean_square(drift.defects).item()
             defects = [] if drift is None else drift.defects.tolist()
+        *of_parameters, of_input = [None if g is None else g.detach() for g in found]
+        wanted = zip(of_parameters or [of_input], self.parameters or [x], strict=True)
         return _Outcome(
-            [g.detach() for g in found if g is not None],
+            [torch.zeros_like(tensor) if g is None else g for g, tensor in wanted],
+            of_input,
             defects,
-            Candidate(*choice, calls, seconds, held, error=0.0, defect=defect if math.isfinite(defect) else None),
+            Candidate(
+                *choice,
+                calls,
+                seconds,
+                held,
+                error=0.0,
+                defect=defect if math.isfinite(defect) else None,
+                steps=len(self.stack.steps),
+                input_error=0.0,
+                layer_error=0.0,
+            ),
         )
 
     def _held_by(self, x: Tensor, choice: Choice) -> int:
@@ -235,8 +288,8 @@ class _Trial:
         Apart from the pass that is timed: under these hooks parameters come back as other tensors, which blocks that
         torch.compile compiled would be compiled for again.
         """
-        extrapolates = choice.reverse is not None and choice.reverse.extrapolates
-        what = choice.gradient, extrapolates, choice.anchors
+        reverse = choice.reverse
+        what = choice.gradient, reverse and reverse.extrapolates, reverse and reverse.bits, choice.anchors
         if what not in self.held_bytes:
             self.held_bytes[what] = self._as_before(self._measured, x)
         return self.held_bytes[what]

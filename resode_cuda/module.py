@@ -294,3 +294,26 @@ def checked_steps(where: str, step: float | Sequence[float] | None, count: int) 
         if not (math.isfinite(h) and h > 0):
             raise ValueError(f"{where}: step must be positive and finite, got {h}; leave it out for 1/{count}")
     return steps
+
+
+def checked_block_form(
+    scheme: str, step: object, steps: tuple[float, ...], stream_dtype: torch.dtype | None
+) -> tuple[float, ...]:
+    """The steps of a stack whose blocks add the state themselves, all 1.
+
+    Raises:
+        ValueError: for other settings that such blocks do not leave open.
+    """
+    if scheme != "euler":
+        raise ValueError(f'ResidualStack: form="block" must go with scheme="euler", got {scheme!r}; leave scheme out')
+    if step is not None and set(steps) != {1.0}:
+        raise ValueError(
+            f'ResidualStack: form="block" must have step=1.0, which blocks that add the state themselves take, got '
+            f"{step!r}; leave step out"
+        )
+    if stream_dtype is not None:
+        raise ValueError(
+            f'ResidualStack: form="block" must have no stream_dtype, since blocks add the state in their own, got '
+            f"{stream_dtype}; leave it out"
+        )
+    return (1.0,) * len(steps)

@@ -10,6 +10,8 @@ from pathlib import Path
 from .method import CheckedAnchors
 from .reverse import Reverse
 
+ERRORS = ("error", "input_error", "layer_error")
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -30,6 +32,12 @@ class Candidate:
     """Relative error of all parameter gradients together; infinite where one was not finite."""
     defect: float | None
     """Root mean square of the defects; None without any, or where one was not finite."""
+    steps: int = 1
+    """Number of steps of the stack."""
+    input_error: float | None = None
+    """Relative error of the input's gradient; None where there is none."""
+    layer_error: float | None = None
+    """The largest relative error of one block's parameters."""
 
     def __post_init__(self) -> None:
         if self.gradient != ("checkpoint" if self.reverse is None else "adjoint"):
@@ -41,15 +49,24 @@ class Candidate:
             raise ValueError(
                 f"Candidate: anchors must be an integer >= 1, a tuple of step numbers or None, got {self.anchors!r}"
             )
-        if not self.error >= 0:
-            raise ValueError(f"Candidate: error must be >= 0, got {self.error!r}")
+        for name in ERRORS:
+            value = getattr(self, name)
+            if not (value is None and name != "error") and not value >= 0:
+                raise ValueError(f"Candidate: {name} must be >= 0, got {value!r}")
         if self.defect is not None and not 0 <= self.defect < math.inf:
             raise ValueError(f"Candidate: defect must be finite and >= 0, or None, got {self.defect!r}")
+
+    @property
+    def errors(self) -> tuple[float, float | None, float | None]:
+        """Errors of all parameters, of the input's gradient, and of the worst block's parameters."""
+        return self.error, self.input_error, self.layer_error
 
     def __str__(self) -> str:
         if self.reverse is None:
             return self.gradient
         name = self.reverse.predictor
+        if self.reverse.is_stored:
+            name += f", {self.reverse.bits} bit" + ("" if self.reverse.bits == 1 else "s")
         if self.reverse.corrections:
             name += f" + {self.reverse.corrections}"
         if self.reverse.accelerate:
@@ -95,14 +112,15 @@ class Plan:
         return Plan(tolerance, self.candidates[:count])
 
     def __str__(self) -> str:
-        head = ("", "evaluations", "ms", "held MiB", "gradient error")
+        head = ("", "evaluations", "ms", "held MiB", "KiB a step", "gradient error", "input's", "worst layer's")
         lines = [
             (
                 str(candidate),
                 str(candidate.evaluations),
                 f"{1e3 * candidate.seconds:.1f}",
                 f"{candidate.held_bytes / 2**20:.3g}",
-                f"{candidate.error:.1e}",
+                f"{candidate.held_bytes / 2**10 / candidate.steps:.3g}",
+                *("" if e is None else f"{e:.1e}" for e in candidate.errors),
             )
             for candidate in self.candidates
         ]
@@ -120,7 +138,7 @@ class Plan:
         """Write the plan as JSON."""
         # JSON has no infinity.
         candidates = [
-            {**asdict(candidate), "error": candidate.error if math.isfinite(candidate.error) else None}
+            {name: "inf" if value == math.inf else value for name, value in asdict(candidate).items()}
             for candidate in self.candidates
         ]
         Path(path).write_text(json.dumps({"tolerance": self.tolerance, "candidates": candidates}, indent=1) + "\n")
@@ -140,7 +158,7 @@ class Plan:
                         **fields,
                         "reverse": fields["reverse"] and Reverse(**fields["reverse"]),
                         "anchors": _from_json(fields["anchors"]),
-                        "error": math.inf if fields["error"] is None else fields["error"],
+                        **{name: math.inf for name in ERRORS if fields.get(name) == "inf"},
                     }
                 )
                 for fields in record["candidates"]
@@ -163,7 +181,7 @@ def _from_json(anchors: int | list[int] | None) -> CheckedAnchors:
     return tuple(anchors) if isinstance(anchors, list) else anchors
 
 
-def checked_tolerance(where: str, tolerance: float) -> float:
-    if not 0 < float(tolerance) < math.inf:
-        raise ValueError(f"{where}: tolerance must be positive and finite, got {tolerance}; 1e-2 is a good start")
+def checked_tolerance(where: str, tolerance: float | str) -> float:
+    if isinstance(tolerance, str) or not 0 < float(tolerance) < math.inf:
+        raise ValueError(f"{where}: tolerance must be positive and finite, got {tolerance!r}; 1e-2 is a good start")
     return float(tolerance)

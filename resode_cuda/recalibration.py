@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from .calibration import CalibrationError, Loss, calibrate
+from .candidates import PREFERENCES
 from .module import AdjointModule, check_keys
 from .plan import Plan, checked_tolerance
 
@@ -19,17 +20,23 @@ class Recalibration:
 
     Args:
         steps: training steps from one calibration to the next.
-        tolerance, loss: as for `calibrate`.
+        tolerance, loss, prefer: as for `calibrate`.
         share: of the time since the first calibration that all later ones together may take.
     """
 
-    def __init__(self, steps: int, tolerance: float, share: float, loss: Loss | None) -> None:
+    def __init__(
+        self, steps: int, tolerance: float | str, share: float, loss: Loss | None, prefer: str = PREFERENCES[0]
+    ) -> None:
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise ValueError(f"ResidualStack: recalibrate_every needs steps >= 1, got {steps!r}")
         if not 0 < share <= 1:
             raise ValueError(f"ResidualStack: recalibrate_every needs a share in (0, 1], got {share}; 0.01 is 1%")
         self.steps, self.share, self.loss = steps, share, loss
-        self.tolerance = checked_tolerance("ResidualStack: recalibrate_every", tolerance)
+        where = "ResidualStack: recalibrate_every"
+        self.tolerance = tolerance if tolerance == "amp" else checked_tolerance(where, tolerance)
+        if prefer not in PREFERENCES:
+            raise ValueError(f"{where} needs prefer among {PREFERENCES}, got {prefer!r}")
+        self.prefer = prefer
         self._count = 0
         self._begin: float | None = None
         self._spent = self._last = 0.0
@@ -39,6 +46,7 @@ class Recalibration:
         return {
             "steps": self.steps,
             "tolerance": self.tolerance,
+            "prefer": self.prefer,
             "share": float(self.share),
             "has_loss": self.loss is not None,
             "count": self._count,
@@ -59,7 +67,7 @@ class Recalibration:
             raise ValueError(
                 "its recalibration has a loss, got none; call recalibrate_every(..., loss=...) before it is loaded"
             )
-        found = cls(state["steps"], state["tolerance"], state["share"], loss)
+        found = cls(state["steps"], state["tolerance"], state["share"], loss, state["prefer"])
         seconds = state["seconds"]
         times = [float(value) for value in (seconds or 0.0, state["seconds_spent"], state["seconds_of_the_last"])]
         if not isinstance(state["count"], int) or min(state["count"], *times) < 0 or not all(map(math.isfinite, times)):
@@ -78,7 +86,7 @@ class Recalibration:
             return None
         plan = None
         try:
-            plan = calibrate(stack, x, *args, tolerance=self.tolerance, loss=self.loss, **kwargs)
+            plan = calibrate(stack, x, *args, tolerance=self.tolerance, loss=self.loss, prefer=self.prefer, **kwargs)
         except CalibrationError as error:
             warnings.warn(f"ResidualStack: recalibration is left out this time; {error}", RuntimeWarning, stacklevel=2)
         self._last = time.perf_counter() - now

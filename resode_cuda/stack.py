@@ -24,7 +24,7 @@ from .devices import is_capturing
 from .dtypes import DTYPES
 from .export import wants_plain
 from .method import Anchors, integer
-from .module import AdjointModule, checked_steps
+from .module import AdjointModule, checked_block_form, checked_steps
 from .plan import Plan
 from .recalibration import Recalibration
 from .reverse import DEFAULT_BITS, Reverse, extrapolate, predict
@@ -140,7 +140,7 @@ class ResidualStack(AdjointModule):
             )
         steps = checked_steps("ResidualStack", step, len(blocks) + 1 - needed)
         if form == "block":
-            steps = _checked_block_form(scheme, step, steps, stream_dtype)
+            steps = checked_block_form(scheme, step, steps, stream_dtype)
         is_ordinary = form == "block" or (step is not None and set(steps) == {1.0})
         super().__init__(
             BlockForm if form == "block" else SCHEMES[scheme],
@@ -331,15 +331,21 @@ class ResidualStack(AdjointModule):
         return self
 
     def recalibrate_every(
-        self, steps: int, tolerance: float = 1e-2, *, share: float = 0.01, loss: Loss | None = None
+        self,
+        steps: int,
+        tolerance: float | str = 1e-2,
+        *,
+        share: float = 0.01,
+        loss: Loss | None = None,
+        prefer: str = "memory",
     ) -> ResidualStack:
         """Calibrate on the batch at hand at the next training step and every `steps` after it, and apply the plan.
 
         Args:
             steps: training steps (forward passes in train mode with gradients) from one calibration to the next; 0 ends
                 it.
-            tolerance, loss: as for `resode_cuda.calibrate`, which it calls before the forward pass. A loss with labels
-                must have been given those of the coming batch.
+            tolerance, loss, prefer: as for `resode_cuda.calibrate`, which it calls before the forward pass. A loss with
+                labels must have been given those of the coming batch.
             share: of the time since the first calibration that all later ones together may take; a calibration for
                 which that does not suffice yet is left out.
 
@@ -349,7 +355,7 @@ class ResidualStack(AdjointModule):
         Returns:
             the stack.
         """
-        self._recalibration = Recalibration(steps, tolerance, share, loss) if steps != 0 else None
+        self._recalibration = Recalibration(steps, tolerance, share, loss, prefer) if steps != 0 else None
         return self
 
     def _resumed_recalibration(self, state: dict[str, Any] | None) -> Recalibration | None:
@@ -451,25 +457,6 @@ class ResidualStack(AdjointModule):
         dtype = x.dtype if is_own else self.stream_dtype or torch.promote_types(x.dtype, torch.float32)
         self._method.check_steps("ResidualStack", dtype)
         return x.to(dtype)
-
-
-def _checked_block_form(
-    scheme: str, step: object, steps: tuple[float, ...], stream_dtype: torch.dtype | None
-) -> tuple[float, ...]:
-    """The steps of blocks that add the state themselves, all 1."""
-    if scheme != "euler":
-        raise ValueError(f'ResidualStack: form="block" must go with scheme="euler", got {scheme!r}; leave scheme out')
-    if step is not None and set(steps) != {1.0}:
-        raise ValueError(
-            f'ResidualStack: form="block" must have step=1.0, which blocks that add the state themselves take, got '
-            f"{step!r}; leave step out"
-        )
-    if stream_dtype is not None:
-        raise ValueError(
-            f'ResidualStack: form="block" must have no stream_dtype, since blocks add the state in their own, got '
-            f"{stream_dtype}; leave it out"
-        )
-    return (1.0,) * len(steps)
 
 
 @torch._disable_dynamo

@@ -137,7 +137,7 @@ def _grouped(rows: Tensor) -> Tensor:
 
 
 def _mean_magnitude(grouped: Tensor, rows: Tensor) -> Tensor:
-    """Of the values of each group, of which the last may have fewer than 32."""
+    """Mean magnitude of each group, of which the last may have fewer than 32 values."""
     starts = torch.arange(0, rows.shape[1], GROUP, device=rows.device)
     return grouped.abs().sum(-1) / (rows.shape[1] - starts).clamp_max(GROUP)
 

@@ -87,8 +87,8 @@ class DriftMonitor:
         self._squares: Tensor | None = None
         self._rows: tuple[Tensor, ...] = ()
         self._increments: Increments | None = None
-        # [steps, 7]: their numbers in the last forward and backward pass, with what judges them. In memory that stays,
-        # as the squares do.
+        # [steps, 6], or 7 where increments are stored: their numbers in the last forward and backward pass, with what
+        # judges them. In memory that stays, as the squares do.
         self._numbers: Tensor | None = None
         self._replay_judge: Judge | None = None
         self._measured = False
@@ -229,10 +229,11 @@ class DriftMonitor:
         if increments is None or increments.again is None:
             return
         first = increments.first
-        if self._numbers is None or (self._numbers.dtype, self._numbers.device) != (first.dtype, first.device):
-            self._numbers = first.new_empty(self._steps, 7)
-        self._numbers[:, :3] = first
-        self._numbers[:, 3:] = increments.again
+        kept, width = self._numbers, first.shape[1] + increments.again.shape[1]
+        if kept is None or (kept.shape[1], kept.dtype, kept.device) != (width, first.dtype, first.device):
+            kept = self._numbers = first.new_empty(self._steps, width)
+        kept[:, : first.shape[1]] = first
+        kept[:, first.shape[1] :] = increments.again
         self._replay_judge = increments.judge
 
     def _later(self, judge: Callable[..., None], *tensors: Tensor) -> None:
@@ -266,7 +267,7 @@ class DriftMonitor:
         changed = replayed = None
         if self._replay_judge is not None and self._numbers is not None and not self._numbers.is_meta:
             rows = self._numbers.tolist()
-            first, again = [row[:3] for row in rows], [row[3:] for row in rows]
+            first, again = [row[:-4] for row in rows], [row[-4:] for row in rows]
             changed = defects.new_tensor(changes(first, again))
             is_replayed = self._replay_judge.unexplained(first, again) is None
             replayed = torch.tensor(is_replayed, device=defects.device)

@@ -65,13 +65,14 @@ class Increments:
     def __init__(self, like: Tensor, method: Method) -> None:
         weights = method.step_weights
         self._sample = Sample(like)
-        self.first = like.new_zeros(len(weights), 3, dtype=self._sample.dtype)
-        """In the forward pass: the projections, and |x_{n+1} - c_{n+1}|^2 where increments are stored."""
-        self._first_rows = self.first[:, :2].unbind(), self.first[:, 2].unbind()
+        is_stored = method.solver.is_stored
+        self.first = like.new_zeros(len(weights), 2 + is_stored, dtype=self._sample.dtype)
+        """In the forward pass: the projections and, where increments are stored, |x_{n+1} - c_{n+1}|^2."""
+        self._first_rows = self.first[:, :2].unbind(), self.first[:, 2:].unbind()
         self.again: Tensor | None = None
         """In the last backward pass, shape [steps, 4]: the projections, |f_n|^2 and |y - (x_{n+1} - w f_n)|^2."""
         self._again_rows: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]] = (), (), ()
-        self.judge = Judge(weights, method.exactly_predicted, method.solver.is_stored)
+        self.judge = Judge(weights, method.exactly_predicted, is_stored)
         bits = [method.solver.bits_of(n) if method.is_stored(n) else DEFAULT_BITS for n in range(len(method))]
         self.slack = [SLACK * 2.0 ** (DEFAULT_BITS - b) if method.is_stored(n) else 1.0 for n, b in enumerate(bits)]
         """Multiples of `max_drift` that each step's defect may have."""
@@ -84,7 +85,7 @@ class Increments:
     def record_rounding(self, n: int, x_next: Tensor, companion: Tensor) -> None:
         """Step n's increment was stored."""
         difference = self._sample.of(x_next).sub(self._sample.of(companion)).to(self.first.dtype)
-        torch.dot(difference, difference, out=self._first_rows[1][n])
+        torch.dot(difference, difference, out=self._first_rows[1][n][0])
 
     def begin(self) -> None:
         """A backward pass begins."""

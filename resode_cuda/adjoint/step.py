@@ -154,7 +154,7 @@ class StoredIncrement(NamedTuple):
     packed: Tensor
     scales: Tensor
     unit: Tensor
-    """Of each sample."""
+    """The units of each sample."""
 
 
 class StoredForward(NamedTuple):

@@ -59,11 +59,11 @@ def test_no_imports_go_round_in_a_circle():
 
 
 LAYERS = [
-    ["dtypes", "layouts", "squares", "devices", "export", "library"],
+    ["dtypes", "layouts", "squares", "devices", "export", "library", "stored"],
     ["ops"],
     ["schemes", "reverse", "method"],
     ["adjoint", "fused"],
-    ["module", "functional", "plan", "calibration", "recalibration", "perceptron", "available"],
+    ["module", "functional", "plan", "candidates", "calibration", "recalibration", "perceptron", "available"],
     ["stack", "mlp", "initialize"],
     ["__init__", "__main__"],
 ]
