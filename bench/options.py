@@ -48,7 +48,9 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         "a CPU the time beside plain torch's), mlp (a residual MLP whose depth is one op, beside backprop of the same "
         "network, eager and compiled, takes two to four minutes), backends (on a GPU: the backends of a residual MLP "
         "beside each other at many sizes, and beside plain backprop where rows are few or layers wide, takes two "
-        "minutes), accuracy (gradient errors of trained digits nets under every solver, takes about twenty minutes); "
+        "minutes), accuracy (gradient errors of trained digits nets under every solver, takes about twenty minutes), "
+        "stored (increments stored in a few bits: gradient errors of trained networks, and whole trainings, takes about "
+        "fifteen minutes); "
         "default: cost, digits and sweep",
     )
     parser.add_argument("--epochs", type=integer(1, 10_000), help="epochs of each training on the digits; default: 5")

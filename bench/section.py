@@ -79,6 +79,12 @@ def _accuracy() -> Section:
     return accuracy
 
 
+def _stored() -> Section:
+    from .sections import stored
+
+    return stored
+
+
 SECTIONS: dict[str, Callable[[], Section]] = {
     "cost": _cost,  # first: a process in which torch's profiler ran is slower
     "digits": _digits,
@@ -87,6 +93,7 @@ SECTIONS: dict[str, Callable[[], Section]] = {
     "mlp": _mlp,
     "backends": _backends,
     "accuracy": _accuracy,
+    "stored": _stored,
 }
 """Each section by name, in the order in which they run; imported when it is asked for."""
 DEFAULT = ("cost", "digits", "sweep")
