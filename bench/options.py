@@ -49,8 +49,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         "network, eager and compiled, takes two to four minutes), backends (on a GPU: the backends of a residual MLP "
         "beside each other at many sizes, and beside plain backprop where rows are few or layers wide, takes two "
         "minutes), accuracy (gradient errors of trained digits nets under every solver, takes about twenty minutes), "
-        "stored (increments stored in a few bits: gradient errors of trained networks, and whole trainings, takes about "
-        "fifteen minutes); "
+        "stored (increments stored in a few bits: gradient errors of trained networks, and whole trainings, takes "
+        "twenty minutes); "
         "default: cost, digits and sweep",
     )
     parser.add_argument("--epochs", type=integer(1, 10_000), help="epochs of each training on the digits; default: 5")

@@ -46,9 +46,10 @@ def _job(kind: str, *arguments: Any) -> dict[str, Any]:
 def tables(figures: dict[str, Any]) -> list[Table]:
     names = [row["network"] for row in figures["networks"]]
     table = Table(
-        "Stored increments: relative gradient error of trained networks, h = 1",
+        "Stored increments: relative gradient error of trained networks",
         ["kept", "bits a value", *names],
-        note="float64; bits a value and step, scales included. Wild: steps with |d|/|x| > 0.5.",
+        note="float64; bits a value and step, scales included; h = 1 where nothing else is said. Nothing stored: corrected. "
+        "Wild: steps with |d|/|x| > 0.5.",
     )
     table.rows.append(("", "bf16 autocast itself", *(error(row["amp"]) for row in figures["networks"])))
     table.rows.append(("", "nothing stored", *(error(row["rebuilt"]) for row in figures["networks"])))
@@ -89,6 +90,8 @@ def targets(figures: dict[str, Any]) -> list[Target]:
     found = []
     for row in figures["networks"]:
         name, amp = f"stored, {row['network']}", row["amp"]
+        if row["network"] == "conv, N=64, h=1/N":
+            continue  # where nothing need be stored
         found.append(Target(f"{name}: error of 8 bits over autocast's", row["stored"]["none"]["8"] / amp, 1.0))
         found.append(Target(f"{name}: 4 bits, wild kept, over autocast's", row["stored"]["wild"]["4"] / amp, 1.5))
     for name in RUNS:

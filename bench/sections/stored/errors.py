@@ -21,6 +21,7 @@ NETWORKS: dict[str, tuple[Callable[[], Network], int]] = {
     "conv, batch norm": (lambda: trained.conv(nn.BatchNorm2d), 150),
     "ConvNeXt": (trained.convnext, 150),
     "ViT": (trained.vit, 200),
+    "conv, N=64, h=1/N": (trained.deep_conv, 150),
 }
 """How each is made, and for how many steps it trains."""
 BITS = (1, 2, 3, 4, 6, 8)
@@ -40,11 +41,12 @@ def errors(name: str, share: float, seed: int) -> dict[str, Any]:
     with torch.autocast("cpu", torch.bfloat16):
         x = network.stem(inputs)
         for block in network.blocks:
-            x = x + block(x)
+            x = x + network.step * block(x)
         amp = torch.autograd.grad(network.loss(network.head(x).float(), targets), parameters)
     network.to(torch.float64)
     start = network.stem(inputs if inputs.dtype == torch.long else inputs.double()).detach()
-    stack = ResidualStack(list(network.blocks), step=1.0, on_drift="ignore", gradient="backprop")
+    step = network.step
+    stack = ResidualStack(list(network.blocks), step=step, on_drift="ignore", gradient="backprop")
 
     def gradients() -> Sequence[Tensor]:
         return torch.autograd.grad(network.loss(network.head(stack(start)), targets), parameters)
@@ -76,7 +78,7 @@ def _states(network: Network, x: Tensor) -> list[Tensor]:
     found = [x]
     with torch.no_grad():
         for block in network.blocks:
-            found.append(found[-1] + block(found[-1]))
+            found.append(found[-1] + network.step * block(found[-1]))
     return found
 
 
@@ -88,7 +90,7 @@ def _of_rounded_states(network: Network, states: Sequence[Tensor], targets: Tens
     for block, state in zip(reversed(network.blocks), reversed(states[:-1]), strict=True):
         y = _rounded(state, rival).requires_grad_()
         parameters = list(block.parameters())
-        through, *products = torch.autograd.grad(block(y), [y, *parameters], g)
+        through, *products = torch.autograd.grad(network.step * block(y), [y, *parameters], g)
         found = [*products, *found]
         g = g + through
     return found

@@ -50,6 +50,6 @@ def draw_errors(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     panels[0].set_ylabel("relative gradient error")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    figure.suptitle("Gradients of trained networks of ordinary form (h = 1)", fontsize=11)
+    figure.suptitle("Gradients of trained networks", fontsize=11)
     figure.savefig(path, dpi=130)
     return path
