@@ -48,8 +48,8 @@ def tables(figures: dict[str, Any]) -> list[Table]:
     table = Table(
         "Stored increments: relative gradient error of trained networks",
         ["kept", "bits a value", *names],
-        note="float64; bits a value and step, scales included; h = 1 where nothing else is said. Nothing stored: corrected. "
-        "Wild: steps with |d|/|x| > 0.5.",
+        note="float64; bits a value and step, scales included; h = 1 where nothing else is said. Nothing stored: "
+        "corrected. Wild: steps with |d|/|x| > 0.5.",
     )
     table.rows.append(("", "bf16 autocast itself", *(error(row["amp"]) for row in figures["networks"])))
     table.rows.append(("", "nothing stored", *(error(row["rebuilt"]) for row in figures["networks"])))
