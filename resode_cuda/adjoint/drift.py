@@ -186,6 +186,12 @@ class DriftMonitor:
         """Step n rebuilt x, and no defect was measured."""
         self._square(self.row(n)[1], x)
 
+    def record_stored(self, n: int, defect_square: Tensor, y: Tensor) -> None:
+        """Step n was evaluated at y, which was stored; |y|^2 takes all values, so that NaN and Inf show."""
+        row = self.row(n)
+        row[0].copy_(defect_square)
+        self._square(row[1], y)
+
     def record_input(self, rebuilt: Tensor, x: Tensor) -> None:
         """The state that the reconstruction ended with, and the one that it started from in the forward pass."""
         self._reached_input = True

@@ -252,6 +252,8 @@ def _backward(
         trajectory = _writable(step, trajectory, extrapolates=weights is not None)
         overwritten = [tensor for tensor in (*trajectory, y, gamma, evaluated.v1) if tensor is not None]
         vjps.found = apart(vjps.found, overwritten)
+        if step.is_stored:
+            monitor.record_stored(step.n, evaluation.increments.defect_square(step.n), y)
         update = backward_update_(step, trajectory, y, evaluated, needed_gamma, weights, monitor)
     if evaluation.is_input_kept and start is not None and monitor is not None:
         is_known = anchor is None or step.method.solver.is_stored
@@ -294,7 +296,7 @@ def _saved_tensors(ctx: Any, count: int) -> tuple[Sequence[Tensor], Sequence[Ten
 def _writable(step: Step, trajectory: Trajectory, extrapolates: bool) -> Trajectory:
     """The trajectory with copies of what is saved and would be overwritten."""
     x_next, predicted, d_next = trajectory
-    if (step.is_rebuilt and step.is_result_saved) or (step.is_stored and step.ends_segment):
+    if step.is_rebuilt and step.is_result_saved:
         x_next = x_next.clone()
     if step.is_last and extrapolates and d_next is not None:
         d_next = d_next.clone()

@@ -103,6 +103,10 @@ class Increments:
         torch.dot(f, f, out=squares[n])
         torch.dot(difference, difference, out=errors[n])
 
+    def defect_square(self, n: int) -> Tensor:
+        """|y - (x_{n+1} - w f_n)|^2 of the step that was compared last, estimated from the sample; shape []."""
+        return self._again_rows[2][n] * self._sample.share_of_one
+
     def blocks_of(self, n: int) -> str:
         last = n + self._blocks_per_step - 1
         return f"block {n}" if last == n else f"blocks {n} to {last}"
@@ -115,6 +119,8 @@ class Sample:
         self.dtype = square_dtype(like.device)
         self._places = None if like.numel() <= SAMPLE else _places(like.shape)
         count = len(self.of(like))
+        self.share_of_one = like.numel() / max(1, count)
+        """How many values of the state one of the sample stands for."""
         # What is made while a graph is captured has no values until it is replayed.
         self._signs = (_made_signs if is_capturing() else _signs)(count, self.dtype, like.device)
 

@@ -300,11 +300,8 @@ def backward_update_(
     stages, weight = evaluated.stages, step.scheme.weight(step.h)
     x_next, d_next = trajectory.x_next, trajectory.d_next
     adjoint, gamma = _adjoint_operands(step, evaluated, gamma, y.dtype)
-    if step.is_stored:
-        ops.reverse_update_(x_next, y, *stages, weight, monitor.row(step.n), *adjoint)
-        return BackwardUpdate(y, (y,), gamma)
     if not step.is_rebuilt:
-        if not step.is_anchored:
+        if not (step.is_anchored or step.is_stored):
             monitor.record(step.n, y)
         if adjoint is not NO_ADJOINT:
             ops.adjoint_update_(*adjoint)

@@ -176,6 +176,7 @@ def test_states_that_are_returned():
 @pytest.mark.parametrize("reverse", ["stored", "corrected"])
 def test_compiled_stacks(reverse):
     torch.manual_seed(0)
+    torch._dynamo.reset()
     blocks = [nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True) for _ in range(3)]
     stack = ResidualStack(blocks, form="block", reverse=reverse, on_drift="ignore")
     x = torch.randn(2, 5, 8, requires_grad=True)

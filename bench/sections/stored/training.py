@@ -57,7 +57,7 @@ def finetune(mode: str, seed: int, share: float) -> dict[str, Any]:
     held_out = [network.draw() for _ in range(JUDGED)]
     _train(network, EXACT, max(2, int(share * 300)), trained.LEARNING_RATE)
     before = _loss(network, held_out)
-    _train(network, mode, FINETUNING_STEPS, FINETUNING_RATE)
+    _train(network, mode, max(2, int(share * FINETUNING_STEPS)), FINETUNING_RATE)
     return {"mode": mode, "before": before, "after": _loss(network, held_out)}
 
 
