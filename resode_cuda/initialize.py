@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from fractions import Fraction
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from .method import CheckedAnchors
 from .mlp import ResidualMLP
+from .reverse import Reverse
 from .stack import ResidualStack
 
 Smoothed = TypeVar("Smoothed", ResidualStack, ResidualMLP)
@@ -97,8 +99,8 @@ def deepen(stack: ResidualStack, steps: int) -> ResidualStack:
 
     Raises:
         TypeError: if stack is not a ResidualStack, or steps not an int.
-        ValueError: if steps is below N, blocks differ in names or shapes of their parameters, or a parameter has no
-            floating values yet.
+        ValueError: if steps is below N, or above it where form="block", blocks differ in names or shapes of their
+            parameters, or a parameter has no floating values yet.
 
     Source: blocks as samples of a function of time, Sander, Ablin and Peyré, NeurIPS 2022, arXiv:2205.14612.
     """
@@ -108,6 +110,11 @@ def deepen(stack: ResidualStack, steps: int) -> ResidualStack:
     count = len(stack.steps)
     if steps < count:
         raise ValueError(f"deepen: steps must be >= {count}, the stack's own, got {steps}; deepen only deepens")
+    if stack.form == "block" and steps > count:
+        raise ValueError(
+            'deepen: blocks must return increments, got a stack with form="block", whose step h = 1 cannot be divided; '
+            'take the addition out of the blocks, and use form="residual" with step=1.0'
+        )
     blocks = []
     for m in range(steps + len(stack) - count):
         u = min(Fraction(m * count, steps), Fraction(len(stack) - 1))
@@ -118,10 +125,12 @@ def deepen(stack: ResidualStack, steps: int) -> ResidualStack:
                 a, b = (_wide(old[end][name], like=parameter) for end in (k, k + 1))
                 parameter.copy_(torch.lerp(a, b, float(u - k)))
         blocks.append(block)
-    deeper = ResidualStack(
-        blocks,
-        **{**stack.settings(), "step": _refined(stack.steps, steps), "anchors": _deeper_anchors(stack, steps)},
-    )
+    changed = {
+        "step": _refined(stack.steps, steps),
+        "anchors": _deeper_anchors(stack, steps),
+        "reverse": _deeper_solver(stack, steps),
+    }
+    deeper = ResidualStack(blocks, **{**stack.settings(), **changed})
     deeper.training = stack.training  # train() would also overwrite the blocks' own flags
     return deeper
 
@@ -130,6 +139,14 @@ def _deeper_anchors(stack: ResidualStack, steps: int) -> CheckedAnchors:
     """The new steps that begin where the stack's anchored steps do, or first after them."""
     anchors, count = stack.anchors, len(stack.steps)
     return tuple(-(-n * steps // count) for n in anchors) if isinstance(anchors, tuple) else anchors
+
+
+def _deeper_solver(stack: ResidualStack, steps: int) -> Reverse:
+    """The stack's, each new step with the bits of the old one that it lies in."""
+    solver, count = stack.reverse, len(stack.steps)
+    if not isinstance(solver.bits, tuple):
+        return solver
+    return replace(solver, bits=tuple(solver.bits[m * count // steps] for m in range(steps)))
 
 
 def _layers(mlp: ResidualMLP) -> list[dict[str, Tensor]]:

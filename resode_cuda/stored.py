@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .devices import is_capturing
+
 BITS = (1, 2, 3, 4, 6, 8)
 """Bits a value that increments are stored in."""
 GROUP = 32
@@ -91,8 +93,9 @@ def store(target: Tensor, companion: Tensor, unit: Tensor, bits: int) -> tuple[T
     difference = torch.sub(wanted.clamp(-largest, largest), rows, out=torch.empty_like(rows))
     difference = _grouped(difference.add_(wanted, alpha=0.0))  # NaN where it is infinite
     size = _mean_magnitude(difference, rows) if bits == 1 else difference.abs().amax(-1) / (limit + 0.499)
-    codes = torch.bucketize(size / unit[:, None], _scales(companion.dtype, companion.device)[:-1])
-    scale = (_scales(companion.dtype, companion.device)[codes] * unit[:, None])[..., None]
+    table = _scales(companion)
+    codes = torch.bucketize(size / unit[:, None], table[:-1])
+    scale = (table[codes] * unit[:, None])[..., None]
     if bits == 1:
         integers = torch.where(difference < 0, -1.0, 1.0)
     else:
@@ -106,7 +109,7 @@ def store(target: Tensor, companion: Tensor, unit: Tensor, bits: int) -> tuple[T
 def take_back(companion: Tensor, packed: Tensor, scales: Tensor, unit: Tensor, bits: int) -> Tensor:
     """c_n from c_{n+1}, exactly."""
     rows = _rows(companion, companion)
-    scale = _scales(companion.dtype, companion.device)[scales.int()] * unit[:, None]
+    scale = _scales(companion)[scales.int()] * unit[:, None]
     increment = (_unpacked(packed, bits, companion.dtype) * scale[..., None]).flatten(1)
     moved = torch.empty_like(companion)
     torch.sub(rows, increment[:, : rows.shape[1]], out=_rows(moved, moved))
@@ -144,11 +147,18 @@ def _mean_magnitude(grouped: Tensor, rows: Tensor) -> Tensor:
 
 def _made_scales(dtype: torch.dtype, device: torch.device) -> Tensor:
     """The scale of each code, in units."""
-    values = [math.ceil((8 + code % 8) / 8 * 2 ** (code // 8)) for code in range(255)]
-    return torch.tensor([*values, math.nan], dtype=dtype, device=device)
+    codes = torch.arange(255, device=device)
+    scales = torch.ldexp((8.0 + codes % 8).double() / 8, codes // 8).ceil()
+    return torch.cat([scales, scales.new_full((1,), math.nan)]).to(dtype)
 
 
-_scales = lru_cache(maxsize=16)(_made_scales)
+_kept_scales = lru_cache(maxsize=16)(_made_scales)
+
+
+def _scales(companion: Tensor) -> Tensor:
+    # What is made while a graph is captured has no values until it is replayed.
+    scales = _made_scales if is_capturing() else _kept_scales
+    return scales(companion.dtype, companion.device)
 
 
 def _packed(integers: Tensor, bits: int) -> Tensor:

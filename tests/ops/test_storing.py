@@ -24,9 +24,9 @@ def walk(x, bits, steps=12, size=0.2):
     return states, companions, kept, unit
 
 
-def quanta(scales, unit, dtype):
+def quanta(scales, unit):
     """The scale of each group."""
-    return stored._scales(dtype, scales.device)[scales.int()] * unit[:, None]
+    return stored._scales(unit)[scales.int()] * unit[:, None]
 
 
 def grouped(tensor, companion):
@@ -51,7 +51,7 @@ def test_a_state_is_off_by_half_a_quantum_at_most(size, dtype, bits):
     states, companions, kept, unit = walk(torch.randn(4, 96, dtype=dtype), bits, size=size)
     for state, companion, (_, scales) in zip(states[1:], companions[1:], kept, strict=True):
         error = grouped(state - companion, companion).abs()
-        assert (error <= (0.5 + 1e-6) * quanta(scales, unit, dtype)[..., None]).all()
+        assert (error <= (0.5 + 1e-6) * quanta(scales, unit)[..., None]).all()
 
 
 @pytest.mark.parametrize("bits", stored.BITS[1:])
@@ -62,7 +62,7 @@ def test_the_quantum_is_the_smallest_that_reaches_the_groups_largest_value(bits)
     target = x + torch.randn_like(x)
     _, _, scales = ops.store(target, companion, unit, bits)
     needed = grouped(target - companion, companion).abs().amax(-1) / (stored.quantum_count(bits) + 0.5)
-    scale = quanta(scales, unit, torch.float32)
+    scale = quanta(scales, unit)
     assert (scale >= 0.999 * needed).all()
     assert (scale <= 9 / 8 * 1.002 * needed + unit[:, None]).all()
 
@@ -124,6 +124,14 @@ def test_a_sample_does_not_depend_on_who_shares_its_batch(bits):
     others = ops.store(together + torch.cat([other, step]), *stored.start(together), bits)
     for one, many in zip(alone, others, strict=True):
         assert torch.equal(one[0], many[-1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scales(dtype):
+    """ceil((1 + m/8) 2^e)"""
+    scales = stored._scales(torch.empty(0, dtype=dtype)).tolist()
+    assert scales[:255] == [math.ceil((8 + code % 8) / 8 * 2 ** (code // 8)) for code in range(255)]
+    assert math.isnan(scales[255])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -16,6 +16,7 @@ from tests.support.networks import (
     half_square,
     initialised,
     mlp,
+    mlps,
     reference_blocks,
     reference_input,
     relative_error,
@@ -152,3 +153,24 @@ def test_a_deeper_copy_trains():
     assert all(parameter.grad.norm() > 0 for parameter in deeper.parameters())
     optimizer.step()
     assert half_square(deeper(x)) < loss
+
+
+def test_bits_of_stored_increments_are_those_of_the_old_steps():
+    stack = ResidualStack(mlps("euler", 3), step=1.0, reverse=Reverse("stored", bits=(8, 4, 2)))
+    assert deepen(stack, 7).reverse.bits == (8, 8, 8, 4, 4, 2, 2)
+    assert deepen(stack, 3).reverse == stack.reverse
+
+
+def test_blocks_that_add_the_state_themselves_cannot_be_divided():
+    class Adding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = mlps("euler", 1)[0]
+
+        def forward(self, x):
+            return x + self.body(x)
+
+    stack, x = ResidualStack([Adding(), Adding()], form="block"), torch.randn(3, 6)
+    assert torch.equal(deepen(stack, 2)(x), stack(x))
+    with pytest.raises(ValueError, match='blocks must return increments, got a stack with form="block"'):
+        deepen(stack, 4)

@@ -47,3 +47,17 @@ def test_blocks_that_are_sharded_one_by_one_are_refused_by_number(mesh, scheme, 
     else:
         with pytest.raises(RuntimeError, match="block 1 must not be sharded by itself"):
             stack(x)
+
+
+@pytest.mark.parametrize("reverse", ["corrected", "stored"])
+def test_distribution_changes_no_gradient(mesh, scheme, gradient, reverse):
+    """Two ways of it: DistributedDataParallel, and a stack that is sharded as a whole."""
+    blocks, x = mlps(scheme, 3), torch.randn(5, 6)
+    stack = ResidualStack(blocks, scheme, gradient=gradient, reverse=reverse)
+    alone = gradients(lambda: stack(x), [*stack.parameters()])
+    parallel = nn.parallel.DistributedDataParallel(stack)
+    half_square(parallel(x)).backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(stack.parameters(), alone, strict=True))
+    sharded = fully_shard(ResidualStack(blocks, scheme, gradient=gradient, reverse=reverse), mesh=mesh)
+    half_square(sharded(x)).backward()
+    assert relative_error([p.grad.full_tensor() for p in sharded.parameters()], alone) < 1e-12
