@@ -31,7 +31,9 @@ class Network:
     blocks: nn.ModuleList
     head: nn.Module
     draw: Callable[[], Batch]
-    """A batch from torch's global generator."""
+    """A batch to train on, drawn from torch's global generator."""
+    draw_held_out: Callable[[], Batch]
+    """One that is not trained on, where a share of the data is held out."""
     loss: Loss
     step: float = 1.0
     """h."""
@@ -71,33 +73,47 @@ def feed_forward(dim: int, factor: int = 4) -> nn.Module:
     return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, factor * dim), nn.GELU(), nn.Linear(factor * dim, dim))
 
 
-def gpt(layers: int = 6, dim: int = 96, length: int = 64, rows: int = 16) -> Network:
+def gpt(layers: int = 6, dim: int = 96, length: int = 64, rows: int = 16, held_out: float = 0.0) -> Network:
     """A language model of characters; each layer is two steps."""
-    text = _source_code()
+    parts = _split_off(_source_code(), held_out)
     embed, head = nn.Embedding(CHARACTERS, dim), nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, CHARACTERS))
     blocks = nn.ModuleList(block for _ in range(layers) for block in (Attention(dim), feed_forward(dim)))
     for module in (*embed.modules(), *blocks.modules(), *head.modules()):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
 
-    def draw() -> Batch:
-        starts = torch.randint(0, len(text) - length - 1, (rows,))
-        windows = torch.stack([text[i : i + length + 1] for i in starts])
-        return windows[:, :-1], windows[:, 1:]
+    def drawn(text: Tensor) -> Callable[[], Batch]:
+        def draw() -> Batch:
+            starts = torch.randint(0, len(text) - length - 1, (rows,))
+            windows = torch.stack([text[i : i + length + 1] for i in starts])
+            return windows[:, :-1], windows[:, 1:]
 
-    return Network(
-        embed, blocks, head, draw, lambda out, targets: F.cross_entropy(out.flatten(0, 1), targets.flatten())
-    )
+        return draw
+
+    draw, draw_held_out = map(drawn, parts)
+    return Network(embed, blocks, head, draw, draw_held_out, _cross_entropy_of_characters)
 
 
-def conv(norm: Callable[[int], nn.Module], blocks: int = 16, channels: int = 16, rows: int = 64) -> Network:
+def _split_off(data: Tensor, held_out: float) -> tuple[Tensor, Tensor]:
+    """What is trained on, and the share at the end that is held out; without one all of it twice."""
+    count = int(held_out * len(data))
+    return (data[:-count], data[-count:]) if count else (data, data)
+
+
+def _cross_entropy_of_characters(out: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(out.flatten(0, 1), targets.flatten())
+
+
+def conv(
+    norm: Callable[[int], nn.Module], blocks: int = 16, channels: int = 16, rows: int = 64, held_out: float = 0.0
+) -> Network:
     """Convolution - norm - ReLU - convolution."""
 
     def block() -> nn.Module:
         up, down = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
         return nn.Sequential(up, norm(channels), nn.ReLU(), down)
 
-    return _of_digits(nn.ModuleList(block() for _ in range(blocks)), channels, rows)
+    return _of_digits(nn.ModuleList(block() for _ in range(blocks)), channels, rows, held_out)
 
 
 def deep_conv(blocks: int = 64) -> Network:
@@ -127,12 +143,12 @@ def convnext(blocks: int = 12, channels: int = 16, rows: int = 64) -> Network:
     return _of_digits(nn.ModuleList(ConvNeXtBlock(channels) for _ in range(blocks)), channels, rows)
 
 
-def vit(layers: int = 4, dim: int = 48, rows: int = 64) -> Network:
+def vit(layers: int = 4, dim: int = 48, rows: int = 64, held_out: float = 0.0) -> Network:
     """2x2 patches of the digits; each layer is two steps."""
     blocks = (block for _ in range(layers) for block in (Attention(dim, is_causal=False), feed_forward(dim)))
     head = nn.Sequential(nn.LayerNorm(dim), _MeanOfPatches(), nn.Linear(dim, CLASSES))
-    images, labels = _digits()
-    return Network(_Patches(dim), nn.ModuleList(blocks), head, _drawn(images, labels, rows), F.cross_entropy)
+    draw, draw_held_out = (_drawn(*part, rows) for part in _digits(held_out))
+    return Network(_Patches(dim), nn.ModuleList(blocks), head, draw, draw_held_out, F.cross_entropy)
 
 
 class _Patches(nn.Module):
@@ -167,11 +183,11 @@ def train(network: Network, steps: int) -> Network:
     return network
 
 
-def _of_digits(blocks: nn.ModuleList, channels: int, rows: int) -> Network:
+def _of_digits(blocks: nn.ModuleList, channels: int, rows: int, held_out: float = 0.0) -> Network:
     head = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * channels, CLASSES))
     stem = nn.Conv2d(1, channels, 3, padding=1)
-    images, labels = _digits()
-    return Network(stem, blocks, head, _drawn(images, labels, rows), F.cross_entropy)
+    draw, draw_held_out = (_drawn(*part, rows) for part in _digits(held_out))
+    return Network(stem, blocks, head, draw, draw_held_out, F.cross_entropy)
 
 
 def _drawn(images: Tensor, labels: Tensor, rows: int) -> Callable[[], Batch]:
@@ -182,11 +198,13 @@ def _drawn(images: Tensor, labels: Tensor, rows: int) -> Callable[[], Batch]:
     return draw
 
 
-def _digits() -> Batch:
+def _digits(held_out: float) -> list[Batch]:
+    """What is trained on, and what is held out."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    return torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16, torch.tensor(digits.target)
+    images, labels = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16, torch.tensor(digits.target)
+    return list(zip(_split_off(images, held_out), _split_off(labels, held_out), strict=True))
 
 
 def _source_code(files: int = 60) -> Tensor:

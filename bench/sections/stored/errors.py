@@ -17,19 +17,20 @@ from ...harness.trained import Network
 
 NETWORKS: dict[str, tuple[Callable[[], Network], int]] = {
     "GPT": (trained.gpt, 300),
-    "conv, group norm": (lambda: trained.conv(trained.group_norm), 150),
-    "conv, batch norm": (lambda: trained.conv(nn.BatchNorm2d), 150),
+    "conv GN": (lambda: trained.conv(trained.group_norm), 150),
+    "conv BN": (lambda: trained.conv(nn.BatchNorm2d), 150),
     "ConvNeXt": (trained.convnext, 150),
     "ViT": (trained.vit, 200),
-    "conv, N=64, h=1/N": (trained.deep_conv, 150),
+    "h=1/64": (trained.deep_conv, 150),
 }
 """How each is made, and for how many steps it trains."""
 BITS = (1, 2, 3, 4, 6, 8)
-KEEPING = ("none", "wild", "first three")
+KEEPING = ("none", "wild", "first 3")
 WILD = 0.5
 GROUP = 32
-RIVALS = {"bf16": 16.0, "FP8 E4M3, scaled": 8.25, "int8": 8.25, "int4": 4.25}
-"""What states are rounded to where no increments are stored, and the bits a value that takes."""
+RIVALS = {"bf16": 16.0, "FP8 E4M3": 8.25, "int8": 8.25, "int4": 4.25}
+"""What states are rounded to where no increments are stored, and the bits a value that takes. All but the first have
+scales of their own for groups of 32."""
 
 
 def errors(name: str, share: float, seed: int) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def errors(name: str, share: float, seed: int) -> dict[str, Any]:
 
     exact, states = gradients(), _states(network, start)
     sizes = [((b - a).norm() / a.norm()).item() for a, b in pairwise(states)]
-    kept = {"none": (), "wild": tuple(n for n, size in enumerate(sizes) if size > WILD), "first three": (0, 1, 2)}
+    kept = {"none": (), "wild": tuple(n for n, size in enumerate(sizes) if size > WILD), "first 3": (0, 1, 2)}
     stack.gradient, stack.reverse = "adjoint", Reverse("step")
     found: dict[str, Any] = {
         "network": name,

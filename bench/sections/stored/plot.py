@@ -16,7 +16,7 @@ LINES = {
     "none": ("increments", "#0072B2", "o"),
     "wild": ("increments, states of wild steps kept", "#009E73", "s"),
 }
-RIVAL_MARKS = {"bf16": "D", "FP8 E4M3, scaled": "^", "int8": "v", "int4": "x"}
+RIVAL_MARKS = {"bf16": "D", "FP8 E4M3": "^", "int8": "v", "int4": "x"}
 
 
 def draw_errors(rows: Sequence[dict[str, Any]], path: Path) -> Path:

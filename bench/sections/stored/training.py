@@ -25,7 +25,7 @@ MODES: dict[str, Reverse | None] = {
 STORED_MODES = tuple(mode for mode in MODES if mode.startswith("stored"))
 JUDGED = 20
 """Batches that a loss is the mean of."""
-FINETUNING_STEPS, FINETUNING_RATE = 40, 3e-4
+FINETUNING_STEPS, FINETUNING_RATE = 40, 2e-3
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,11 @@ class Run:
     steps: int
 
 
+HELD_OUT = 0.2
 RUNS = {
-    "GPT": Run(lambda: trained.gpt(layers=4, dim=64, rows=12), 300),
-    "conv, group norm": Run(lambda: trained.conv(trained.group_norm), 200),
-    "ViT": Run(trained.vit, 300),
+    "GPT": Run(lambda: trained.gpt(layers=4, dim=64, rows=12, held_out=HELD_OUT), 300),
+    "conv GN": Run(lambda: trained.conv(trained.group_norm, held_out=HELD_OUT), 200),
+    "ViT": Run(lambda: trained.vit(held_out=HELD_OUT), 300),
 }
 
 
@@ -45,7 +46,7 @@ def run(name: str, mode: str, seed: int, share: float) -> dict[str, Any]:
     """One training; its loss on batches that were held out."""
     torch.manual_seed(seed)
     network = RUNS[name].make()
-    held_out = [network.draw() for _ in range(JUDGED)]
+    held_out = [network.draw_held_out() for _ in range(JUDGED)]
     _train(network, mode, max(2, int(share * RUNS[name].steps)), trained.LEARNING_RATE)
     return {"run": name, "mode": mode, "seed": seed, "loss": _loss(network, held_out)}
 
@@ -53,8 +54,8 @@ def run(name: str, mode: str, seed: int, share: float) -> dict[str, Any]:
 def finetune(mode: str, seed: int, share: float) -> dict[str, Any]:
     """A trained GPT goes on for a few steps at a small rate."""
     torch.manual_seed(seed)
-    network = trained.gpt(layers=4, dim=64, rows=12)
-    held_out = [network.draw() for _ in range(JUDGED)]
+    network = RUNS["GPT"].make()
+    held_out = [network.draw_held_out() for _ in range(JUDGED)]
     _train(network, EXACT, max(2, int(share * 300)), trained.LEARNING_RATE)
     before = _loss(network, held_out)
     _train(network, mode, max(2, int(share * FINETUNING_STEPS)), FINETUNING_RATE)
