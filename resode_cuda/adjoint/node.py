@@ -35,11 +35,10 @@ from .step import (
     Trajectory,
     backward_update,
     backward_update_,
-    known_states,
     shadow_count,
     steps_of,
-    stored_forward,
 )
+from .stored_step import known_states, stored_forward
 from .vjp import BlockVjps, argument_leaves, parameter_leaves
 
 

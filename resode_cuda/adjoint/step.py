@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import ops, stored
+from .. import ops
 from ..method import Method
 from ..reverse import extrapolate, predict
 from ..schemes import BlockFunction, Scheme, Stages, StepVjp, add, increment
-from ..schemes import step as take_step
 from .drift import DriftMonitor
 
 
@@ -148,97 +147,7 @@ def shadow_count(method: Method) -> int:
     return 3 if method.extrapolates else 1
 
 
-class StoredIncrement(NamedTuple):
-    """What step n keeps of its increment where that is stored."""
-
-    packed: Tensor
-    scales: Tensor
-    unit: Tensor
-    """The units of each sample."""
-
-
-class StoredForward(NamedTuple):
-    """A step of a forward pass that stores increments."""
-
-    x_next: Tensor
-    stages: Stages
-    companion: Tensor | None
-    """c_{n+1}; None after a kept state."""
-    kept: tuple[Tensor, ...]
-    """The fields of a `StoredIncrement`, and c_{n+1} where the companion ends; nothing at a kept state."""
-    shadows: tuple[Tensor, ...]
-    """c_{n+1} and its units, which the next step starts with; nothing after the last."""
-
-
-def stored_forward(
-    step: Step, blocks: Sequence[BlockFunction], x: Tensor, shadows: Sequence[Tensor | None], blank: Tensor
-) -> StoredForward:
-    """Step n of a forward pass that stores increments.
-
-    Args:
-        shadows: c_n, and its units; None at the beginning of the stack.
-        blank: one element.
-    """
-    companion, unit = shadows
-    if companion is None and not step.is_anchored:
-        companion, unit = ops.start_companion(x)
-    is_rounded = step.method.solver.rounded_forward and not step.is_anchored
-    start = companion.to(x.dtype) if is_rounded and companion is not None else x
-    scheme, h = step.scheme, step.h
-    kept: tuple[Tensor, ...] = ()
-    if step.is_anchored:
-        x_next, stages = take_step(scheme, blocks, x, h)
-        if not step.ends_segment:
-            companion, unit = ops.start_companion(x_next)
-    else:
-        assert companion is not None
-        assert unit is not None
-        bits = step.method.solver.bits_of(step.n)
-        if scheme.has_state_inside and not is_rounded:
-            x_next, stages = take_step(scheme, blocks, start, h)
-            companion, *packed = ops.store(x_next, companion, unit, bits)
-        else:
-            stages = scheme.stages(blocks, start, h)
-            x_next, companion, *packed = ops.store_step(x, *stages, scheme.weight(h), companion, unit, bits)
-        kept = (*packed, unit, companion) if step.ends_segment else (*packed, unit)
-    if step.is_last:
-        return StoredForward(x_next, stages, None if step.is_anchored else companion, kept, ())
-    if step.ends_segment:
-        # The next step's state is kept, and its companion starts there.
-        blanks = blank.expand(x.shape), blank.expand(1)
-        return StoredForward(x_next, stages, None if step.is_anchored else companion, kept, blanks)
-    assert companion is not None
-    assert unit is not None
-    # A trace may not return what it was given; else all steps share one memory.
-    unit = unit.clone() if torch.compiler.is_compiling() else unit.detach()
-    return StoredForward(x_next, stages, None if step.is_anchored else companion, kept, (companion, unit))
-
-
-def known_states(
-    step: Step, kept: Sequence[Tensor], anchor: Tensor | None, cotangents: Sequence[Tensor | None], g: Tensor
-) -> tuple[Trajectory, Tensor | None]:
-    """What is known of the states when the backward pass reaches a step, and the point y where that takes no block.
-
-    Args:
-        kept: what the step has saved of states after it.
-        anchor: x_n, where that is kept.
-        cotangents: of its shadows, which the step after it left.
-    """
-    if step.method.solver.is_stored:
-        if anchor is not None:
-            return Trajectory(anchor, None, None), anchor
-        increment = StoredIncrement(*kept[:3])
-        companion = kept[3] if step.ends_segment else None
-        if companion is None:
-            dtype = stored.companion_dtype(g.dtype)
-            companion = _trajectory_from(cotangents, g.shape, dtype).x_next
-        bits = step.method.solver.bits_of(step.n)
-        return Trajectory(companion, None, None), ops.stored_step(companion, *increment, bits)
-    trajectory = _trajectory_at_the_end(step, kept) if step.is_last else _trajectory_from(cotangents, g.shape, g.dtype)
-    return trajectory, anchor
-
-
-def _trajectory_at_the_end(step: Step, saved: Sequence[Tensor]) -> Trajectory:
+def trajectory_at_the_end(step: Step, saved: Sequence[Tensor]) -> Trajectory:
     """The last step's, from what it saved. Its prediction is exact."""
     x_last = saved[0].detach()  # blocks are evaluated there, and must not take it for one that has gradients
     if not step.method.extrapolates:
@@ -246,7 +155,7 @@ def _trajectory_at_the_end(step: Step, saved: Sequence[Tensor]) -> Trajectory:
     return Trajectory(x_last, add(x_last, saved[1], -1.0), saved[2] if len(saved) == 3 else None)
 
 
-def _trajectory_from(cotangents: Sequence[Tensor | None], shape: torch.Size, dtype: torch.dtype) -> Trajectory:
+def trajectory_from(cotangents: Sequence[Tensor | None], shape: torch.Size, dtype: torch.dtype) -> Trajectory:
     """Any other step's, from the cotangents of its shadows, which the step after it left.
 
     Args:

@@ -24,7 +24,8 @@ from ..schemes import BlockFunction, Vjp
 from ..schemes import step as take_step
 from .block_arguments import Call
 from .blocks import Block
-from .step import Step, backward_update, known_states, shadow_count, stored_forward
+from .step import Step, backward_update, shadow_count
+from .stored_step import known_states, stored_forward
 
 
 def is_traceable(modules: Iterable[nn.Module]) -> bool:
