@@ -59,9 +59,7 @@ def tables(figures: dict[str, Any]) -> list[Table]:
             shown = (error(row["stored"][keeping][str(bits)]) for row in figures["networks"])
             table.rows.append((keeping, f"{bits}.25", *shown))
     for rival, width in RIVALS.items():
-        table.rows.append(
-            ("rounded states", f"{width:g} ({rival})", *(error(r["rivals"][rival]) for r in figures["networks"]))
-        )
+        table.rows.append((rival, f"{width:g}", *(error(r["rivals"][rival]) for r in figures["networks"])))
     runs = [name for name in RUNS if any(row["run"] == name for row in figures["trainings"])]
     losses = Table(
         "Training with stored increments: held-out loss at the end",
@@ -73,7 +71,7 @@ def tables(figures: dict[str, Any]) -> list[Table]:
         if any(cells):
             forward = "rounded" if mode.startswith("rounded") else "exact"
             losses.rows.append((forward, mode, *cells))
-    tuned = Table("Fine-tuning a GPT for 40 steps: held-out loss", ["", "before", "after"], 1)
+    tuned = Table("Fine-tuning a GPT for 40 steps: held-out loss", ["backward", "before", "after"], 1)
     tuned.rows += [(row["mode"], f"{row['before']:.3f}", f"{row['after']:.3f}") for row in figures["finetuned"]]
     return [table, losses, tuned]
 

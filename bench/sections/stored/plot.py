@@ -16,13 +16,16 @@ LINES = {
     "none": ("increments", "#0072B2", "o"),
     "wild": ("increments, states of wild steps kept", "#009E73", "s"),
 }
+COLUMNS = 3
 RIVAL_MARKS = {"bf16": "D", "FP8 E4M3": "^", "int8": "v", "int4": "x"}
 
 
 def draw_errors(rows: Sequence[dict[str, Any]], path: Path) -> Path:
-    figure = Figure(figsize=(3.1 * len(rows) + 0.6, 3.9), layout="constrained")
-    panels = figure.subplots(1, len(rows), sharey=True, squeeze=False)[0]
-    for panel, row in zip(panels, rows, strict=True):
+    columns = min(COLUMNS, len(rows))
+    lines = -(-len(rows) // columns)
+    figure = Figure(figsize=(3.1 * columns + 0.6, 2.8 * lines + 1.1), layout="constrained")
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for panel, row in zip(panels, rows, strict=False):
         panel.axhline(row["amp"], color=INK, linewidth=1, linestyle="--", label="bf16 autocast itself")
         panel.axhline(row["rebuilt"], color="#CC79A7", linewidth=1, linestyle=":", label="nothing stored")
         for keeping, (label, color, marker) in LINES.items():
@@ -44,12 +47,13 @@ def draw_errors(rows: Sequence[dict[str, Any]], path: Path) -> Path:
         panel.xaxis.set_minor_locator(NullLocator())
         panel.xaxis.set_major_formatter("{x:g}")
         panel.xaxis.set_minor_formatter(NullFormatter())
-        panel.set_xlabel("bits a value and step")
         panel.grid(color=GRID)
         panel.set_axisbelow(True)
-    panels[0].set_ylabel("relative gradient error")
+    for panel in panels[-columns:]:
+        panel.set_xlabel("bits a value and step", fontsize=9)
+    figure.supylabel("relative gradient error", fontsize=9)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.suptitle("Gradients of trained networks", fontsize=11)
     figure.savefig(path, dpi=130)
     return path
