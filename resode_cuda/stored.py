@@ -57,6 +57,11 @@ def quantum_count(bits: int) -> int:
     return max(1, 2 ** (bits - 1) - 1)
 
 
+def largest_companion(dtype: torch.dtype, bits: int) -> int:
+    """The largest companion that increments of so many bits lead to, in units."""
+    return (LARGEST_OF_ONE_BIT if bits == 1 else LARGEST)[dtype]
+
+
 def sample_count(x: Tensor) -> int:
     """A state of one dimension is one sample."""
     return x.shape[0] if x.ndim > 1 else 1
@@ -86,7 +91,7 @@ def store(target: Tensor, companion: Tensor, unit: Tensor, bits: int) -> tuple[T
     Packed: uint8, [samples, groups, 4 bits]; scales: uint8, [samples, groups]. What is not finite has scale 255, NaN.
     """
     rows, limit = _rows(companion, companion), quantum_count(bits)
-    largest = (LARGEST_OF_ONE_BIT if bits == 1 else LARGEST)[companion.dtype] * unit[:, None]
+    largest = largest_companion(companion.dtype, bits) * unit[:, None]
     wanted = _rows(target, companion).to(companion.dtype)
     difference = torch.sub(wanted.clamp(-largest, largest), rows, out=torch.empty_like(rows))
     difference = _grouped(difference.add_(wanted, alpha=0.0))  # NaN where it is infinite
@@ -123,6 +128,11 @@ def empty_companion(x: Tensor, dtype: torch.dtype) -> Tensor:
     dims = [*range(min(1, x.ndim)), *_inner_dims(x)]
     empty = x.new_empty([x.shape[dim] for dim in dims], dtype=dtype)
     return empty.permute([dims.index(dim) for dim in range(x.ndim)])
+
+
+def is_companion_layout(x: Tensor) -> bool:
+    """Whether it lies in memory as `empty_companion` lays out a companion of it."""
+    return x.is_contiguous() or (x.ndim > 1 and x.permute(0, *_inner_dims(x)).is_contiguous())
 
 
 def _rows(x: Tensor, companion: Tensor) -> Tensor:
