@@ -30,6 +30,8 @@ BITS = (1, 2, 3, 4, 6, 8)
 """Bits a value that increments are stored in."""
 GROUP = 32
 """Neighbours that share a scale."""
+NAN_CODE = 255
+"""The scale's code where a group has a value that is not finite."""
 UNITS = {torch.float32: 2**13, torch.float64: 2**20}
 """Units in the largest value of the first state, by the companion's dtype."""
 LARGEST = {torch.float32: 2**23, torch.float64: 2**51}
@@ -154,7 +156,7 @@ def _mean_magnitude(grouped: Tensor, rows: Tensor) -> Tensor:
 
 def _made_scales(dtype: torch.dtype, device: torch.device) -> Tensor:
     """The scale of each code, in units."""
-    values = [math.ceil((8 + code % 8) / 8 * 2 ** (code // 8)) for code in range(255)]
+    values = [math.ceil((8 + code % 8) / 8 * 2 ** (code // 8)) for code in range(NAN_CODE)]
     return torch.tensor([*values, math.nan], dtype=dtype, device=device)
 
 

@@ -73,7 +73,7 @@ for _op in (*_OPS, *STORING_OPS):
 
 
 def backends(device: torch.device | str | int | None = None) -> dict[str, dict[str, str | None]]:
-    """For each op that has kernels its backends, from the first choice to the last, and why one can't run; None where it can.
+    """Backends of each op with kernels, from the first choice to the last, and why one can't run; None where it can.
 
     Args:
         device: a CUDA device, by default the current one; or "cpu".

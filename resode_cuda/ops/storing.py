@@ -23,8 +23,8 @@ from .operands import StoredIncrement, StoredStepOperands, StoreOperands, StoreS
 from .pointwise import with_stages_of_one_dtype
 from .selection import select
 
-MOST_GROUPS = 2**31 - 1
-"""Kernels count groups in 32 bits: 256 GiB of float32, if they are not short."""
+MOST_GROUPS = 2**31 - 2**16
+"""Kernels count groups in 32 bits, to the end of a launch's last tile. Unless they are short, these are 256 GiB."""
 
 
 class StoringOp:

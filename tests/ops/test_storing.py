@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from resode_cuda import ops, stored
+from tests.support.storing_layouts import LAYOUTS
 
 DTYPES = [torch.float32, torch.float64]
 SHAPES = [(5, 7), (3, 64), (4, 3, 5, 5), (2, 70), (9,), (), (0, 4), (4, 0), (3, 32)]
@@ -177,14 +178,6 @@ def test_a_state_beyond_the_largest_companion_is_off_and_comes_back():
     moved, packed, scales = ops.store(target, companion, unit, 8)
     assert 500 < moved[0, 5] < 1e4
     assert torch.equal(ops.stored_step(moved, packed, scales, unit, 8), companion)
-
-
-LAYOUTS = {
-    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "batch innermost": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
-    "strided": lambda x: torch.stack([x, x], -1)[..., 0],
-    "expanded": lambda x: x[:, :1].expand(x.shape),
-}
 
 
 @pytest.mark.parametrize("bits", [3, 8])
