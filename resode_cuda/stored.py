@@ -74,6 +74,12 @@ def group_count(x: Tensor) -> int:
     return -(-math.prod(x.shape[min(1, x.ndim - 1) :]) // GROUP)
 
 
+def sizes(x: Tensor) -> tuple[int, int, int]:
+    """Values of a sample of x, which is not empty, its groups, and those of all samples."""
+    samples, groups = sample_count(x), group_count(x)
+    return x.numel() // samples, groups, samples * groups
+
+
 def start(x: Tensor) -> tuple[Tensor, Tensor]:
     """The companion of the state x that it starts at, and its unit, shape [samples]."""
     dtype = companion_dtype(x.dtype)

@@ -12,9 +12,9 @@ from .operands import (
     HeunStepOperands,
     ReverseExtrapolateOperands,
     ReverseUpdateOperands,
-    StoredIncrement,
     StoredStepOperands,
     StoreOperands,
+    StoreResults,
     StoreStepOperands,
 )
 
@@ -37,8 +37,8 @@ class KernelBackend(Protocol):
 
     def adjoint_update_(self, operands: AdjointUpdateOperands) -> None: ...
 
-    def store(self, operands: StoreOperands, out: StoredIncrement) -> None: ...
+    def store(self, operands: StoreOperands, out: StoreResults) -> None: ...
 
-    def store_step(self, operands: StoreStepOperands, x_next: Tensor, out: StoredIncrement) -> None: ...
+    def store_step(self, operands: StoreStepOperands, x_next: Tensor, out: StoreResults) -> None: ...
 
     def stored_step(self, operands: StoredStepOperands, out: Tensor) -> None: ...

@@ -106,7 +106,7 @@ class StoredStepOperands(NamedTuple):
     bits: int
 
 
-class StoredIncrement(NamedTuple):
+class StoreResults(NamedTuple):
     """What storing an increment results in."""
 
     companion: Tensor

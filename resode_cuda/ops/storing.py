@@ -19,7 +19,7 @@ from ..layouts import laid_out_like
 from . import schemas
 from .backend import KernelBackend
 from .checks import check_states
-from .operands import StoredIncrement, StoredStepOperands, StoreOperands, StoreStepOperands
+from .operands import StoredStepOperands, StoreOperands, StoreResults, StoreStepOperands
 from .pointwise import with_stages_of_one_dtype
 from .selection import select
 
@@ -139,10 +139,10 @@ def _fake_start(x: Tensor) -> tuple[Tensor, Tensor]:
     return stored.empty_companion(x, dtype), x.new_empty(stored.sample_count(x), dtype=dtype)
 
 
-def _empty_increment(x: Tensor, companion: Tensor, unit: Tensor, bits: int) -> StoredIncrement:
+def _empty_increment(x: Tensor, companion: Tensor, unit: Tensor, bits: int) -> StoreResults:
     shape = stored.sample_count(x), stored.group_count(x)
     packed = x.new_empty((*shape, 4 * bits), dtype=torch.uint8)
-    return StoredIncrement(torch.empty_like(companion), packed, x.new_empty(shape, dtype=torch.uint8))
+    return StoreResults(torch.empty_like(companion), packed, x.new_empty(shape, dtype=torch.uint8))
 
 
 def _empty_step(

@@ -24,9 +24,9 @@ from .operands import (
     HeunStepOperands,
     ReverseExtrapolateOperands,
     ReverseUpdateOperands,
-    StoredIncrement,
     StoredStepOperands,
     StoreOperands,
+    StoreResults,
     StoreStepOperands,
 )
 
@@ -89,11 +89,11 @@ def adjoint_update_(operands: AdjointUpdateOperands) -> None:
     _launch(_adjoint_update_kernel, -(-n // tile), (g, v1, v2), (g_scale, v_scale, n), (tile,))
 
 
-def store(operands: StoreOperands, out: StoredIncrement) -> None:
+def store(operands: StoreOperands, out: StoreResults) -> None:
     _store(operands, (None, None), 0.0, None, out)
 
 
-def store_step(operands: StoreStepOperands, x_next: Tensor, out: StoredIncrement) -> None:
+def store_step(operands: StoreStepOperands, x_next: Tensor, out: StoreResults) -> None:
     x, k1, k2, weight, companion, unit, bits = operands
     _store(StoreOperands(x, companion, unit, bits), (k1, k2), weight, x_next, out)
 
@@ -109,7 +109,7 @@ def _store(
     stages: tuple[Tensor | None, Tensor | None],
     weight: float,
     x_next: Tensor | None,
-    out: StoredIncrement,
+    out: StoreResults,
 ) -> None:
     x, companion, unit, bits = operands
     programs, sizes, constants = _groups(companion, bits)
@@ -119,11 +119,9 @@ def _store(
 
 def _groups(companion: Tensor, bits: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     """Programs, sizes and constants of a kernel that takes a companion by groups."""
-    samples, groups = stored.sample_count(companion), stored.group_count(companion)
-    values = companion.numel() // samples
+    values, _, all_groups = sizes = stored.sizes(companion)
     tile = VALUES_PER_TILE[companion.dtype] // stored.GROUP
-    sizes = values, groups, samples * groups
-    return -(-samples * groups // tile), sizes, (bits, values % stored.GROUP == 0, tile)
+    return -(-all_groups // tile), sizes, (bits, values % stored.GROUP == 0, tile)
 
 
 def _step(tensors: tuple[Tensor, Tensor, Tensor | None, Tensor], weight: float) -> None:

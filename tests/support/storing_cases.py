@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from resode_cuda import stored
-from resode_cuda.ops.operands import StoredIncrement, StoredStepOperands, StoreOperands, StoreStepOperands
+from resode_cuda.ops.operands import StoredStepOperands, StoreOperands, StoreResults, StoreStepOperands
 from tests.support.kernel_cases import DTYPE_PAIRS, MARGIN, pair_id
 
 WEIGHT = 0.1
@@ -75,9 +75,9 @@ def by_kernel(backend, values, device="cpu", offset=0):
     if isinstance(values, StoredStepOperands):
         backend.stored_step(given, *results)
     elif isinstance(values, StoreOperands):
-        backend.store(given, StoredIncrement(*results))
+        backend.store(given, StoreResults(*results))
     else:
-        backend.store_step(given, results[0], StoredIncrement(*results[1:]))
+        backend.store_step(given, results[0], StoreResults(*results[1:]))
     found = [result.to("cpu", copy=True) for result in results]
     for result, buffer in zip(results, buffers, strict=True):
         result.fill_(7)
