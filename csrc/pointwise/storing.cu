@@ -31,10 +31,11 @@ constexpr int kGroupsPerBlock = kThreads / kLanesOfGroup;
 struct Groups {
   int64_t values;             // of a sample
   uint32_t of_sample, count;  // groups
-  bool packs;                 // whether neighbours are one access
+  bool packs;                 // whether all neighbours are there and one access
 };
 
 // A thread's part of a group. Groups after the last are parts of nothing, for all lanes of a warp go on together.
+template <bool kPacks>
 struct Share {
   uint32_t group;
   uint32_t sample;
@@ -45,8 +46,8 @@ struct Share {
   __device__ __forceinline__ int neighbours() const { return values - lane * kNeighbours; }  // or fewer than 0, or more than there are
 };
 
-template <class Visit>
-__device__ __forceinline__ void for_each_group(const Groups& groups, Visit visit) {
+template <bool kPacks, class Visit>
+__device__ __forceinline__ void for_each_share(const Groups& groups, Visit visit) {
   const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
   const int lane = thread % kLanesOfGroup;
   for (uint32_t first = thread / kLanes * (kLanes / kLanesOfGroup); first < groups.count; first += gridDim.x * kGroupsPerBlock) {
@@ -56,15 +57,26 @@ __device__ __forceinline__ void for_each_group(const Groups& groups, Visit visit
     const bool is_there = group < groups.count;
     const int64_t left = is_there ? groups.values - in_sample : 0;
     const int values = left < kGroup ? static_cast<int>(left) : kGroup;
-    visit(Share{group, sample, sample * groups.values + in_sample + lane * kNeighbours, lane, values, is_there});
+    visit(Share<kPacks>{group, sample, sample * groups.values + in_sample + lane * kNeighbours, lane, values, is_there});
+  }
+}
+
+// Calls visit(Share<...>{}) for this thread's shares. The two kinds have loops of their own: where they met, the compiler would make
+// the accesses of both one by one.
+template <class Visit>
+__device__ __forceinline__ void for_each_group(const Groups& groups, Visit visit) {
+  if (groups.packs) {
+    for_each_share<true>(groups, visit);
+  } else {
+    for_each_share<false>(groups, visit);
   }
 }
 
 // Zeros for what is not there.
-template <class T>
-__device__ __forceinline__ Pack<T, kNeighbours> load_neighbours(const T* operand, const Share& share, bool packs) {
+template <class T, bool kPacks>
+__device__ __forceinline__ Pack<T, kNeighbours> load_neighbours(const T* operand, const Share<kPacks>& share) {
   Pack<T, kNeighbours> found{};
-  if (packs) {
+  if constexpr (kPacks) {
     if (share.is_there) found = load<kNeighbours>(operand + share.first);
   } else {
 #pragma unroll
@@ -74,10 +86,11 @@ __device__ __forceinline__ Pack<T, kNeighbours> load_neighbours(const T* operand
   return found;
 }
 
-template <class T>
-__device__ __forceinline__ void store_neighbours(T* operand, const Share& share, bool packs, const Pack<T, kNeighbours>& pack) {
-  if (packs) {
-    if (share.is_there) store<kNeighbours>(operand + share.first, pack);
+template <class T, bool kPacks>
+__device__ __forceinline__ void store_neighbours(T* operand, const Share<kPacks>& share, const Pack<T, kNeighbours>& pack) {
+  if constexpr (kPacks) {
+    // The place is a whole number of packs: unless it says so, the compiler stores value by value.
+    if (share.is_there) store<kNeighbours>(operand + share.first / kNeighbours * kNeighbours, pack);
   } else {
 #pragma unroll
     for (int i = 0; i < kNeighbours; i++)
@@ -122,21 +135,21 @@ __device__ __forceinline__ Real size_of(const Real (&differences)[kNeighbours], 
 template <int kBits, class X, class F>
 __global__ void __launch_bounds__(kThreads, kStoreBlocksPerProcessor) store_kernel(const Storing<X, F> storing, const Groups groups) {
   using Real = Wide<X>;
-  for_each_group(groups, [&](const Share& share) {
-    auto x = load_neighbours(storing.x, share, groups.packs);
-    auto companion = load_neighbours(storing.companion, share, groups.packs);
+  for_each_group(groups, [&](const auto& share) {
+    auto x = load_neighbours(storing.x, share);
+    auto companion = load_neighbours(storing.companion, share);
     const Real unit = share.is_there ? storing.unit[share.sample] : Real(1);
     if (storing.k1) {
-      const auto k1 = load_neighbours(storing.k1, share, groups.packs);
+      const auto k1 = load_neighbours(storing.k1, share);
       Pack<F, kNeighbours> k2{};
-      if (storing.k2) k2 = load_neighbours(storing.k2, share, groups.packs);
+      if (storing.k2) k2 = load_neighbours(storing.k2, share);
 #pragma unroll
       for (int i = 0; i < kNeighbours; i++) {
         Real k = widen(k1.values[i]);  // exact: k1 and k2 are as narrow as x or narrower
         if (storing.k2) k = add(k, static_cast<Real>(widen(k2.values[i])));
         x.values[i] = narrow<X>(multiply_add(storing.weight, k, widen(x.values[i])));
       }
-      store_neighbours(storing.x_next, share, groups.packs, x);
+      store_neighbours(storing.x_next, share, x);
     }
 
     Real differences[kNeighbours];
@@ -162,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, kStoreBlocksPerProcessor) store_kern
       }
       companion.values[i] = add(companion.values[i], multiply(whole, scale));
     }
-    store_neighbours(storing.companion_next, share, groups.packs, companion);
+    store_neighbours(storing.companion_next, share, companion);
     store_integers<kBits>(storing.packed, share.group, share.lane, share.is_there, integers);
     if (share.is_there && share.lane == 0) storing.scales[share.group] = static_cast<uint8_t>(code);
   });
@@ -172,16 +185,16 @@ template <int kBits, class Real>
 __global__ void __launch_bounds__(kThreads, kStoredStepBlocksPerProcessor)
     stored_step_kernel(const Real* __restrict__ companion, const uint8_t* __restrict__ packed, const uint8_t* __restrict__ scales,
                        const Real* __restrict__ unit, Real* __restrict__ out, const Groups groups) {
-  for_each_group(groups, [&](const Share& share) {
+  for_each_group(groups, [&](const auto& share) {
     if (!share.is_there) return;
-    auto pack = load_neighbours(companion, share, groups.packs);
+    auto pack = load_neighbours(companion, share);
     int integers[kNeighbours];
     load_integers<kBits>(packed, share.group, share.lane, groups.packs, integers);
     const Real scale = multiply(scale_of<Real>(scales[share.group]), unit[share.sample]);
 #pragma unroll
     for (int i = 0; i < kNeighbours; i++)
       pack.values[i] = add(pack.values[i], -multiply(static_cast<Real>(integers[i]), scale));
-    store_neighbours(out, share, groups.packs, pack);
+    store_neighbours(out, share, pack);
   });
 }
 

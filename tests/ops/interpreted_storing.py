@@ -38,7 +38,7 @@ WIDE = [torch.float32, torch.float64]
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
-    """Of two groups: what a GPU takes is compiled in `test_triton_storing.py`."""
+    """Tiles of two groups: what a GPU takes is compiled in `test_triton_storing.py`."""
     replace_fused_multiply_add(monkeypatch)
     tile = 2 * stored.GROUP
     monkeypatch.setattr(triton_ops, "VALUES_PER_TILE", dict.fromkeys(triton_ops.VALUES_PER_TILE, tile))
