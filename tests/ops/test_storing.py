@@ -2,11 +2,13 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from resode_cuda import ops, stored
+from resode_cuda.ops import storing
 from tests.support.storing_layouts import LAYOUTS
 
 DTYPES = [torch.float32, torch.float64]
@@ -221,6 +223,28 @@ def test_the_ops_are_registered_rightly(shape, dtype, bits):
     torch.library.opcheck(torch.ops.resode.store_step.default, (x, k, None, 0.5, companion, unit, bits))
     torch.library.opcheck(torch.ops.resode.store_step.default, (x, k, k.clone(), 0.5, companion, unit, bits))
     torch.library.opcheck(torch.ops.resode.stored_step.default, (moved, packed, scales, unit, bits))
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0,)], ids=str)
+def test_nothing_is_launched_for_states_without_values(monkeypatch, shape):
+    x = torch.randn(shape)
+    companion, unit = stored.start(x)
+    expected = ops.store_step(x, x, None, 0.5, companion, unit, 4)
+    monkeypatch.setattr(storing, "select", lambda device: SimpleNamespace())  # without a launch
+    found = ops.store_step(x, x, None, 0.5, companion, unit, 4)
+    assert [(one.shape, one.dtype) for one in found] == [(one.shape, one.dtype) for one in expected]
+    assert ops.store(x, companion, unit, 4)[1].shape == expected[2].shape
+    assert torch.equal(ops.stored_step(*expected[1:], unit, 4), companion)
+
+
+def test_more_groups_than_kernels_count_are_refused(monkeypatch):
+    monkeypatch.setattr(storing, "select", lambda device: SimpleNamespace())
+    monkeypatch.setattr(storing, "MOST_GROUPS", 5)
+    x = torch.randn(3, 40)
+    with pytest.raises(
+        ValueError, match="store: all samples must have 5 groups of 32 values at most, got 6; split them"
+    ):
+        ops.store(x, *stored.start(x), 4)
 
 
 def arguments():
