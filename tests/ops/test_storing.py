@@ -241,9 +241,7 @@ def test_more_groups_than_kernels_count_are_refused(monkeypatch):
     monkeypatch.setattr(storing, "select", lambda device: SimpleNamespace())
     monkeypatch.setattr(storing, "MOST_GROUPS", 5)
     x = torch.randn(3, 40)
-    with pytest.raises(
-        ValueError, match="must have 5 groups of 32 values at most, got 6; split them"
-    ):
+    with pytest.raises(ValueError, match="must have 5 groups of 32 values at most, got 6; split them"):
         ops.store(x, *stored.start(x), 4)
 
 
