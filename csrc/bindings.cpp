@@ -15,6 +15,7 @@
 #include "mlp/gradients.h"
 #include "pointwise/forward_step.h"
 #include "pointwise/reverse_update.h"
+#include "pointwise/storing.h"
 
 #ifdef RESODE_HOST
 #include "host_functions.h"
@@ -69,6 +70,28 @@ void reverse_update(const ReverseUpdate& given) {
 
 void reverse_extrapolate(const ReverseOperands& given) { launch_reverse("reverse_extrapolate_", given); }
 
+struct Store {
+  const void* x;
+  const void* companion;
+  const void* unit;
+  double largest;
+  int64_t values, groups, all_groups;
+  int bits;
+  void* companion_next;
+  uint8_t* packed;
+  uint8_t* scales;
+  DType x_dtype;
+  void* stream;
+};
+
+void store_increment(const Store& given) {
+  const auto& [x, companion, unit, largest, values, groups, all_groups, bits, companion_next, packed, scales, x_dtype, stream] = given;
+  launch_store("store", {x, nullptr, nullptr, 0, companion, unit, largest, values, groups, all_groups, bits, nullptr, companion_next,
+                         packed, scales, x_dtype, x_dtype, stream});
+}
+
+void store_step(const StoreOperands& given) { launch_store("store_step", given); }
+
 template <size_t>
 using Argument = py::handle;
 
@@ -89,7 +112,7 @@ void define(py::module_& module, const char* name, void (*launch)(const Operands
 
 std::vector<Kernel> all_kernels() {
   std::vector<Kernel> kernels = step_kernels();
-  for (const auto& more : {reverse_kernels(), mlp_forward_kernels(), mlp_adjoint_kernels(), mlp_exact_kernels(),
+  for (const auto& more : {reverse_kernels(), storing_kernels(), mlp_forward_kernels(), mlp_adjoint_kernels(), mlp_exact_kernels(),
                            mlp_gradients_kernels()})
     kernels.insert(kernels.end(), more.begin(), more.end());
   return kernels;
@@ -130,6 +153,9 @@ PYBIND11_MODULE(_kernels, module) {
   define(module, "reverse_update_", &reverse_update);
   define(module, "reverse_extrapolate_", &reverse_extrapolate);
   define(module, "adjoint_update_", &launch_adjoint_update);
+  define(module, "store", &store_increment);
+  define(module, "store_step", &store_step);
+  define(module, "stored_step", &launch_stored_step);
   define_mlp(module);
   module.def("most_reverse_blocks", &most_reverse_blocks,
              "Blocks of a reverse kernel on the current device, at most; partial_squares needs room for two values of each.");

@@ -32,6 +32,8 @@ BITS = (1, 2, 3, 4, 6, 8)
 """Bits a value that increments are stored in."""
 GROUP = 32
 """Neighbours that share a scale."""
+NAN_CODE = 255
+"""The scale's code where a group has a value that is not finite."""
 UNITS = {torch.float32: 2**13, torch.float64: 2**20}
 """Units in the largest value of the first state, by the companion's dtype."""
 LARGEST = {torch.float32: 2**23, torch.float64: 2**51}
@@ -59,6 +61,11 @@ def quantum_count(bits: int) -> int:
     return max(1, 2 ** (bits - 1) - 1)
 
 
+def largest_companion(dtype: torch.dtype, bits: int) -> int:
+    """The largest companion that increments of so many bits lead to, in units."""
+    return (LARGEST_OF_ONE_BIT if bits == 1 else LARGEST)[dtype]
+
+
 def sample_count(x: Tensor) -> int:
     """A state of one dimension is one sample."""
     return x.shape[0] if x.ndim > 1 else 1
@@ -67,6 +74,12 @@ def sample_count(x: Tensor) -> int:
 def group_count(x: Tensor) -> int:
     """Groups of each sample. The last one may be short."""
     return -(-math.prod(x.shape[min(1, x.ndim - 1) :]) // GROUP)
+
+
+def sizes(x: Tensor) -> tuple[int, int, int]:
+    """Values of a sample of x, which is not empty, its groups, and those of all samples."""
+    samples, groups = sample_count(x), group_count(x)
+    return x.numel() // samples, groups, samples * groups
 
 
 def start(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,7 +101,7 @@ def store(target: Tensor, companion: Tensor, unit: Tensor, bits: int) -> tuple[T
     Packed: uint8, [samples, groups, 4 bits]; scales: uint8, [samples, groups]. What is not finite has scale 255, NaN.
     """
     rows, limit = _rows(companion, companion), quantum_count(bits)
-    largest = (LARGEST_OF_ONE_BIT if bits == 1 else LARGEST)[companion.dtype] * unit[:, None]
+    largest = largest_companion(companion.dtype, bits) * unit[:, None]
     wanted = _rows(target, companion).to(companion.dtype)
     difference = torch.sub(wanted.clamp(-largest, largest), rows, out=torch.empty_like(rows))
     difference = _grouped(difference.add_(wanted, alpha=0.0))  # NaN where it is infinite
@@ -128,6 +141,11 @@ def empty_companion(x: Tensor, dtype: torch.dtype) -> Tensor:
     return empty.permute([dims.index(dim) for dim in range(x.ndim)])
 
 
+def is_companion_layout(x: Tensor) -> bool:
+    """Whether it lies in memory as `empty_companion` lays out a companion of it."""
+    return x.is_contiguous() or (x.ndim > 1 and x.permute(0, *_inner_dims(x)).is_contiguous())
+
+
 def _rows(x: Tensor, companion: Tensor) -> Tensor:
     """[samples, values], in the companion's order in memory."""
     return x.reshape(1, -1) if x.ndim <= 1 else x.permute(0, *_inner_dims(companion)).flatten(1)
@@ -147,7 +165,7 @@ def _mean_magnitude(grouped: Tensor, rows: Tensor) -> Tensor:
 
 def _made_scales(dtype: torch.dtype, device: torch.device) -> Tensor:
     """The scale of each code, in units."""
-    codes = torch.arange(255, device=device)
+    codes = torch.arange(NAN_CODE, device=device)
     scales = torch.ldexp((8.0 + codes % 8).double() / 8, codes // 8).ceil()
     return torch.cat([scales, scales.new_full((1,), math.nan)]).to(dtype)
 

@@ -37,6 +37,8 @@ PAIRS = ((torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch
 """Dtypes of the stream and of a block's output."""
 STEPS = (("Euler", "corrected"), ("Euler", "extrapolated"), ("Heun", "corrected"), ("Heun", "extrapolated"))
 H, WEIGHT, A, B, S, T = 0.1, 0.05, 2.0, 1.0, 0.99, 0.01
+BITS = 4
+"""Bits a value of stored increments."""
 
 Arms = dict[str, Callable[[], None]]
 
@@ -176,6 +178,8 @@ def op_calls(
     x, y, d, g, v1, v2 = streams
     k1, k2 = stages
     resode = torch.ops.resode
+    companion, unit = resode.start_companion(x)
+    packed = torch.zeros(1, -(-x.numel() // 32), 4 * BITS, device=x.device, dtype=torch.uint8)
     operands: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "forward_step": (resode.forward_step, (x, k1, H)),
         "heun_step": (resode.heun_step, (x, k1, k2, H)),
@@ -190,19 +194,32 @@ def op_calls(
             (x, y, d, k1, k2, WEIGHT, A, B, squares, g, v1, v2, S, T),
         ),
         "adjoint_update_": (resode.adjoint_update_, (g, v1, None, S, T)),
+        "store": (resode.store, (y, companion, unit, BITS)),
+        "store_step Euler": (resode.store_step, (x, k1, None, WEIGHT, companion, unit, BITS)),
+        "store_step Heun": (resode.store_step, (x, k1, k2, WEIGHT, companion, unit, BITS)),
+        "stored_step": (resode.stored_step, (companion, packed, packed[..., 0].contiguous(), unit, BITS)),
     }
-    return {name: (partial(op, *values), _moved(op.default._schema, values)) for name, (op, values) in operands.items()}
+    return {name: (partial(op, *values), _moved(op, values)) for name, (op, values) in operands.items()}
 
 
-def _moved(schema: Any, values: tuple[Any, ...]) -> int:
-    """Bytes read, and written where the schema says so, the result's among them; squares are too small to count."""
+def _moved(op: Any, values: tuple[Any, ...]) -> int:
+    """Bytes read, and written where the schema says so, the results' among them; squares are too small to count."""
+    schema = op.default._schema
     states = [
         (tensor, argument.is_write)
         for argument, tensor in zip(schema.arguments, values, strict=True)
         if isinstance(tensor, Tensor) and argument.name != "squares"
     ]
     moved = sum(tensor.nbytes * (2 if is_written else 1) for tensor, is_written in states)
-    return moved + (states[0][0].nbytes if schema.returns else 0)
+    if not schema.returns:
+        return moved
+    results = op(*(value.to("meta") if isinstance(value, Tensor) else value for value in values))
+    return moved + sum(result.nbytes for result in as_tuple(results))
+
+
+def as_tuple(results: Any) -> tuple[Tensor, ...]:
+    """What an op returns, one result or several."""
+    return (results,) if isinstance(results, Tensor) else tuple(results)
 
 
 def op_states(

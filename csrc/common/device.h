@@ -105,3 +105,14 @@ __device__ __forceinline__ T sum_over_lanes(T value) {
   for (int bit = kStop / 2; bit >= kFirst; bit /= 2) value += __shfl_xor_sync(~0u, value, bit);
   return value;
 }
+
+// The largest of these lanes' values.
+template <int kFirst = 1, int kStop = kLanes, class T>
+__device__ __forceinline__ T max_over_lanes(T value) {
+#pragma unroll
+  for (int bit = kStop / 2; bit >= kFirst; bit /= 2) {
+    const T other = __shfl_xor_sync(~0u, value, bit);
+    value = other > value ? other : value;
+  }
+  return value;
+}

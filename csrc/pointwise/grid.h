@@ -17,10 +17,10 @@ struct GridPlan {
 template <class Stream>
 constexpr int kValuesPerPack = kAccessBytes / sizeof(Stream);
 
-// Whether all operands can be accessed in packs. Those that are absent are null, which is aligned.
-inline bool aligned_for_packs(std::initializer_list<const void*> operands) {
+// Whether all operands can be accessed in packs of so many bytes at most. Those that are absent are null, which is aligned.
+inline bool aligned_for_packs(std::initializer_list<const void*> operands, size_t bytes = kAccessBytes) {
   return std::all_of(operands.begin(), operands.end(),
-                     [](const void* operand) { return reinterpret_cast<uintptr_t>(operand) % kAccessBytes == 0; });
+                     [bytes](const void* operand) { return reinterpret_cast<uintptr_t>(operand) % bytes == 0; });
 }
 
 // n: at least 1. Threads stride over the packs, so few blocks serve any n, and no block starts without work.

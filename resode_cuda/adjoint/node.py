@@ -139,10 +139,12 @@ class AdjointStep(torch.autograd.Function):
         shadows, tensors = shadows_and_tensors[: step.shadow_count], shadows_and_tensors[step.shadow_count :]
         auxiliaries: Auxiliaries = []
         functions = evaluation.first(auxiliaries)
+        ctx.strides = None
         if step.method.solver.is_stored:
             x_next, stages, companion, kept, new_shadows = stored_forward(step, functions, x, shadows, evaluation.blank)
             if companion is not None:
                 evaluation.increments.record_rounding(step.n, x_next, companion)
+                ctx.strides = companion.stride()
         else:
             x_next, stages = take_step(step.scheme, functions, x, step.h)
             kept = tuple(step.saved_for_last(x_next, stages, shadows))
@@ -230,7 +232,7 @@ def _backward(
     used = argument_leaves(tensors[:count], evaluation.arguments.kinds, needs_tensors[:count], leaf_of) + parameters
     auxiliaries: Auxiliaries = []
     functions = evaluation.again(used[:count], auxiliaries)
-    trajectory, y = known_states(step, kept, anchor, cotangents, g)
+    trajectory, y = known_states(step, kept, anchor, cotangents, g, ctx.strides)
     if y is None:
         y = step.predict(functions, trajectory)
     may_use_strangers = any(call.inventory.may_use_strangers for call in evaluation.calls)

@@ -18,6 +18,8 @@ from ..schemes import step as take_step
 from ..stored import companion_dtype
 from .step import Step, Trajectory, trajectory_at_the_end, trajectory_from
 
+Strides = tuple[int, ...] | None
+
 
 class StoredForward(NamedTuple):
     """A step of a forward pass that stores increments."""
@@ -64,16 +66,24 @@ def stored_forward(
 
 
 def stored_trajectory(
-    step: Step, kept: Sequence[Tensor], cotangents: Sequence[Tensor | None], g: Tensor
+    step: Step, kept: Sequence[Tensor], cotangents: Sequence[Tensor | None], g: Tensor, strides: Strides
 ) -> tuple[Trajectory, Tensor]:
     """What is known of the states in the backward pass, and y = c_n."""
     *increment, unit = kept[:3]
     if step.ends_segment:
-        trajectory = Trajectory(kept[3], None, None)
+        trajectory = Trajectory(_laid_out(kept[3], strides), None, None)
     else:
         trajectory = trajectory_from(cotangents, g.shape, companion_dtype(g.dtype))
     bits = step.method.solver.bits_of(step.n)
     return trajectory, ops.stored_step(trajectory.x_next, *increment, unit, bits)
+
+
+def _laid_out(companion: Tensor, strides: Strides) -> Tensor:
+    """The companion as it lay in the forward pass, which is the order of its packed increments. Hooks on what autograd
+    saves may give it another layout."""
+    if strides is None or companion.stride() == strides:
+        return companion
+    return companion.new_empty_strided(companion.shape, strides).copy_(companion)
 
 
 def _shadows(step: Step, following: tuple[Tensor, Tensor] | None, x: Tensor, blank: Tensor) -> tuple[Tensor, ...]:
@@ -87,7 +97,12 @@ def _shadows(step: Step, following: tuple[Tensor, Tensor] | None, x: Tensor, bla
 
 
 def known_states(
-    step: Step, kept: Sequence[Tensor], anchor: Tensor | None, cotangents: Sequence[Tensor | None], g: Tensor
+    step: Step,
+    kept: Sequence[Tensor],
+    anchor: Tensor | None,
+    cotangents: Sequence[Tensor | None],
+    g: Tensor,
+    strides: Strides,
 ) -> tuple[Trajectory, Tensor | None]:
     """What is known of the states when the backward pass reaches a step, and the point y where that takes no block.
 
@@ -95,9 +110,10 @@ def known_states(
         kept: what the step has saved of states after it.
         anchor: x_n, where that is kept.
         cotangents: of its shadows, which the step after it left.
+        strides: of the companion that it has saved, if it has one.
     """
     if step.is_stored:
-        return stored_trajectory(step, kept, cotangents, g)
+        return stored_trajectory(step, kept, cotangents, g, strides)
     if step.method.solver.is_stored:
         assert anchor is not None, "the state of a step that stores nothing is kept"
         return Trajectory(anchor, None, None), anchor

@@ -205,7 +205,7 @@ class TracedStep(torch.autograd.Function):
         kept, anchor = (kept[:-1], kept[-1]) if step.is_anchored else (kept, None)
         gamma = step.scheme.weight(step.h) * g if step.is_last else g
         functions = ctx.evaluation.functions(tensors)
-        trajectory, y = known_states(step, kept, anchor, cotangents, g)
+        trajectory, y = known_states(step, kept, anchor, cotangents, g, None)
         if y is None:
             y = step.predict(functions, trajectory)
         vjps = TracedVjps(wants)

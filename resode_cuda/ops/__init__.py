@@ -73,10 +73,11 @@ for _op in (*_OPS, *STORING_OPS):
 
 
 def backends(device: torch.device | str | int | None = None) -> dict[str, dict[str, str | None]]:
-    """For each op its backends, from the first choice to the last, and why one can't run; None where it can.
+    """Backends of each op with kernels, from the first choice to the last, and why one can't run; None where it can.
 
     Args:
         device: a CUDA device, by default the current one; or "cpu".
     """
     where = torch.device("cuda" if device is None else device)
-    return {op.name: reasons(where) for op in _OPS}
+    names = [*(op.name for op in _OPS), *(op.name for op in STORING_OPS if op.has_kernels)]
+    return {name: reasons(where) for name in names}

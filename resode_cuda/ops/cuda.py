@@ -8,12 +8,17 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .. import stored
 from .operands import (
     AdjointUpdateOperands,
     ForwardStepOperands,
     HeunStepOperands,
     ReverseExtrapolateOperands,
     ReverseUpdateOperands,
+    StoredStepOperands,
+    StoreOperands,
+    StoreResults,
+    StoreStepOperands,
 )
 
 
@@ -65,6 +70,29 @@ class CompiledKernels:
         self._kernels.adjoint_update_(
             *(g.data_ptr(), _address(v1), _address(v2), g_scale, v_scale),
             *(g.numel(), self._code[g.dtype], self._stream(g.get_device())),
+        )
+
+    def store(self, operands: StoreOperands, out: StoreResults) -> None:
+        x, companion, unit, bits = operands
+        self._kernels.store(
+            *(x.data_ptr(), companion.data_ptr(), unit.data_ptr(), stored.largest_companion(companion.dtype, bits)),
+            *(*stored.sizes(companion), bits, *(result.data_ptr() for result in out)),
+            *(self._code[x.dtype], self._stream(x.get_device())),
+        )
+
+    def store_step(self, operands: StoreStepOperands, x_next: Tensor, out: StoreResults) -> None:
+        x, k1, k2, weight, companion, unit, bits = operands
+        self._kernels.store_step(
+            *(x.data_ptr(), k1.data_ptr(), _address(k2), weight, companion.data_ptr(), unit.data_ptr()),
+            *(stored.largest_companion(companion.dtype, bits), *stored.sizes(companion), bits, x_next.data_ptr()),
+            *(*(result.data_ptr() for result in out), *self._codes(x, k1), self._stream(x.get_device())),
+        )
+
+    def stored_step(self, operands: StoredStepOperands, out: Tensor) -> None:
+        companion, packed, scales, unit, bits = operands
+        self._kernels.stored_step(
+            *(companion.data_ptr(), packed.data_ptr(), scales.data_ptr(), unit.data_ptr(), *stored.sizes(companion)),
+            *(bits, out.data_ptr(), self._code[companion.dtype], self._stream(companion.get_device())),
         )
 
     def _codes(self, x: Tensor, k: Tensor) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 x is the residual stream, of any shape; k1 and k2 are the outputs of a step's blocks (Euler has k1 alone; k2 is None); y
 is the point at which the step's vector-Jacobian product was taken, d an increment, g the adjoint, v1 and v2 are
 vector-Jacobian products. Streams (x, y, d, g, v1, v2) share shape and dtype: float64, float32, float16 or bfloat16. f,
-k1 and k2 have that shape and that dtype or a narrower one.
+k1 and k2 have that shape and that dtype or a narrower one. What is stored of increments `stored.py` describes.
 """
 
 from __future__ import annotations
@@ -74,6 +74,44 @@ class ReverseExtrapolateOperands(NamedTuple):
     v2: Tensor | None
     g_scale: float
     v_scale: float
+
+
+class StoreOperands(NamedTuple):
+    x: Tensor
+    companion: Tensor
+    """The one before; its dtype is `stored.companion_dtype` of x's, as is that of unit."""
+    unit: Tensor
+    """Shape [samples]."""
+    bits: int
+
+
+class StoreStepOperands(NamedTuple):
+    x: Tensor
+    k1: Tensor
+    k2: Tensor | None
+    weight: float
+    """Factor of k1 + k2 in the increment, as in `ReverseUpdateOperands`."""
+    companion: Tensor
+    unit: Tensor
+    bits: int
+
+
+class StoredStepOperands(NamedTuple):
+    companion: Tensor
+    packed: Tensor
+    """uint8, shape [samples, groups, 4 bits]."""
+    scales: Tensor
+    """uint8, shape [samples, groups]."""
+    unit: Tensor
+    bits: int
+
+
+class StoreResults(NamedTuple):
+    """What storing an increment results in."""
+
+    companion: Tensor
+    packed: Tensor
+    scales: Tensor
 
 
 def adjoint_operands(g: Tensor, operands: ReverseUpdateOperands | ReverseExtrapolateOperands) -> AdjointUpdateOperands:

@@ -13,11 +13,17 @@ from ..layouts import apart, is_dense, laid_out_like, same_layout
 from .backend import KernelBackend
 from .checks import check_squares, check_states
 from .derivatives import register_derivatives
-from .operands import HeunStepOperands, ReverseExtrapolateOperands, ReverseUpdateOperands, adjoint_operands
+from .operands import (
+    HeunStepOperands,
+    ReverseExtrapolateOperands,
+    ReverseUpdateOperands,
+    StoreStepOperands,
+    adjoint_operands,
+)
 from .selection import select
 
 Operands = TypeVar("Operands", bound=NamedTuple)
-TWO_STAGES = (HeunStepOperands, ReverseUpdateOperands, ReverseExtrapolateOperands)
+TWO_STAGES = (HeunStepOperands, ReverseUpdateOperands, ReverseExtrapolateOperands, StoreStepOperands)
 REVERSE_UPDATES = (ReverseUpdateOperands, ReverseExtrapolateOperands)
 
 
@@ -89,7 +95,7 @@ class Op(ABC, Generic[Operands]):
 
     def _laid_out(self, operands: Operands, layout: Tensor) -> Operands:
         """The operands with both stages in one dtype and each state laid out as `layout`, a dense tensor."""
-        operands = _with_stages_of_one_dtype(operands)
+        operands = with_stages_of_one_dtype(operands)
         strides, copies = layout.stride(), {}
         for place in self._states:
             state = operands[place]
@@ -189,7 +195,7 @@ class MutatingOp(Op[Operands]):
         )
 
 
-def _with_stages_of_one_dtype(operands: Operands) -> Operands:
+def with_stages_of_one_dtype(operands: Operands) -> Operands:
     """The operands with both stages in the wider one's dtype."""
     if not isinstance(operands, TWO_STAGES) or operands.k2 is None or operands.k1.dtype == operands.k2.dtype:
         return operands

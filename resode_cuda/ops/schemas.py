@@ -15,8 +15,9 @@ Pointwise ops (`ops/`), whose formulas and names are those of `reference.py`, th
 | stored_step(c', ...) | c = c' - q, with q as store has packed it | 2 + b/32 |
 
 The first two are functional and differentiable, to any order. The last four, which `stored.py` specifies, are
-functional and have no gradient. The others mutate, have no gradient, and belong to the backward step. The defect's
-squares are |y - x|^2 and |x|^2, in float64: float32 would not hold those of all states.
+functional and have no gradient; the first of these plain torch computes everywhere, in more passes. The others mutate,
+have no gradient, and belong to the backward step. The defect's squares are |y - x|^2 and |x|^2, in float64: float32
+would not hold those of all states.
 
 A backward step outside its blocks, in passes, with k corrections:
 

@@ -1,4 +1,6 @@
-"""The pointwise ops by Triton: each function launches a kernel of `triton_kernels.py` on the current stream.
+"""The pointwise ops by Triton: each function launches a kernel on the current stream.
+
+The kernels are those of `triton_kernels.py` and, for increments that are stored in a few bits, `triton_storing.py`.
 
 For GPUs that the compiled library is not built for, and where there is none. Triton is imported by the first launch,
 and compiles a kernel when it first meets a combination of dtypes, of operands that are there and of their alignment.
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import stored
 from ..devices import processor_count
 from .operands import (
     AdjointUpdateOperands,
@@ -21,6 +24,10 @@ from .operands import (
     HeunStepOperands,
     ReverseExtrapolateOperands,
     ReverseUpdateOperands,
+    StoredStepOperands,
+    StoreOperands,
+    StoreResults,
+    StoreStepOperands,
 )
 
 VALUES_PER_TILE = {torch.float64: 512, torch.float32: 1024, torch.float16: 1024, torch.bfloat16: 1024}
@@ -79,14 +86,49 @@ def adjoint_update_(operands: AdjointUpdateOperands) -> None:
     g, v1, v2, g_scale, v_scale = operands
     n = g.numel()
     tile = VALUES_PER_TILE[g.dtype]
-    _launch(_adjoint_update_kernel, -(-n // tile), (g, v1, v2), g_scale, v_scale, n, tile)
+    _launch(_adjoint_update_kernel, -(-n // tile), (g, v1, v2), (g_scale, v_scale, n), (tile,))
+
+
+def store(operands: StoreOperands, out: StoreResults) -> None:
+    _store(operands, (None, None), 0.0, None, out)
+
+
+def store_step(operands: StoreStepOperands, x_next: Tensor, out: StoreResults) -> None:
+    x, k1, k2, weight, companion, unit, bits = operands
+    _store(StoreOperands(x, companion, unit, bits), (k1, k2), weight, x_next, out)
+
+
+def stored_step(operands: StoredStepOperands, out: Tensor) -> None:
+    *tensors, bits = operands
+    programs, sizes, constants = _groups(operands.companion, bits)
+    _launch(_stored_step_kernel, programs, (*tensors, out), sizes, constants)
+
+
+def _store(
+    operands: StoreOperands,
+    stages: tuple[Tensor | None, Tensor | None],
+    weight: float,
+    x_next: Tensor | None,
+    out: StoreResults,
+) -> None:
+    x, companion, unit, bits = operands
+    programs, sizes, constants = _groups(companion, bits)
+    scalars = weight, float(stored.largest_companion(companion.dtype, bits)), *sizes
+    _launch(_store_kernel, programs, (x, *stages, companion, unit, x_next, *out), scalars, constants)
+
+
+def _groups(companion: Tensor, bits: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Programs, sizes and constants of a kernel that takes a companion by groups."""
+    values, _, all_groups = sizes = stored.sizes(companion)
+    tile = VALUES_PER_TILE[companion.dtype] // stored.GROUP
+    return -(-all_groups // tile), sizes, (bits, values % stored.GROUP == 0, tile)
 
 
 def _step(tensors: tuple[Tensor, Tensor, Tensor | None, Tensor], weight: float) -> None:
     x = tensors[0]
     n = x.numel()
     tile = VALUES_PER_TILE[x.dtype]
-    _launch(_step_kernel, -(-n // tile), tensors, weight, n, tile)
+    _launch(_step_kernel, -(-n // tile), tensors, (weight, n), (tile,))
 
 
 def _reverse(
@@ -103,11 +145,11 @@ def _reverse(
         *(x, operands.y, d, operands.k1, operands.k2, operands.g, operands.v1, operands.v2),
         *(squares, partial_squares),
     )
-    scalars = operands.weight, a, b, operands.g_scale, operands.v_scale
-    _launch(_reverse_kernel, programs, tensors, *scalars, n, tile)
+    scalars = operands.weight, a, b, operands.g_scale, operands.v_scale, n
+    _launch(_reverse_kernel, programs, tensors, scalars, (tile,))
     if partial_squares is not None:
         sums = partial_squares, squares
-        _launch(_add_partial_squares_kernel, 2, sums, programs, PARTIAL_SQUARES_AT_A_TIME)
+        _launch(_add_partial_squares_kernel, 2, sums, (programs,), (PARTIAL_SQUARES_AT_A_TIME,))
 
 
 def _step_kernel() -> Any:
@@ -134,22 +176,38 @@ def _adjoint_update_kernel() -> Any:
     return adjoint_update_kernel
 
 
+def _store_kernel() -> Any:
+    from .triton_storing import store_kernel
+
+    return store_kernel
+
+
+def _stored_step_kernel() -> Any:
+    from .triton_storing import stored_step_kernel
+
+    return stored_step_kernel
+
+
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
 def _launch(
-    kernel: Callable[[], Any], programs: int, tensors: tuple[Tensor | None, ...], *scalars_and_tile: float
+    kernel: Callable[[], Any],
+    programs: int,
+    tensors: tuple[Tensor | None, ...],
+    scalars: tuple[float, ...],
+    constants: tuple[int, ...],
 ) -> None:
-    """Launch a kernel: its tensors, the first not None, then its scalars, and last a compile-time constant.
+    """Launch a kernel: its tensors, the first not None, then its scalars, and last what is known when it is compiled.
 
     Triton itself takes some 20 us to find what it compiled for such arguments. They differ by what the key says and by
-    nothing else, as `triton_kernels.py` has nothing specialised on a scalar.
+    nothing else, as no kernel is specialised on a scalar.
 
     Args:
         kernel: imports the kernel, and Triton with it.
     """
     assert tensors[0] is not None
-    facts = [kernel, tensors[0].get_device(), scalars_and_tile[-1]]
+    facts = [kernel, tensors[0].get_device(), *constants]
     for tensor in tensors:
         if tensor is None:
             facts.append(None)
@@ -158,16 +216,16 @@ def _launch(
     key = tuple(facts)
     compiled = _compiled.get(key)
     if compiled is not None:
-        compiled[programs, 1, 1](*tensors, *scalars_and_tile)
+        compiled[programs, 1, 1](*tensors, *scalars, *constants)
         return
     with launch_lock:
         compiled = _compiled.get(key)  # by another thread meanwhile
         if compiled is None:
-            compiled = kernel()[(programs,)](*tensors, *scalars_and_tile, **OPTIONS)
+            compiled = kernel()[(programs,)](*tensors, *scalars, *constants, **OPTIONS)
             if compiled is not None:  # as it is in the interpreter
                 _compiled[key] = compiled
             return
-    compiled[programs, 1, 1](*tensors, *scalars_and_tile)
+    compiled[programs, 1, 1](*tensors, *scalars, *constants)
 
 
 @functools.cache

@@ -6,20 +6,18 @@ Triton reads the variable when it compiles a kernel's decorator. bfloat16 is lef
 GPU rounds. Its fused multiply-add rounds twice; here it is replaced by the C library's.
 """
 
-import ctypes
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import torch
 import triton
-from triton.runtime import interpreter
 
 from resode_cuda.ops import triton as triton_ops
 from resode_cuda.ops import triton_kernels
 from resode_cuda.ops.operands import ForwardStepOperands
+from tests.support.fused_multiply_add import replace_fused_multiply_add
 from tests.support.kernel_cases import (
     CASES,
     DTYPE_PAIRS,
@@ -46,25 +44,9 @@ PROGRAMS, TILE = 3, 64
 """Small, for speed: what a GPU takes is compiled in `test_triton.py`."""
 
 
-def _fused(name, dtype, c_type):
-    function = getattr(ctypes.CDLL(None), name)
-    function.argtypes, function.restype = [c_type] * 3, c_type
-    elementwise = np.frompyfunc(function, 3, 1)
-    return lambda *values: elementwise(*values).astype(dtype)
-
-
-FUSED = {
-    np.dtype(np.float64): _fused("fma", np.float64, ctypes.c_double),
-    np.dtype(np.float32): _fused("fmaf", np.float32, ctypes.c_float),
-}
-
-
 @pytest.fixture(autouse=True)
 def _like_a_small_gpu(monkeypatch):
-    def create_fma(self, x, y, z):
-        return interpreter.TensorHandle(FUSED[z.data.dtype](x.data, y.data, z.data), z.dtype.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
+    replace_fused_multiply_add(monkeypatch)
     monkeypatch.setattr(triton_ops, "most_programs", lambda device: PROGRAMS)
     monkeypatch.setattr(triton_ops, "VALUES_PER_TILE", dict.fromkeys(triton_ops.VALUES_PER_TILE, TILE))
 

@@ -18,6 +18,9 @@ ACCESSES = {
     "reverse_kernel<false": (5, 2, 2),
     "reverse_kernel<true": (6, 2, 4),
     "adjoint_update_kernel": (3, 0, 1),
+    # The companion; a thread's four values of a 16-bit state are 8 bytes.
+    "store_kernel": (1, 0, 1),
+    "stored_step_kernel": (1, 0, 1),
 }
 EIGHT_STATES = "mlp_adjoint_kernel<float, 128>"
 """They have 16 values a thread each: 24 bytes of them at most wait in local memory on sm_80."""

@@ -174,7 +174,7 @@ def test_nothing_to_do(kernels):
 
 def test_every_kernel_has_a_name_of_its_own(kernels):
     names = [kernel["name"] for kernel in kernels.kernel_attributes()]
-    assert len(set(names)) == len(names) == 9 + 2 * 9 + 4 + 1 + 4 * 12
+    assert len(set(names)) == len(names) == 9 + 2 * 9 + 4 + 1 + 6 * (9 + 2) + 4 * 12
 
 
 @pytest.mark.parametrize(

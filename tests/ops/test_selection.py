@@ -9,11 +9,12 @@ import resode_cuda
 from resode_cuda import library, ops
 from resode_cuda.ops import selection
 from tests.support.op_cases import NAMES
+from tests.support.storing_cases import OPS
 
 
 def test_backends_tell_why_not():
     found = resode_cuda.backends()
-    assert set(found) == {*NAMES, "mlp_stack", "mlp_stack_adjoint", "mlp_stack_exact_adjoint"}
+    assert set(found) == {*NAMES, *OPS, "mlp_stack", "mlp_stack_adjoint", "mlp_stack_exact_adjoint"}
     if not torch.cuda.is_available():
         reason = "torch finds no CUDA device"
         assert found["forward_step"] == {"cuda": reason, "triton": reason, "torch": None}
@@ -27,6 +28,8 @@ def test_a_backend_that_was_asked_for_runs_or_says_why_not():
     why = r"got 'triton'; Triton's kernels run on CUDA devices, got tensors on cpu$"
     with ops.using("triton"), pytest.raises(RuntimeError, match=why):
         torch.ops.resode.forward_step(x, x, 0.1)
+    with ops.using("triton"), pytest.raises(RuntimeError, match=why):
+        torch.ops.resode.store(x, *torch.ops.resode.start_companion(x), 4)
     torch.ops.resode.forward_step(x, x, 0.1)
     with pytest.raises(ValueError, match=r"^using: the backend must be one of .*, got 'numpy'$"), ops.using("numpy"):
         pass

@@ -2,11 +2,14 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from resode_cuda import ops, stored
+from resode_cuda.ops import storing
+from tests.support.storing_layouts import LAYOUTS
 
 DTYPES = [torch.float32, torch.float64]
 SHAPES = [(5, 7), (3, 64), (4, 3, 5, 5), (2, 70), (9,), (), (0, 4), (4, 0), (3, 32)]
@@ -187,14 +190,6 @@ def test_a_state_beyond_the_largest_companion_is_off_and_comes_back():
     assert torch.equal(ops.stored_step(moved, packed, scales, unit, 8), companion)
 
 
-LAYOUTS = {
-    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "batch innermost": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
-    "strided": lambda x: torch.stack([x, x], -1)[..., 0],
-    "expanded": lambda x: x[:, :1].expand(x.shape),
-}
-
-
 @pytest.mark.parametrize("bits", [3, 8])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout(layout, bits):
@@ -238,6 +233,26 @@ def test_the_ops_are_registered_rightly(shape, dtype, bits):
     torch.library.opcheck(torch.ops.resode.stored_step.default, (moved, packed, scales, unit, bits))
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0,)], ids=str)
+def test_nothing_is_launched_for_states_without_values(monkeypatch, shape):
+    x = torch.randn(shape)
+    companion, unit = stored.start(x)
+    expected = ops.store_step(x, x, None, 0.5, companion, unit, 4)
+    monkeypatch.setattr(storing, "select", lambda device: SimpleNamespace())  # without a launch
+    found = ops.store_step(x, x, None, 0.5, companion, unit, 4)
+    assert [(one.shape, one.dtype) for one in found] == [(one.shape, one.dtype) for one in expected]
+    assert ops.store(x, companion, unit, 4)[1].shape == expected[2].shape
+    assert torch.equal(ops.stored_step(*expected[1:], unit, 4), companion)
+
+
+def test_more_groups_than_kernels_count_are_refused(monkeypatch):
+    monkeypatch.setattr(storing, "select", lambda device: SimpleNamespace())
+    monkeypatch.setattr(storing, "MOST_GROUPS", 5)
+    x = torch.randn(3, 40)
+    with pytest.raises(ValueError, match="must have 5 groups of 32 values at most, got 6; split them"):
+        ops.store(x, *stored.start(x), 4)
+
+
 def arguments():
     x = torch.randn(3, 40)
     companion, unit = stored.start(x)
@@ -255,6 +270,7 @@ def arguments():
             ValueError,
             r"must have the shape and device of x, got \[3, 41\]",
         ),
+        ({"companion": torch.randn(40, 3).t()}, ValueError, "companion must lie in memory sample after sample"),
         ({"unit": torch.ones(4)}, ValueError, r"unit must have shape \[3\] on cpu, got \[4\]"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

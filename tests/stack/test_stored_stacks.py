@@ -231,3 +231,16 @@ def test_inverting_takes_the_reverse_step():
     expected = stack.invert(stack(x).detach())
     stack.reverse = "stored"
     assert torch.equal(stack.invert(stack(x).detach()), expected)
+
+
+def test_what_is_saved_may_come_back_in_another_layout():
+    """Offloaded by torch.autograd.graph.save_on_cpu, which does not keep that."""
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 3, 3, padding=1)) for _ in range(4)]
+    stack = ordinary(blocks, anchors=(2,)).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 6, 6).contiguous(memory_format=torch.channels_last)
+    alone = gradients(lambda: stack(x), [*stack.parameters()])
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().contiguous(), lambda t: t):
+        out = stack(x)
+    for one, other in zip(torch.autograd.grad(half_square(out), [*stack.parameters()]), alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

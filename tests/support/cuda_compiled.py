@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 CSRC = Path(__file__).parents[2] / "csrc"
 BUDGET = Path(__file__).parents[1] / "budgets" / "cuda.json"
-POINTWISE = ("pointwise/forward_step.cu", "pointwise/reverse_update.cu")
+POINTWISE = ("pointwise/forward_step.cu", "pointwise/reverse_update.cu", "pointwise/storing.cu")
 FUSED = ("mlp/forward.cu", "mlp/adjoint.cu", "mlp/exact.cu", "mlp/gradients.cu")
 GPUS = (80, 90, 100, 120)
 NVCC = shutil.which("nvcc")
