@@ -50,7 +50,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         "beside each other at many sizes, and beside plain backprop where rows are few or layers wide, takes two "
         "minutes), accuracy (gradient errors of trained digits nets under every solver, takes about twenty minutes), "
         "stored (increments stored in a few bits: gradient errors of trained networks, and whole trainings, takes "
-        "twenty minutes); "
+        "twenty minutes), overhead (backward passes beside torch.utils.checkpoint, on large and on tiny blocks); "
         "default: cost, digits and sweep",
     )
     parser.add_argument("--epochs", type=integer(1, 10_000), help="epochs of each training on the digits; default: 5")

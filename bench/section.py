@@ -85,6 +85,12 @@ def _stored() -> Section:
     return stored
 
 
+def _overhead() -> Section:
+    from .sections import overhead
+
+    return overhead
+
+
 SECTIONS: dict[str, Callable[[], Section]] = {
     "cost": _cost,  # first: a process in which torch's profiler ran is slower
     "digits": _digits,
@@ -94,6 +100,7 @@ SECTIONS: dict[str, Callable[[], Section]] = {
     "backends": _backends,
     "accuracy": _accuracy,
     "stored": _stored,
+    "overhead": _overhead,
 }
 """Each section by name, in the order in which they run; imported when it is asked for."""
 DEFAULT = ("cost", "digits", "sweep")

@@ -54,8 +54,8 @@ class Reverse:
             worthwhile take the plain iteration. None: from 2 corrections on, the fewest that can be mixed.
         bits: of each value of a stored increment, 1, 2, 3, 4, 6 or 8, or a sequence of them, one for each step; a
             quarter of a bit is added for scales. None is 8 for `"stored"`. The gradient's error halves with each bit.
-        rounded_forward: blocks see the rounded states in the forward pass too, wherever a backward pass may follow. The
-            gradient is then exactly that of the network that ran, with rounding taken as the identity: c_n comes back
+        rounded_forward: blocks see the rounded states in the forward pass too, where gradients are on. The gradient is
+            then exactly that of the network that ran, with rounding taken as the identity: c_n comes back
             equal to the last bit. Without gradients the plain network runs.
 
     The presets of `ResidualStack(reverse=...)`, with the order in h of the gradient's relative error, measured for

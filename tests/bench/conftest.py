@@ -23,4 +23,4 @@ def quick_default(tmp_path_factory):
 @pytest.fixture(scope="session")
 def quick_others(tmp_path_factory):
     """A run of those that run where they are named."""
-    return quick_run(tmp_path_factory.mktemp("others"), "--only", "kernels", "mlp", "backends")
+    return quick_run(tmp_path_factory.mktemp("others"), "--only", "kernels", "mlp", "backends", "stored", "overhead")
