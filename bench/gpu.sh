@@ -124,7 +124,7 @@ sanitize() { # sanitize NAME SECONDS TOOL TESTS...: kernels that failed the smok
 }
 
 memcheck() {
-  sanitize memcheck 60 memcheck tests/ops/test_cuda_kernels.py -k "test_on_a_gpu or misaligned"
+  sanitize memcheck 60 memcheck tests/ops/test_cuda_kernels.py tests/ops/test_cuda_storing.py -k "test_on_a_gpu or misaligned"
   sanitize memcheck-mlp 50 memcheck tests/fused/test_fused_gpu.py tests/fused/test_fused_cuda.py -k sanitize
 }
 

@@ -96,10 +96,9 @@ def targets(figures: dict[str, Any]) -> list[Target]:
     for name in RUNS:
         exact = _losses(figures, name, EXACT)
         for mode in STORED_MODES:
-            worst, spread = max(_losses(figures, name, mode)), max(exact) - min(exact)
-            found.append(
-                Target(f"stored, training {name}, {mode}: loss above backprop's worst", worst - max(exact), spread)
-            )
+            if losses := _losses(figures, name, mode):
+                what = f"stored, training {name}, {mode}: loss above backprop's worst"
+                found.append(Target(what, max(losses) - max(exact), max(exact) - min(exact)))
     after = {row["mode"]: row["after"] for row in figures["finetuned"]}
     return [
         *found,
