@@ -37,6 +37,7 @@ from .candidates import (
 )
 from .module import AdjointModule
 from .plan import Candidate, Plan, checked_tolerance
+from .stored import GROUP, group_count, sample_count
 
 Loss = Callable[[Any], Tensor]
 T = TypeVar("T")
@@ -118,7 +119,8 @@ def _choices(trial: _Trial, prefer: str, tolerance: float) -> Iterator[Choice]:
     yield from first_choices(prefer)
     rebuilt_badly = list(sets_by_defect(trial.run(PROBE).defects, tolerance))
     wild = list(sets_by_size(trial.sizes_of_increments(), WILD))
-    yield from all_choices(len(trial.stack.steps), prefer, rebuilt_badly, wild)
+    padding = GROUP * group_count(trial.x) * sample_count(trial.x) / max(1, trial.x.numel())
+    yield from all_choices(len(trial.stack.steps), prefer, rebuilt_badly, wild, padding)
 
 
 def _compared(outcome: _Outcome, exact: _Outcome, blocks: Sequence[int]) -> Candidate:
@@ -377,7 +379,9 @@ def _without_inference(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
-def _half_square(x: Tensor) -> Tensor:
+def _half_square(x: Any) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError("calibrate: a stack with auxiliary returns a tuple, which needs a loss; pass loss=")
     return x.square().sum() / 2
 
 

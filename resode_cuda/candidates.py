@@ -41,15 +41,19 @@ class Choice(NamedTuple):
         kept = len(anchored_steps(self.anchors, steps))
         return 1 + (kept + (steps - kept) * self.reverse.evaluations) / steps
 
-    def states(self, steps: int) -> float:
-        """Memory held between the forward and the backward pass, in states of float32."""
+    def states(self, steps: int, padding: float = 1.0) -> float:
+        """Memory held between the forward and the backward pass, in states of float32.
+
+        Args:
+            padding: values that are stored for each value of a state, since samples are filled up to whole groups.
+        """
         if self.reverse is None:
             return float(steps)
         kept = len(anchored_steps(self.anchors, steps))
         if not self.reverse.is_stored:
             return kept + (3.0 if self.reverse.extrapolates else 1.0)
         bits = self.reverse.bits_of(0) + 0.25
-        return kept + 1 + (steps - kept) * bits / 32
+        return kept + 1 + (steps - kept) * padding * bits / 32
 
 
 EXACT = Choice("checkpoint")
@@ -77,7 +81,11 @@ def first_choices(prefer: str) -> tuple[Choice, ...]:
 
 
 def all_choices(
-    steps: int, prefer: str, rebuilt_badly: Sequence[tuple[int, ...]], wild: Sequence[tuple[int, ...]]
+    steps: int,
+    prefer: str,
+    rebuilt_badly: Sequence[tuple[int, ...]],
+    wild: Sequence[tuple[int, ...]],
+    padding: float = 1.0,
 ) -> list[Choice]:
     """All others, from the cheapest on.
 
@@ -85,6 +93,9 @@ def all_choices(
         prefer: "memory" or "time", by which they are sorted; the other one decides between equals.
         rebuilt_badly: sets of steps that a reverse solver's defects propose to keep the states of.
         wild: sets of steps whose increments are large, which stored increments gain nothing for.
+        padding: as for `Choice.states`.
+
+    Those that hold as much as checkpointing are left out, and under "time" those that take longer, which is exact.
     """
     intervals = [steps_between for steps_between in _halved(math.isqrt(steps)) if steps_between > 1]
     for_rebuilding: list[CheckedAnchors] = [None, FIRST_STATE, *rebuilt_badly, *wild, *intervals]
@@ -97,10 +108,12 @@ def all_choices(
     found += [Choice("adjoint", solver, anchors) for anchors in _each_once([None, *wild], steps) for solver in STORED]
 
     def cost(choice: Choice) -> tuple[float, float]:
-        memory, time = choice.states(steps), choice.evaluations(steps)
+        memory, time = choice.states(steps, padding), choice.evaluations(steps)
         return (memory, time) if prefer == "memory" else (time, memory)
 
-    return sorted((choice for choice in found if choice.states(steps) < steps), key=cost)
+    longest = math.inf if prefer == "memory" else EXACT.evaluations(steps)
+    cheaper = (c for c in found if c.states(steps, padding) < steps and c.evaluations(steps) <= longest)
+    return sorted(cheaper, key=cost)
 
 
 def sets_by_size(sizes: Sequence[float], limit: float) -> Iterator[tuple[int, ...]]:

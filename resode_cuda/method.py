@@ -7,7 +7,6 @@ in `schemes`, the reverse solver in `reverse`.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -15,7 +14,7 @@ from itertools import pairwise
 import torch
 
 from .dtypes import dtype_name
-from .reverse import Reverse, extrapolation_weights, quotient
+from .reverse import Reverse, extrapolation_weights, integer, quotient
 from .schemes import Scheme
 
 Anchors = int | Collection[int] | None
@@ -181,20 +180,6 @@ def checked_anchors(where: str, anchors: Anchors, steps: int) -> CheckedAnchors:
             raise ValueError(f"{where}: anchors must be numbers of the {steps} steps, got {n}; count them from 0")
         numbers.add(n)
     return tuple(sorted(numbers))
-
-
-def integer(value: object) -> int | None:
-    """An integer of any kind, NumPy's and torch's too, as Python's; None for what is none.
-
-    Tensors of one element are collections, and truth values are no numbers.
-    """
-    is_truth_value = isinstance(value, bool) or str(getattr(value, "dtype", None)) in ("bool", "torch.bool")
-    if is_truth_value or getattr(value, "ndim", 0) > 0:
-        return None
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        return None
 
 
 def anchored_steps(anchors: CheckedAnchors, steps: int) -> tuple[int, ...]:

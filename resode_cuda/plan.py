@@ -182,6 +182,6 @@ def _from_json(anchors: int | list[int] | None) -> CheckedAnchors:
 
 
 def checked_tolerance(where: str, tolerance: float | str) -> float:
-    if isinstance(tolerance, str) or not 0 < float(tolerance) < math.inf:
+    if not isinstance(tolerance, (int, float)) or not 0 < tolerance < math.inf:
         raise ValueError(f"{where}: tolerance must be positive and finite, got {tolerance!r}; 1e-2 is a good start")
     return float(tolerance)

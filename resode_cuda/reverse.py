@@ -11,6 +11,7 @@ iteration can be accelerated by mixing two iterates.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -122,12 +123,13 @@ class Reverse:
                 f"corrections={self.corrections!r}, accelerate={self.accelerate!r}; leave them out, and use more bits"
             )
         given: Any = DEFAULT_BITS if self.bits is None else self.bits
-        numbers = [given] if not isinstance(given, Iterable) else list(given)
-        if isinstance(given, str) or not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+        is_sequence = isinstance(given, Iterable) and not isinstance(given, str) and getattr(given, "ndim", 1) > 0
+        numbers = [integer(n) for n in given] if is_sequence else [integer(given)]
+        if None in numbers:
             raise TypeError(f"Reverse: bits must be an integer, or one for each step, got {given!r}")
         if not numbers or any(n not in BITS for n in numbers):
             raise ValueError(f"Reverse: bits must be among {BITS}, got {given!r}")
-        object.__setattr__(self, "bits", tuple(numbers) if isinstance(given, Iterable) else given)
+        object.__setattr__(self, "bits", tuple(numbers) if is_sequence else numbers[0])
         # The evaluation at y rebuilds nothing.
         object.__setattr__(self, "reuse", False)
 
@@ -148,6 +150,20 @@ class Reverse:
     def evaluations(self) -> int:
         """Evaluations of the increment in a backward step that is neither anchored nor one of the first two."""
         return 1 + self.corrections + (self.predictor == "step")
+
+
+def integer(value: object) -> int | None:
+    """An integer of any kind, NumPy's and torch's too, as Python's; None for what is none.
+
+    Tensors of one element are collections, and truth values are no numbers.
+    """
+    is_truth_value = isinstance(value, bool) or str(getattr(value, "dtype", None)) in ("bool", "torch.bool")
+    if is_truth_value or getattr(value, "ndim", 0) > 0:
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 PRESETS = {

@@ -23,11 +23,11 @@ from .calibration import Loss
 from .devices import is_capturing
 from .dtypes import DTYPES
 from .export import wants_plain
-from .method import Anchors, integer
+from .method import Anchors
 from .module import AdjointModule, checked_block_form, checked_steps
 from .plan import Plan
 from .recalibration import Recalibration
-from .reverse import DEFAULT_BITS, Reverse, extrapolate, predict
+from .reverse import DEFAULT_BITS, Reverse, extrapolate, integer, predict
 from .schemes import SCHEMES, BlockForm, increment
 from .schemes import step as take_step
 
@@ -63,7 +63,8 @@ class ResidualStack(AdjointModule):
             `anchors={0}` may be all that is needed.
         max_drift: the largest defect |y - x_n| / |x_n| of a step that is accepted, dimensionless. It compares defects,
             the relative error of the points where vector-Jacobian products are taken, not an error of the gradient;
-            `calibrate` measures that one. For increments stored in b bits it is 2^(10 - b) times as much.
+            `calibrate` measures that one. For increments stored in b bits, whose defect is
+            relative to the larger one of x_n and x_{n+1}, it is 2^(8 - b) times as much.
         on_drift: what a larger defect, NaN or Inf in the reconstruction, or a block whose increment is another one in
             the backward pass (`drift.changes`) leads to. `"warn"` warns once per stack; `"raise"` raises `DriftError`;
             `"store"` warns and sets `reverse="stored"`, and where that is not enough `gradient="checkpoint"`;

@@ -10,8 +10,8 @@ q_n in b bits a value and c_N, and goes back exactly, c_n = c_{n+1} - q_n.
 
 Q_b: 32 neighbours of a sample share a scale s, values are integers of b bits, symmetric about 0; with one bit they are
 signs, times the group's mean magnitude. Scales are 8 bits, ceil((1 + m/8) 2^e) units. The unit is a power of two, one
-for each sample, 2^-13 (float64: 2^-20) of the largest value of the sample's first state: all companions are multiples
-of it, so that sums are exact, up to 2^10 (float64: 2^31) times that value.
+for each group, 2^-13 (float64: 2^-20) of the largest value of its first states: all companions are multiples of it, so
+that sums are exact, up to 2^10 times that value. Companions of larger states stay behind.
 
 The idea of a shared scale is that of the OCP Microscaling formats (MX, v1.0, 2023); three mantissa bits make it as good
 as one in full precision.
@@ -36,10 +36,12 @@ NAN_CODE = 255
 """The scale's code where a group has a value that is not finite."""
 UNITS = {torch.float32: 2**13, torch.float64: 2**20}
 """Units in the largest value of the first state, by the companion's dtype."""
-LARGEST = {torch.float32: 2**23, torch.float64: 2**51}
-"""The largest companion, in units."""
-LARGEST_OF_ONE_BIT = {torch.float32: 2**21, torch.float64: 2**49}
-"""With one bit values overshoot."""
+LARGEST = {torch.float32: 2**23, torch.float64: 2**30}
+"""The largest companion, in units; scales reach as far, and sums are exact."""
+OVERSHOOT = {1: 4, 2: 2}
+"""How much less it is for bits so few that companions overshoot."""
+QUIETEST = 16
+"""How many times smaller than the sample's mean a group's largest value may be for its unit to follow it."""
 _PARTS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,)}
 """Widths, all divisors of 8, that a value is packed in, from its low bits up."""
 _WORDS = {
@@ -63,7 +65,7 @@ def quantum_count(bits: int) -> int:
 
 def largest_companion(dtype: torch.dtype, bits: int) -> int:
     """The largest companion that increments of so many bits lead to, in units."""
-    return (LARGEST_OF_ONE_BIT if bits == 1 else LARGEST)[dtype]
+    return LARGEST[dtype] // OVERSHOOT.get(bits, 1)
 
 
 def sample_count(x: Tensor) -> int:
@@ -82,17 +84,31 @@ def sizes(x: Tensor) -> tuple[int, int, int]:
     return x.numel() // samples, groups, samples * groups
 
 
-def start(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The companion of the state x that it starts at, and its unit, shape [samples]."""
+def start(x: Tensor, x_next: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The companion of the state x that it starts at, and its units, shape [samples, groups].
+
+    A group's unit follows its largest value in x and, where that is known already, in the state after it: the first
+    step may move a small state far. Groups of zeros take the unit of a typical value of their sample.
+    """
     dtype = companion_dtype(x.dtype)
     companion = empty_companion(x, dtype)
     rows = _rows(x, companion).to(dtype)
-    largest = rows.abs().amax(1) if rows.shape[1] else rows.new_ones(len(rows))
+    magnitude = _grouped(rows.abs())
+    if x_next is not None:
+        magnitude = torch.maximum(magnitude, _grouped(_rows(x_next, companion).to(dtype).abs()))
+    typical = magnitude.sum((1, 2)) / max(1, rows.shape[1])
+    largest = torch.maximum(magnitude.amax(2), typical[:, None] / QUIETEST)
     exponent = torch.frexp(torch.where(largest == 0, 1.0, largest)).exponent
     unit = torch.ldexp(torch.ones_like(largest), exponent - int(math.log2(UNITS[dtype])))
     unit = torch.where(largest.isfinite(), unit, largest).clamp_min(torch.finfo(dtype).tiny)
-    torch.mul((rows / unit[:, None]).round_(), unit[:, None], out=_rows(companion, companion))
+    of_value = _of_values(unit, rows)
+    torch.mul((rows / of_value).round_(), of_value, out=_rows(companion, companion))
     return companion, unit
+
+
+def _of_values(of_groups: Tensor, rows: Tensor) -> Tensor:
+    """What each group has, for each of its values, shape of the rows."""
+    return of_groups.repeat_interleave(GROUP, 1)[:, : rows.shape[1]]
 
 
 def store(target: Tensor, companion: Tensor, unit: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,14 +117,14 @@ def store(target: Tensor, companion: Tensor, unit: Tensor, bits: int) -> tuple[T
     Packed: uint8, [samples, groups, 4 bits]; scales: uint8, [samples, groups]. What is not finite has scale 255, NaN.
     """
     rows, limit = _rows(companion, companion), quantum_count(bits)
-    largest = largest_companion(companion.dtype, bits) * unit[:, None]
+    largest = _of_values(largest_companion(companion.dtype, bits) * unit, rows)
     wanted = _rows(target, companion).to(companion.dtype)
     difference = torch.sub(wanted.clamp(-largest, largest), rows, out=torch.empty_like(rows))
     difference = _grouped(difference.add_(wanted, alpha=0.0))  # NaN where it is infinite
     size = _mean_magnitude(difference, rows) if bits == 1 else difference.abs().amax(-1) / (limit + 0.499)
     table = _scales(companion)
-    codes = torch.bucketize(size / unit[:, None], table[:-1])
-    scale = (table[codes] * unit[:, None])[..., None]
+    codes = torch.bucketize(size / unit, table[:-1])
+    scale = (table[codes] * unit)[..., None]
     if bits == 1:
         integers = torch.where(difference < 0, -1.0, 1.0)
     else:
@@ -122,7 +138,7 @@ def store(target: Tensor, companion: Tensor, unit: Tensor, bits: int) -> tuple[T
 def take_back(companion: Tensor, packed: Tensor, scales: Tensor, unit: Tensor, bits: int) -> Tensor:
     """c_n from c_{n+1}, exactly."""
     rows = _rows(companion, companion)
-    scale = _scales(companion)[scales.int()] * unit[:, None]
+    scale = _scales(companion)[scales.int()] * unit
     increment = (_unpacked(packed, bits, companion.dtype) * scale[..., None]).flatten(1)
     moved = torch.empty_like(companion)
     torch.sub(rows, increment[:, : rows.shape[1]], out=_rows(moved, moved))

@@ -3,7 +3,7 @@
 //     x' = x + w (k1 + k2), then the same with x'                 store_step
 //     c = c' - q, with q as the other two have packed it          stored_step
 // x, k1, k2, x': samples of n values each, one after the other, all in the companion's order in memory; k1 and k2 share x's dtype or a
-// narrower one. c, c', and unit, a value a sample: fp64 for an fp64 stream, else fp32.
+// narrower one. c, c', and unit, a value a group: fp64 for an fp64 stream, else fp32.
 // packed: for each group of 32 values, of which a sample's last may be short, 4 bits bytes; scales: a byte.
 // Rounding: products, sums and divisions are rounded one by one, integers to the nearest, ties to even. x' as in forward_step.cu, and it
 // is x' as it is stored that c' follows.
@@ -38,7 +38,6 @@ struct Groups {
 template <bool kPacks>
 struct Share {
   uint32_t group;
-  uint32_t sample;
   int64_t first;     // of its neighbours, in memory
   int lane, values;  // lane of the group; how many values the group has
   bool is_there;
@@ -57,7 +56,7 @@ __device__ __forceinline__ void for_each_share(const Groups& groups, Visit visit
     const bool is_there = group < groups.count;
     const int64_t left = is_there ? groups.values - in_sample : 0;
     const int values = left < kGroup ? static_cast<int>(left) : kGroup;
-    visit(Share<kPacks>{group, sample, sample * groups.values + in_sample + lane * kNeighbours, lane, values, is_there});
+    visit(Share<kPacks>{group, sample * groups.values + in_sample + lane * kNeighbours, lane, values, is_there});
   }
 }
 
@@ -138,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, kStoreBlocksPerProcessor) store_kern
   for_each_group(groups, [&](const auto& share) {
     auto x = load_neighbours(storing.x, share);
     auto companion = load_neighbours(storing.companion, share);
-    const Real unit = share.is_there ? storing.unit[share.sample] : Real(1);
+    const Real unit = share.is_there ? storing.unit[share.group] : Real(1);
     if (storing.k1) {
       const auto k1 = load_neighbours(storing.k1, share);
       Pack<F, kNeighbours> k2{};
@@ -190,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, kStoredStepBlocksPerProcessor)
     auto pack = load_neighbours(companion, share);
     int integers[kNeighbours];
     load_integers<kBits>(packed, share.group, share.lane, groups.packs, integers);
-    const Real scale = multiply(scale_of<Real>(scales[share.group]), unit[share.sample]);
+    const Real scale = multiply(scale_of<Real>(scales[share.group]), unit[share.group]);
 #pragma unroll
     for (int i = 0; i < kNeighbours; i++)
       pack.values[i] = add(pack.values[i], -multiply(static_cast<Real>(integers[i]), scale));

@@ -37,6 +37,7 @@ class Attributes:
         tensors: names of those that are tensors without a gradient, which serve as buffers.
         containers: those whose contents are replayed, by name.
         may_hold_tensors: whether one of them is a tensor, or of a kind that may lead to some.
+        has_functions: whether one of them is a function other than torch's own, which may use any tensor.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -44,7 +45,7 @@ class Attributes:
         self.plain: dict[str, Any] = {}
         self.tensors: list[str] = []
         self.containers: list[tuple[str, Any]] = []
-        self.may_hold_tensors = False
+        self.may_hold_tensors = self.has_functions = False
         for name, value in vars(module).items():
             if name not in TORCHS_OWN:
                 self._sort(name, value)
@@ -57,6 +58,7 @@ class Attributes:
             self.may_hold_tensors |= not all(map(_is_plain, _contents(value)))
         else:
             self.may_hold_tensors |= not isinstance(value, _FUNCTIONS)
+            self.has_functions |= not (getattr(value, "__module__", None) or "").startswith("torch")
             if isinstance(value, Tensor) and not value.requires_grad:
                 self.tensors.append(name)
 

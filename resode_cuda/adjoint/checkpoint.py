@@ -98,7 +98,7 @@ class _Step:
 
     def _compare(self, stages: Stages, x: Tensor, monitor: DriftMonitor) -> None:
         sample = Sample(x)
-        f = sample.increment(stages)
+        f = sample.increment(stages, self.n)
         numbers = sample.project(f, f.new_empty(2))
         if self.numbers is None:
             self.numbers = numbers

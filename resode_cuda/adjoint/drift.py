@@ -22,6 +22,7 @@ from .reevaluation import (
     changed_in_between,
     changes,
     not_recomputed,
+    too_coarse,
 )
 
 ON_DRIFT = ("ignore", "warn", "raise", "store", "checkpoint")
@@ -186,11 +187,15 @@ class DriftMonitor:
         """Step n rebuilt x, and no defect was measured."""
         self._square(self.row(n)[1], x)
 
-    def record_stored(self, n: int, defect_square: Tensor, y: Tensor) -> None:
-        """Step n was evaluated at y, which was stored; |y|^2 takes all values, so that NaN and Inf show."""
+    def record_stored(self, n: int, defect_square: Tensor, y: Tensor, x_next: Tensor) -> None:
+        """Step n, whose increment is stored, was evaluated at y.
+
+        Its defect is relative to the larger one of y and x_{n+1}, in which what was rounded off lies. Their squares
+        take all values, so that NaN and Inf show.
+        """
         row = self.row(n)
         row[0].copy_(defect_square)
-        self._square(row[1], y)
+        row[1].copy_(torch.maximum(squared_norm(y), squared_norm(x_next)))
 
     def record_input(self, rebuilt: Tensor, x: Tensor) -> None:
         """The state that the reconstruction ended with, and the one that it started from in the forward pass."""
@@ -316,7 +321,12 @@ class DriftMonitor:
         defect = excess[worst].item() if self._measured else 0.0
         if self.on_drift == "ignore":
             return
-        if defect > self.max_drift:
+        first, again = (tensor.tolist() for tensor in numbers) if numbers else ((), ())
+        coarse = None if increments is None or not numbers else increments.judge.coarse(first, again)
+        if coarse is not None:
+            n, share = coarse
+            self._act("drift", f"{self._where}: the increment of step {n} {too_coarse(share)}")
+        elif defect > self.max_drift:
             self._act(
                 "drift",
                 f"{self._where}: the defect of step {worst} must be at most max_drift={self.max_drift:g}"
@@ -325,7 +335,6 @@ class DriftMonitor:
                 "more stored bits, anchors, or a smaller step",
             )
         elif defect <= MAX_DRIFT and increments is not None and numbers:  # where states are off, so are increments
-            first, again = (tensor.tolist() for tensor in numbers)
             found = increments.judge.unexplained(first, again)
             if found is not None:
                 n, change = found

@@ -254,7 +254,8 @@ def _backward(
         overwritten = [tensor for tensor in (*trajectory, y, gamma, evaluated.v1) if tensor is not None]
         vjps.found = apart(vjps.found, overwritten)
         if step.is_stored:
-            monitor.record_stored(step.n, evaluation.increments.defect_square(step.n), y)
+            defect_square = evaluation.increments.defect_square(step.n)
+            monitor.record_stored(step.n, defect_square, y, trajectory.x_next)
         update = backward_update_(step, trajectory, y, evaluated, needed_gamma, weights, monitor)
     if evaluation.is_input_kept and start is not None and monitor is not None:
         is_known = anchor is None or step.method.solver.is_stored

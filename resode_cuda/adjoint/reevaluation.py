@@ -24,6 +24,7 @@ from ..method import Method
 from ..reverse import DEFAULT_BITS
 from ..schemes import Stages
 from ..squares import square_dtype
+from ..stored import quantum_count
 
 SAMPLE = 2**13
 """The most values of a state that are looked at."""
@@ -42,11 +43,14 @@ of; their gradients were off by 6.6% at least, by 85% in the median.
 STEEP = 2
 """How many times the rounding of its state a stored increment may change. On trained networks (GPT, ViT, convolutions
 with group and batch norm, ConvNeXt's blocks; 1 to 8 bits) it was 1.3 at most."""
+COARSE = 2.0
+"""Quanta over the largest whole number that rounding may be of what is rounded; at most 1.7 by the formula."""
+TOLD_OF = 0.1
+"""The share of an increment below which what was rounded off is not told of, however many bits it has."""
 ALL = 1.0
 """The relative change of a stored increment that is told of however coarse the rounding."""
-SLACK = 4.0
-"""Multiples of `max_drift` that the defect of an increment stored in 8 bits may have: it is relative to x_n, and large
-where the increment is many times that. Each bit less doubles it."""
+SLACK = 1.0
+"""Multiples of `max_drift` that the defect of an increment stored in 8 bits may have. Each bit less doubles it."""
 
 Numbers = Sequence[Sequence[float]]
 """Those of each step."""
@@ -72,7 +76,9 @@ class Increments:
         self.again: Tensor | None = None
         """In the last backward pass, shape [steps, 4]: the projections, |f_n|^2 and |y - (x_{n+1} - w f_n)|^2."""
         self._again_rows: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]] = (), (), ()
-        self.judge = Judge(weights, method.exactly_predicted, is_stored)
+        limits = [quantum_count(method.solver.bits_of(n)) for n in range(len(method))] if is_stored else []
+        finest = [max(COARSE / limit, TOLD_OF) for limit in limits]
+        self.judge = Judge(weights, method.exactly_predicted, is_stored, finest)
         bits = [method.solver.bits_of(n) if method.is_stored(n) else DEFAULT_BITS for n in range(len(method))]
         self.slack = [SLACK * 2.0 ** (DEFAULT_BITS - b) if method.is_stored(n) else 1.0 for n, b in enumerate(bits)]
         """Multiples of `max_drift` that each step's defect may have."""
@@ -80,11 +86,11 @@ class Increments:
 
     def record(self, n: int, stages: Stages) -> None:
         """Step n was evaluated in the forward pass."""
-        self._sample.project(self._sample.increment(stages), self._first_rows[0][n])
+        self._sample.project(self._sample.increment(stages, n), self._first_rows[0][n])
 
     def record_rounding(self, n: int, x_next: Tensor, companion: Tensor) -> None:
         """Step n's increment was stored."""
-        difference = self._sample.of(x_next).sub(self._sample.of(companion)).to(self.first.dtype)
+        difference = self._sample.of(x_next, n).sub(self._sample.of(companion, n)).to(self.first.dtype)
         torch.dot(difference, difference, out=self._first_rows[1][n][0])
 
     def begin(self) -> None:
@@ -97,9 +103,11 @@ class Increments:
         if self.again is None:
             return
         projections, squares, errors = self._again_rows
-        f = self._sample.increment(stages)
+        f = self._sample.increment(stages, n)
         self._sample.project(f, projections[n])
-        difference = self._sample.of(y).sub(self._sample.of(x_next)).to(f.dtype).add_(f, alpha=self.judge.weights[n])
+        difference = (
+            self._sample.of(y, n).sub(self._sample.of(x_next, n)).to(f.dtype).add_(f, alpha=self.judge.weights[n])
+        )
         torch.dot(f, f, out=squares[n])
         torch.dot(difference, difference, out=errors[n])
 
@@ -117,22 +125,22 @@ class Sample:
 
     def __init__(self, like: Tensor) -> None:
         self.dtype = square_dtype(like.device)
-        self._places = None if like.numel() <= SAMPLE else _places(like.shape)
-        count = len(self.of(like))
+        self._shape = None if like.numel() <= SAMPLE else like.shape
+        count = len(self.of(like, 0))
         self.share_of_one = like.numel() / max(1, count)
         """How many values of the state one of the sample stands for."""
         # What is made while a graph is captured has no values until it is replayed.
         self._signs = (_made_signs if is_capturing() else _signs)(count, self.dtype, like.device)
 
-    def of(self, x: Tensor) -> Tensor:
-        """The sample, as a vector."""
-        return (x if self._places is None else x[self._places]).reshape(-1)
+    def of(self, x: Tensor, n: int) -> Tensor:
+        """Step n's sample, as a vector. Steps take turns in what they look at."""
+        return (x if self._shape is None else x[_places(self._shape, n)]).reshape(-1)
 
-    def increment(self, stages: Stages) -> Tensor:
+    def increment(self, stages: Stages, n: int) -> Tensor:
         """That of f_n, an increment over its weight, which may be too small for the dtype."""
         k1, k2 = stages
-        f = self.of(k1).to(self.dtype)
-        return f if k2 is None else f + self.of(k2)
+        f = self.of(k1, n).to(self.dtype)
+        return f if k2 is None else f + self.of(k2, n)
 
     def project(self, f: Tensor, out: Tensor) -> Tensor:
         """Write the two numbers of one increment, shape [2]."""
@@ -160,6 +168,8 @@ class Judge(NamedTuple):
     """The steps that are evaluated again at x_n itself, not at an approximation."""
     is_stored: bool
     """Whether the errors of the points are those of rounding, each step's own."""
+    finest: Sequence[float] = ()
+    """Of each step that stores its increment the share of it that rounding may be, for so many bits."""
 
     def unexplained(self, first: Numbers, again: Numbers) -> tuple[int, float] | None:
         """The step whose change is furthest above what is let pass, and its change; None where all are let pass."""
@@ -169,6 +179,20 @@ class Judge(NamedTuple):
         found = enumerate(changes(first, again))
         above = [(change - allowed[n], n, change) for n, change in found if change > allowed[n]]
         return max(above)[1:] if above else None
+
+    def coarse(self, first: Numbers, again: Numbers) -> tuple[int, float] | None:
+        """The first step whose rounding is coarser than its bits make it, and rounding over what was rounded.
+
+        Values far apart within a group, or states that outgrow the first ones, leave its units too coarse or too small.
+        """
+        before = 0.0
+        for n, finest in enumerate(self.finest):
+            error, d = math.sqrt(first[n][2]), self.weights[n] * math.sqrt(again[n][2])
+            rounded = math.hypot(d, before)
+            if error > finest * rounded:
+                return n, error / rounded if rounded else math.inf
+            before = error
+        return None
 
     def _rebuilt(self, again: Numbers) -> list[float]:
         """What of each change the errors of the points y explain.
@@ -193,6 +217,15 @@ class Judge(NamedTuple):
         before = [0.0, *(math.sqrt(numbers[2]) for numbers in first[:-1])]
         moved = (w * math.sqrt(numbers[2]) for w, numbers in zip(self.weights, again, strict=True))
         return [STEEP * error / d if d else math.inf for error, d in zip(before, moved, strict=True)]
+
+
+def too_coarse(share: float) -> str:
+    """What is told of a step whose increment could not be stored in its bits."""
+    return (
+        f"could not be stored in its bits: {_percent(share)} of it was rounded off, since states outgrow the first "
+        "ones a thousandfold, or values of very different sizes lie side by side, and gradients are as far off; "
+        'keep the states from there on (anchors), normalise them, or use gradient="checkpoint"'
+    )
 
 
 CAUSES = (
@@ -223,17 +256,25 @@ def not_recomputed(change: float) -> str:
     )
 
 
-@lru_cache(maxsize=256)
-def _places(shape: torch.Size) -> tuple[slice, ...]:
-    """The entries of each dimension that are sampled: the first dimensions are thinned out first."""
+@lru_cache(maxsize=1024)
+def _places(shape: torch.Size, n: int) -> tuple[slice, ...]:
+    """Of each dimension the entries that step n samples, as many at every step."""
+    return tuple(
+        slice(n % stride, n % stride + stride * (size // stride), stride) if stride > 1 else slice(None)
+        for size, stride in zip(shape, _strides(shape), strict=True)
+    )
+
+
+def _strides(shape: torch.Size) -> list[int]:
+    """The distance of sampled entries in each dimension: the first dimensions are thinned out first."""
     excess, strides = math.prod(shape) / SAMPLE, []
     for size in shape:
         stride = max(1, min(math.ceil(excess), size // min(size, 4) if size else 1))
         strides.append(stride)
-        excess /= size / math.ceil(size / stride) if size else 1
+        excess /= size / max(1, size // stride) if size else 1
     if excess > 1 and strides:
-        strides[-1] = max(strides[-1], math.ceil(strides[-1] * excess))
-    return tuple(slice(None, None, stride) for stride in strides)
+        strides[-1] = min(max(1, shape[-1]), max(strides[-1], math.ceil(strides[-1] * excess)))
+    return strides
 
 
 def _made_signs(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -48,16 +48,20 @@ def stored_forward(
         begun = None if step.ends_segment else ops.start_companion(x_next)
         return StoredForward(x_next, stages, None, (), _shadows(step, begun, x, blank))
     companion, unit = shadows
-    if companion is None:
-        companion, unit = ops.start_companion(x)
     solver, scheme = step.method.solver, step.scheme
     bits = solver.bits_of(step.n)
-    if scheme.has_state_inside and not solver.rounded_forward:
+    if solver.rounded_forward:
+        if companion is None:
+            companion, unit = ops.start_companion(x)
+        stages = scheme.stages(blocks, companion.to(x.dtype), step.h)
+        x_next, companion, *packed = ops.store_step(x, *stages, scheme.weight(step.h), companion, unit, bits)
+    elif companion is None or scheme.has_state_inside:
         x_next, stages = take_step(scheme, blocks, x, step.h)
+        if companion is None:
+            companion, unit = ops.start_companion(x, x_next)
         companion, *packed = ops.store(x_next, companion, unit, bits)
     else:
-        start = companion.to(x.dtype) if solver.rounded_forward else x
-        stages = scheme.stages(blocks, start, step.h)
+        stages = scheme.stages(blocks, x, step.h)
         x_next, companion, *packed = ops.store_step(x, *stages, scheme.weight(step.h), companion, unit, bits)
     assert unit is not None, "it comes with the companion"
     kept = (*packed, unit, companion) if step.ends_segment else (*packed, unit)

@@ -9,7 +9,7 @@ Pointwise ops (`ops/`), whose formulas and names are those of `reference.py`, th
 | reverse_update_ | x <- x - w (k1 + k2) and the defect's squares; g <- s g + t (v1 + v2) | 4 and 3; Heun 5 and 4 |
 | reverse_extrapolate_ | the same, y <- x - (a d' - b d), d <- d' = w (k1 + k2) | 7 and 3; Heun 8 and 4 |
 | adjoint_update_ | g <- s g + t (v1 + v2) | 3; Heun 4 |
-| start_companion(x) | x rounded to units of 2^-13 of each sample's largest value, and these | 3 |
+| start_companion(x, x') | x rounded to units of 2^-13 of each group's largest value in x and x', and these | 4 |
 | store(x, c, unit, b) | c' = c + Q_b(x - c), and Q_b's integers and scales | 3 + b/32 |
 | store_step | x' = x + w (k1 + k2), then as store with x' | 5 + b/32; Heun 6 + b/32 |
 | stored_step(c', ...) | c = c' - q, with q as store has packed it | 2 + b/32 |
@@ -58,7 +58,7 @@ REVERSE_EXTRAPOLATE_ = (
     "reverse_extrapolate_(Tensor(a!) x, Tensor(b!) y, Tensor(c!) d, Tensor k1, Tensor? k2, float weight, "
     f"float a, float b, Tensor(d!) squares, Tensor(e!)? g, {_ADJOINT}) -> ()"
 )
-START_COMPANION = "start_companion(Tensor x) -> (Tensor companion, Tensor unit)"
+START_COMPANION = "start_companion(Tensor x, Tensor? x_next=None) -> (Tensor companion, Tensor unit)"
 STORE = "store(Tensor x, Tensor companion, Tensor unit, int bits) -> (Tensor companion, Tensor packed, Tensor scales)"
 STORE_STEP = (
     "store_step(Tensor x, Tensor k1, Tensor? k2, float weight, Tensor companion, Tensor unit, int bits) -> "

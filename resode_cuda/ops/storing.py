@@ -107,9 +107,9 @@ def _check_companion(op: str, x: Tensor, companion: Tensor, unit: Tensor, bits: 
             f"{op}: companion must lie in memory sample after sample, as start_companion lays it out, got strides "
             f"{list(companion.stride())} for shape {list(companion.shape)}"
         )
-    samples = stored.sample_count(x)
-    if unit.shape != (samples,) or unit.device != x.device:
-        raise ValueError(f"{op}: unit must have shape [{samples}] on {x.device}, got {list(unit.shape)}")
+    groups = stored.sample_count(x), stored.group_count(x)
+    if unit.shape != groups or unit.device != x.device:
+        raise ValueError(f"{op}: unit must have shape {list(groups)} on {x.device}, got {list(unit.shape)}")
 
 
 def _check_store(x: Tensor, companion: Tensor, unit: Tensor, bits: int) -> None:
@@ -139,9 +139,14 @@ def _check_stored_step(companion: Tensor, packed: Tensor, scales: Tensor, unit: 
             )
 
 
-def _fake_start(x: Tensor) -> tuple[Tensor, Tensor]:
+def _check_start(x: Tensor, x_next: Tensor | None = None) -> None:
+    check_states("start_companion", x, [], [("x_next", x_next)])
+
+
+def _fake_start(x: Tensor, x_next: Tensor | None = None) -> tuple[Tensor, Tensor]:
     dtype = stored.companion_dtype(x.dtype)
-    return stored.empty_companion(x, dtype), x.new_empty(stored.sample_count(x), dtype=dtype)
+    shape = stored.sample_count(x), stored.group_count(x)
+    return stored.empty_companion(x, dtype), x.new_empty(shape, dtype=dtype)
 
 
 def _empty_increment(x: Tensor, companion: Tensor, unit: Tensor, bits: int) -> StoreResults:
@@ -215,9 +220,7 @@ def _restored(given: Tensor, result: Tensor) -> Tensor:
     return result if result.stride() == given.stride() else torch.empty_like(given).copy_(result)
 
 
-start_companion = StoringOp(
-    schemas.START_COMPANION, stored.start, lambda x: check_states("start_companion", x, [], []), _fake_start
-)
+start_companion = StoringOp(schemas.START_COMPANION, stored.start, _check_start, _fake_start)
 store = StoringOp(schemas.STORE, stored.store, _check_store, _empty_increment, _store_by_kernel)
 store_step = StoringOp(schemas.STORE_STEP, _store_step, _check_store_step, _empty_step, _store_step_by_kernel)
 stored_step = StoringOp(

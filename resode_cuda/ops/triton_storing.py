@@ -90,17 +90,17 @@ def _places(
     WHOLE: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
 ) -> tl.tuple:
-    """Each group's sample, the places of its values, how many these are, and a mask of those that are there."""
+    """The places of each group's values, how many these are, and a mask of those that are there."""
     sample = group // groups
     place = tl.max_contiguous(tl.arange(0, GROUP), NEIGHBOURS)[None, :]
     is_there = (group < all_groups)[:, None]
     if WHOLE:
-        return sample, group.to(tl.int64)[:, None] * GROUP + place, GROUP, is_there
+        return group.to(tl.int64)[:, None] * GROUP + place, GROUP, is_there
     else:
         first = (group - sample * groups).to(tl.int64) * GROUP
         count = tl.minimum(values - first, GROUP)
         start = sample.to(tl.int64) * values + first
-        return sample, start[:, None] + place, count, is_there & (place < count[:, None])
+        return start[:, None] + place, count, is_there & (place < count[:, None])
 
 
 @triton.jit
@@ -164,9 +164,9 @@ def store_kernel(
     real: tl.constexpr = companion.dtype.element_ty
     LIMIT: tl.constexpr = (1 << (BITS - 1)) - 1
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
-    sample, place, count, mask = _places(group, values, groups, all_groups, WHOLE, 128 // real.primitive_bitwidth)
+    place, count, mask = _places(group, values, groups, all_groups, WHOLE, 128 // real.primitive_bitwidth)
     is_there = group < all_groups
-    one_unit = tl.load(unit + sample, mask=is_there, other=1.0)
+    one_unit = tl.load(unit + group, mask=is_there, other=1.0)
     wanted = tl.load(x + place, mask=mask, other=0.0).to(real)
     before = tl.load(companion + place, mask=mask, other=0.0)
     if k1 is not None:
@@ -225,9 +225,9 @@ def stored_step_kernel(
     """A tile per program."""
     real: tl.constexpr = companion.dtype.element_ty
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
-    sample, place, _, mask = _places(group, values, groups, all_groups, WHOLE, 128 // real.primitive_bitwidth)
+    place, _, mask = _places(group, values, groups, all_groups, WHOLE, 128 // real.primitive_bitwidth)
     is_there = group < all_groups
-    one_unit = tl.load(unit + sample, mask=is_there, other=1.0)
+    one_unit = tl.load(unit + group, mask=is_there, other=1.0)
     code = tl.load(scales + group, mask=is_there, other=0).to(tl.int32)
     after = tl.load(companion + place, mask=mask, other=0.0)
     if BITS == 3:

@@ -29,7 +29,7 @@ def walk(x, bits, steps=12, size=0.2):
 
 def quanta(scales, unit):
     """The scale of each group."""
-    return stored._scales(unit)[scales.int()] * unit[:, None]
+    return stored._scales(unit)[scales.int()] * unit
 
 
 def grouped(tensor, companion):
@@ -67,7 +67,7 @@ def test_the_quantum_is_the_smallest_that_reaches_the_groups_largest_value(bits)
     needed = grouped(target - companion, companion).abs().amax(-1) / (stored.quantum_count(bits) + 0.5)
     scale = quanta(scales, unit)
     assert (scale >= 0.999 * needed).all()
-    assert (scale <= 9 / 8 * 1.002 * needed + unit[:, None]).all()
+    assert (scale <= 9 / 8 * 1.002 * needed + unit).all()
 
 
 def test_one_bit_is_a_sign_times_the_groups_mean_magnitude():
@@ -202,7 +202,7 @@ def test_any_layout(layout, bits):
     if layout == "channels last":
         assert companion.is_contiguous(memory_format=torch.channels_last)
     contiguous, _ = stored.start(x.contiguous())
-    assert torch.equal(companion, contiguous)
+    assert ((companion - contiguous).abs() <= unit.max()).all()  # whose groups are others
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -271,7 +271,7 @@ def arguments():
             r"must have the shape and device of x, got \[3, 41\]",
         ),
         ({"companion": torch.randn(40, 3).t()}, ValueError, "companion must lie in memory sample after sample"),
-        ({"unit": torch.ones(4)}, ValueError, r"unit must have shape \[3\] on cpu, got \[4\]"),
+        ({"unit": torch.ones(3)}, ValueError, r"unit must have shape \[3, 2\] on cpu, got \[3\]"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

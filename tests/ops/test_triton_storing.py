@@ -127,7 +127,7 @@ def test_offsets_beyond_32_bits():
     if torch.cuda.mem_get_info()[0] < 12 * n:
         pytest.skip("needs 24 GiB of free GPU memory")
     x = torch.zeros(1, n, dtype=torch.float16, device="cuda")
-    companion, unit = torch.zeros(1, n, device="cuda"), torch.full((1,), 2.0**-10, device="cuda")
+    companion, unit = torch.zeros(1, n, device="cuda"), torch.full((1, n // 32), 2.0**-10, device="cuda")
     x[:, -9:] = 1.0
     with ops.using("triton"):
         moved, packed, scales = ops.store(x, companion, unit, 2)

@@ -148,7 +148,7 @@ def at_every_scale(dtype, bits):
         largest = sizes * (stored.quantum_count(bits) + 0.499)
         # Halves of a quantum round to even; a group of zeros but for its ends shows which code it has.
         x = largest[:, None] * torch.linspace(-1.0, 1.0, stored.GROUP, dtype=dtype)
-    return StoreOperands(x, torch.zeros_like(x), torch.ones_like(sizes), bits)
+    return StoreOperands(x, torch.zeros_like(x), torch.ones_like(sizes)[:, None], bits)
 
 
 def halves(dtype, bits):
@@ -157,7 +157,7 @@ def halves(dtype, bits):
     x = (torch.arange(stored.GROUP, dtype=dtype) % limit - limit // 2 + 0.5)[None].repeat(2, 1)
     x[1] *= -1
     x[:, 0] = limit  # so that the scale is 1
-    return StoreOperands(x, torch.zeros_like(x), torch.ones(2, dtype=dtype), bits)
+    return StoreOperands(x, torch.zeros_like(x), torch.ones(2, 1, dtype=dtype), bits)
 
 
 def not_finite(value, bits, dtype=torch.float32):
