@@ -67,7 +67,7 @@ class ResidualStack(AdjointModule):
             relative to the larger one of x_n and x_{n+1}, it is 2^(8 - b) times as much.
         on_drift: what a larger defect, NaN or Inf in the reconstruction, or a block whose increment is another one in
             the backward pass (`drift.changes`) leads to. `"warn"` warns once per stack; `"raise"` raises `DriftError`;
-            `"store"` warns and sets `reverse="stored"`, and where that is not enough `gradient="checkpoint"`;
+            `"store"` warns and sets `reverse="stored"`, and where 8 bits are not enough `gradient="checkpoint"`;
             `"checkpoint"` warns and sets `gradient="checkpoint"`, exact, for the training steps that follow;
             `"ignore"` warns of NaN and Inf alone. Defects are free. They are judged at the end of the backward pass on
             a CPU; on a GPU without waiting for it, by a forward pass once they have arrived, except that all but "warn"
@@ -82,9 +82,10 @@ class ResidualStack(AdjointModule):
             input's dtype.
 
     The gradient's relative error is O(h^p) with p = 1 ("paper") or 2 ("corrected") for Euler where blocks are smooth,
-    and grows like exp(L) with the Lipschitz constant L of the flow: watch `drift`. With stored increments it depends on
-    neither; it halves with each bit, and 8 bits were below the error of bfloat16 autocast on every trained network
-    tried.
+    and grows like exp(L) with the Lipschitz constant L of the flow: watch `drift`. With stored increments the point
+    of each product is off by half a quantum at most, whatever the blocks do, and the gradient by that times their
+    steepness; the error halves with each bit, and with 8 bits it was below that of bfloat16 autocast on every trained
+    network tried.
 
     Under "adjoint" and "checkpoint" a block runs again in the backward pass, under "adjoint" without gradients in the
     forward pass. What it sees is as it was: random numbers (torch's, Python's `random`, NumPy's global ones), buffers,

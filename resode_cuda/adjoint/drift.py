@@ -26,7 +26,10 @@ from .reevaluation import (
 )
 
 ON_DRIFT = ("ignore", "warn", "raise", "store", "checkpoint")
-FALLBACKS = {"store": "stored increments", "checkpoint": 'gradient="checkpoint"'}
+FALLBACKS = {
+    "store": "8 stored bits, or checkpointing where these were not enough,",
+    "checkpoint": 'gradient="checkpoint"',
+}
 """What such an `on_drift` goes on with."""
 MAX_DRIFT = 0.05
 """The largest defect that is accepted by default."""

@@ -165,3 +165,32 @@ def test_a_draw_is_noticed_and_replayed(name, before):
     now = random.getstate(), numpy.random.get_state()[2], torch.get_rng_state()
     assert now[:2] == following[:2]
     assert torch.equal(now[2], following[2])
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "checkpoint"])
+def test_a_function_among_the_attributes_may_use_a_tensor_from_elsewhere(gradient):
+    scale = nn.Parameter(torch.tensor(1.3))
+
+    def activation(z):
+        return torch.nn.functional.gelu(z) * scale
+
+    layers = [nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, activation=activation)]
+    stack = ResidualStack(layers, form="block", gradient=gradient)
+    out = half_square(stack(torch.randn(2, 5, 8)))
+    if gradient == "checkpoint":
+        out.backward()
+        assert scale.grad is not None
+    else:
+        with pytest.raises(RuntimeError, match=r"use a tensor of shape .* that needs gradients"):
+            out.backward()
+
+
+def test_another_class_in_place_is_noticed():
+    class Scaled(nn.Tanh):
+        pass
+
+    block, inventories = mlp(), Inventories()
+    before = inventories.of(block, 0)
+    block[1].__class__ = Scaled
+    assert not before.is_current()
+    assert inventories.of(block, 0).may_use_strangers
