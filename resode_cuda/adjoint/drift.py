@@ -91,7 +91,7 @@ class DriftMonitor:
         self._squares: Tensor | None = None
         self._rows: tuple[Tensor, ...] = ()
         self._increments: Increments | None = None
-        # [steps, 6], or 7 where increments are stored: their numbers in the last forward and backward pass, with what
+        # [steps, 6], or 8 where increments are stored: their numbers in the last forward and backward pass, with what
         # judges them. In memory that stays, as the squares do.
         self._numbers: Tensor | None = None
         self._replay_judge: Judge | None = None

@@ -47,6 +47,8 @@ COARSE = 2.0
 """Quanta over the largest whole number that rounding may be of what is rounded; at most 1.7 by the formula."""
 TOLD_OF = 0.1
 """The share of an increment below which what was rounded off is not told of, however many bits it has."""
+HARMLESS = 0.01
+"""The share of a typical value of a state that may be rounded off in any case."""
 ALL = 1.0
 """The relative change of a stored increment that is told of however coarse the rounding."""
 SLACK = 1.0
@@ -70,8 +72,10 @@ class Increments:
         weights = method.step_weights
         self._sample = Sample(like)
         is_stored = method.solver.is_stored
-        self.first = like.new_zeros(len(weights), 2 + is_stored, dtype=self._sample.dtype)
-        """In the forward pass: the projections and, where increments are stored, |x_{n+1} - c_{n+1}|^2."""
+        self.first = like.new_zeros(len(weights), 4 if is_stored else 2, dtype=self._sample.dtype)
+        """In the forward pass: the projections and, where increments are stored, |x_{n+1} - c_{n+1}|^2 and what that
+        would be if each value were off by a typical one of the states."""
+        self._is_typical_known = False
         self._first_rows = self.first[:, :2].unbind(), self.first[:, 2:].unbind()
         self.again: Tensor | None = None
         """In the last backward pass, shape [steps, 4]: the projections, |f_n|^2 and |y - (x_{n+1} - w f_n)|^2."""
@@ -92,6 +96,11 @@ class Increments:
         """Step n's increment was stored."""
         difference = self._sample.of(x_next, n).sub(self._sample.of(companion, n)).to(self.first.dtype)
         torch.dot(difference, difference, out=self._first_rows[1][n][0])
+        if not self._is_typical_known and len(difference):
+            # The median: one value far above the others must not hide that these were rounded off.
+            typical = self._sample.of(x_next, n).abs().median().to(self.first.dtype)
+            self.first[:, 3] = typical * typical * len(difference)
+            self._is_typical_known = True
 
     def begin(self) -> None:
         """A backward pass begins."""
@@ -169,7 +178,7 @@ class Judge(NamedTuple):
     is_stored: bool
     """Whether the errors of the points are those of rounding, each step's own."""
     finest: Sequence[float] = ()
-    """Of each step that stores its increment the share of it that rounding may be, for so many bits."""
+    """The share of each step's increment that its bits may round off, where increments are stored."""
 
     def unexplained(self, first: Numbers, again: Numbers) -> tuple[int, float] | None:
         """The step whose change is furthest above what is let pass, and its change; None where all are let pass."""
@@ -189,7 +198,7 @@ class Judge(NamedTuple):
         for n, finest in enumerate(self.finest):
             error, d = math.sqrt(first[n][2]), self.weights[n] * math.sqrt(again[n][2])
             rounded = math.hypot(d, before)
-            if error > finest * rounded:
+            if error > max(finest * rounded, HARMLESS * math.sqrt(first[n][3])):
                 return n, error / rounded if rounded else math.inf
             before = error
         return None
@@ -258,7 +267,7 @@ def not_recomputed(change: float) -> str:
 
 @lru_cache(maxsize=1024)
 def _places(shape: torch.Size, n: int) -> tuple[slice, ...]:
-    """Of each dimension the entries that step n samples, as many at every step."""
+    """The entries of each dimension that step n samples, as many at every step."""
     return tuple(
         slice(n % stride, n % stride + stride * (size // stride), stride) if stride > 1 else slice(None)
         for size, stride in zip(shape, _strides(shape), strict=True)
