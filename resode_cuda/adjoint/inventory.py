@@ -40,11 +40,12 @@ class Entries:
         self._dictionaries = [vars(module) for module in modules]
         self.copies = [dict(dictionary) for dictionary in self._dictionaries]
         self._counts = [*map(len, self.copies)]
-        self._getters = [operator.itemgetter(*_looked_at(copy)) for copy in self.copies]
+        self._names = [_looked_at(copy) for copy in self.copies]
         self._values = self._looked_up()
 
     def _looked_up(self) -> list[Any]:
-        return [value for get, of in zip(self._getters, self._dictionaries, strict=True) for value in get(of)]
+        held = zip(self._dictionaries, self._names, strict=True)
+        return [value for dictionary, names in held for value in map(dictionary.__getitem__, names)]
 
     def are_current(self) -> bool:
         """Whether they are the same objects now."""
@@ -63,7 +64,8 @@ class Entries:
 
 
 def _looked_at(attributes: dict[str, Any]) -> list[str]:
-    return ["_modules", "_parameters", "_buffers", *(name for name in attributes if name not in TORCHS_OWN)]
+    # A traced module keeps its members elsewhere.
+    return [name for name in attributes if name not in TORCHS_OWN or name in ("_modules", "_parameters", "_buffers")]
 
 
 class Members:

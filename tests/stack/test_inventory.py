@@ -194,3 +194,18 @@ def test_another_class_in_place_is_noticed():
     block[1].__class__ = Scaled
     assert not before.is_current()
     assert inventories.of(block, 0).may_use_strangers
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    "compiled", [torch.jit.script, lambda block: torch.jit.trace(block, torch.randn(3, 6))], ids=["script", "trace"]
+)
+def test_modules_of_torchscript_train(compiled):
+    # (Under gradient="checkpoint" torch's own checkpoint can't stop TorchScript's interpreter.)
+    stack = ResidualStack([compiled(mlp()) for _ in range(3)], step=0.1, anchors=1)
+    x = torch.randn(3, 6, requires_grad=True)
+    for _ in range(2):
+        got = gradients(lambda: stack(x), [x, *stack.parameters()])
+    stack.gradient = "backprop"
+    for have, want in zip(got, gradients(lambda: stack(x), [x, *stack.parameters()]), strict=True):
+        torch.testing.assert_close(have, want)
