@@ -80,7 +80,7 @@ class AdjointModule(nn.Module):
             raise ValueError(f"{self._where}: gradient must be one of {GRADIENTS}, got {gradient!r}")
         self._gradient = gradient
         self._monitor.fallback_requested = False
-        self._monitor.gradient_error_per_defect = None
+        self._monitor.settings_changed()
 
     @property
     def reverse(self) -> Reverse:
@@ -92,7 +92,7 @@ class AdjointModule(nn.Module):
         solver = solver_from(self._where, reverse)
         self._check_stored(solver.is_stored, "reverse", reverse)
         self._method = replace(self._method, solver=solver)
-        self._monitor.gradient_error_per_defect = None
+        self._monitor.settings_changed()
 
     @property
     def anchors(self) -> CheckedAnchors:
@@ -104,7 +104,7 @@ class AdjointModule(nn.Module):
     def anchors(self, anchors: Anchors) -> None:
         self._anchors = checked_anchors(self._where, anchors, len(self._method))
         self._method = replace(self._method, anchors=anchored_steps(self._anchors, len(self._method)))
-        self._monitor.gradient_error_per_defect = None
+        self._monitor.settings_changed()
 
     @property
     def max_drift(self) -> float:

@@ -63,6 +63,14 @@ class Block:
         return self._last
 
     @property
+    def differentiates_inside(self) -> bool:
+        """Whether it has been seen to ask for gradients itself, which takes its tensors while it runs."""
+        return self.index in self._inventories.differentiating
+
+    def seen_to_differentiate(self) -> None:
+        self._inventories.differentiating.add(self.index)
+
+    @property
     def has_fast_path(self) -> bool:
         return (self._last or self.inventory()).has_fast_path
 
@@ -211,10 +219,16 @@ class BlockCall:
                 f"{self.block.where} must enable gradients where it differentiates, since the forward pass of "
                 'gradient="adjoint" runs without them; put that part of it under torch.enable_grad()'
             ) from error
+        self.left_behind = list(self._replayed.left_behind)
         written = watched.written()
         if written is not None:
             self._refuse(written, arguments)
         return out
+
+    def rewind(self) -> None:
+        """Undo what the first evaluation, which was broken off, has drawn and written."""
+        if self._replayed is not None:
+            self._replayed.rewind()
 
     def _refuse(self, written: Tensor, arguments: Arguments) -> None:
         """Raise for a tensor that the block has written, whose value before is lost to its re-evaluation."""

@@ -27,6 +27,7 @@ from .blocks import Auxiliaries, Block, BlockCall, Formats, held_parameters, mod
 from .drift import DriftMonitor
 from .generators import Generators
 from .inventory import HeldParameter
+from .kept_graph import KeptVjps, StepGraph, may_keep
 from .outputs import Outputs, together
 from .reevaluation import Increments
 from .restoration import restoring
@@ -66,7 +67,7 @@ def propagate(
     blank = x.new_zeros(())
     shadows: Sequence[Tensor | None] = (None,) * shadow_count(method)
     generators = Generators(x.device)
-    increments = Increments(x, method)
+    increments = Increments(x, method, monitor.measured(method))
     outputs, are_functions = Outputs(x, [], {}), True
     for n, step in enumerate(steps_of(method)):
         used = blocks[method.blocks_of(n)]
@@ -116,6 +117,13 @@ class Evaluation:
         """The step's blocks in the forward pass, as functions of the state alone."""
         return [call.first(self.arguments, auxiliaries) for call in self.calls]
 
+    def graph(self, needs_x: bool) -> StepGraph | None:
+        """What is to keep the graph of the forward pass; None where it can't be kept."""
+        tensors, parameters = self.arguments.tensors, [parameter.tensor for parameter in self.parameters]
+        if not may_keep(self.calls, [*tensors, *parameters], self.arguments.has_containers):
+            return None
+        return StepGraph(self.calls, tensors, parameters, needs_x)
+
     def again(self, argument_tensors: Sequence[Tensor], auxiliaries: Auxiliaries) -> list[BlockFunction]:
         """The same in the backward pass, with these tensors for those among their arguments."""
         return [call.again(argument_tensors, auxiliaries) for call in self.calls]
@@ -139,8 +147,11 @@ class AdjointStep(torch.autograd.Function):
         shadows, tensors = shadows_and_tensors[: step.shadow_count], shadows_and_tensors[step.shadow_count :]
         auxiliaries: Auxiliaries = []
         functions = evaluation.first(auxiliaries)
-        ctx.strides = None
+        ctx.strides = ctx.graph = None
         if step.method.solver.is_stored:
+            ctx.graph = evaluation.graph(needs_x=ctx.needs_input_grad[2])
+            if ctx.graph is not None:
+                functions = ctx.graph.keeping(functions, auxiliaries)
             x_next, stages, companion, kept, new_shadows = stored_forward(step, functions, x, shadows, evaluation.blank)
             if companion is not None:
                 evaluation.increments.record_rounding(step.n, x_next, companion)
@@ -236,12 +247,15 @@ def _backward(
     if y is None:
         y = step.predict(functions, trajectory)
     may_use_strangers = any(call.inventory.may_use_strangers for call in evaluation.calls)
-    vjps = BlockVjps(step.n, used, needs_x, auxiliaries, auxiliary_cotangents, may_use_strangers)
+    is_measured = step.n in evaluation.increments.measured
+    of_step = step.n, used, needs_x, auxiliaries, auxiliary_cotangents, may_use_strangers
+    vjps = BlockVjps(*of_step) if ctx.graph is None else KeptVjps(ctx.graph, is_measured, *of_step)
     evaluated = step.scheme.vjp(functions, y.to(g.dtype), step.h, gamma, vjps.linearize)
 
     weights = step.weights_before if needs_state else None
     needed_gamma = gamma if needs_x else None
-    evaluation.increments.compare(step.n, evaluated.stages, y, trajectory.x_next)
+    if evaluated.stages is not None and is_measured:
+        evaluation.increments.compare(step.n, evaluated.stages, y, trajectory.x_next)
     evaluation.monitor.warn_of_left_behind(
         {name: call.block.index for call in evaluation.calls for name in call.left_behind}
     )
@@ -253,13 +267,18 @@ def _backward(
         trajectory = _writable(step, trajectory, extrapolates=weights is not None)
         overwritten = [tensor for tensor in (*trajectory, y, gamma, evaluated.v1) if tensor is not None]
         vjps.found = apart(vjps.found, overwritten)
-        if step.is_stored:
+        if step.is_stored and is_measured:
             defect_square = evaluation.increments.defect_square(step.n)
             monitor.record_stored(step.n, defect_square, y, trajectory.x_next)
+        elif step.is_stored and step.ends_segment:
+            monitor.look_at(step.n, trajectory.x_next)
         update = backward_update_(step, trajectory, y, evaluated, needed_gamma, weights, monitor)
     if evaluation.is_input_kept and start is not None and monitor is not None:
         is_known = anchor is None or step.method.solver.is_stored
-        rebuilt = update.x if is_known else step.scheme.add(trajectory.x_next, evaluated.stages, -step.h)
+        rebuilt = update.x
+        if not is_known:
+            assert evaluated.stages is not None
+            rebuilt = step.scheme.add(trajectory.x_next, evaluated.stages, -step.h)
         monitor.record_input(rebuilt, start)
     shadow_cotangents = update.cotangents if needs_state else ()
     if not needs_state:
