@@ -132,19 +132,25 @@ def store(target: Tensor, companion: Tensor, unit: Tensor, bits: int) -> tuple[T
         integers = magnitude.copy_(difference < 0).mul_(-2).add_(1)
     else:  # at most the limit, as the scale was chosen for that
         integers = torch.div(difference, scale, out=magnitude).round_()
-    packed, moved = _packed(integers, bits), torch.empty_like(companion)
+    packed = _packed(integers, bits)
     increment = integers.mul_(scale).flatten(1)[:, : rows.shape[1]]
-    torch.add(rows, increment, out=_rows(moved, moved))
-    return moved, packed, codes.to(torch.uint8)
+    return _in_place_of(companion, increment.add_(rows)), packed, codes.to(torch.uint8)
 
 
 def take_back(companion: Tensor, packed: Tensor, scales: Tensor, unit: Tensor, bits: int) -> Tensor:
     """c_n from c_{n+1}, exactly."""
     rows = _rows(companion, companion)
     scale = _scales(companion)[scales.int()] * unit
-    increment = _unpacked(packed, bits, companion.dtype).mul_(scale[..., None]).flatten(1)
+    increment = _unpacked(packed, bits, companion.dtype).mul_(scale[..., None]).flatten(1)[:, : rows.shape[1]]
+    return _in_place_of(companion, torch.sub(rows, increment, out=increment))
+
+
+def _in_place_of(companion: Tensor, rows: Tensor) -> Tensor:
+    """The next companion, in the memory of the rows where these are consecutive."""
+    if rows.is_contiguous():
+        return rows.as_strided(companion.shape, companion.stride())
     moved = torch.empty_like(companion)
-    torch.sub(rows, increment[:, : rows.shape[1]], out=_rows(moved, moved))
+    _rows(moved, moved).copy_(rows)
     return moved
 
 
