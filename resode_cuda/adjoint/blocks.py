@@ -182,9 +182,11 @@ class BlockCall:
         """Whether the block drew no random numbers and wrote no buffers in the forward pass."""
         return self._replayed is not None and self._replayed.is_function
 
-    def first(self, arguments: Arguments, auxiliaries: Auxiliaries) -> BlockFunction:
-        """The block in the forward pass."""
-        return lambda x: self._record(x, arguments, auxiliaries)
+    def first(
+        self, arguments: Arguments, auxiliaries: Auxiliaries, tensors: Sequence[Tensor] | None = None
+    ) -> BlockFunction:
+        """The block in the forward pass; with other tensors, if some are given, for those among its arguments."""
+        return lambda x: self._record(x, arguments, auxiliaries, tensors)
 
     def again(self, tensors: Sequence[Tensor], auxiliaries: Auxiliaries) -> BlockFunction:
         """The block in the backward pass, with these tensors for those among its arguments."""
@@ -202,9 +204,12 @@ class BlockCall:
 
         return evaluated
 
-    def _record(self, x: Tensor, arguments: Arguments, auxiliaries: Auxiliaries) -> Tensor:
+    def _record(
+        self, x: Tensor, arguments: Arguments, auxiliaries: Auxiliaries, tensors: Sequence[Tensor] | None
+    ) -> Tensor:
         assert arguments.call is not None
-        self.given, call = arguments.given(), arguments.call
+        self.given = arguments.given()
+        call = arguments.call if tensors is None else self.given.call(tensors)
         if self._stage:  # the block before it may have changed what they share
             self.inventory = self.block.inventory()
         parameters = [parameter.tensor for parameter in self.inventory.parameters]

@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 
 from ..schemes import BlockFunction, Vjp
 from .blocks import Auxiliaries, BlockCall
+from .inventory import HeldParameter
 from .vjp import BlockVjps, refuse_hooks, strangers
 
 
@@ -185,22 +186,17 @@ class StepGraph:
 
     Args:
         calls: of the blocks.
-        arguments: the tensors among the blocks' arguments.
-        parameters: of the blocks.
+        tensors: leaves in the place of those among the blocks' arguments, and the blocks' parameters.
         needs_x: whether the step's starting state has a gradient.
 
     Attributes:
         leaves: where the gradients of the arguments and parameters are found; None for those that have none.
     """
 
-    def __init__(
-        self, calls: Sequence[BlockCall], arguments: Sequence[Tensor], parameters: Sequence[Tensor], needs_x: bool
-    ) -> None:
+    def __init__(self, calls: Sequence[BlockCall], tensors: Sequence[Tensor], needs_x: bool) -> None:
         self._needs_x = needs_x
-        self._known = {id(tensor) for tensor in (*arguments, *parameters)}
-        # Parameters are held anyway, and autograd finds their edges faster.
-        of_parameters = [tensor if tensor.requires_grad and tensor.is_leaf else _edge(tensor) for tensor in parameters]
-        self.leaves: list[Tensor | GradientEdge | None] = [*map(_edge, arguments), *of_parameters]
+        self._known = set(map(id, tensors))
+        self.leaves = [_edge(tensor) for tensor in tensors]
         self.blocks: list[BlockGraph | None] = []
         """None for one whose graph is not kept."""
         self._calls = calls
@@ -241,18 +237,19 @@ class StepGraph:
         return bool(strangers(roots, self._known, ends))
 
 
-def _nodes(edges: Sequence[Any]) -> list[Any]:
-    return [edge.node for edge in edges if isinstance(edge, GradientEdge)]
+def _nodes(edges: Sequence[GradientEdge | None]) -> list[Any]:
+    return [edge.node for edge in edges if edge is not None]
 
 
-def may_keep(calls: Sequence[BlockCall], tensors: Sequence[Tensor], has_containers: bool) -> bool:
+def may_keep(calls: Sequence[BlockCall], parameters: Sequence[HeldParameter], has_containers: bool) -> bool:
     """Whether the graphs of blocks may be kept.
 
     Not where a container among the arguments may be filled with tensors of the graph, where gradients would pass hooks
-    of the tensors a second time, or where a block can't be stopped.
+    of a parameter a second time, or go on to what it is computed from, or where a block can't be stopped.
     """
-    hooked = any(t._backward_hooks or (not t.is_leaf and t.retains_grad) for t in tensors if t.requires_grad)
-    return not (has_containers or hooked or any(call.inventory.is_scripted for call in calls))
+    trained = [parameter.tensor for parameter in parameters if parameter.tensor.requires_grad]
+    are_plain = all(tensor.is_leaf and not tensor._backward_hooks for tensor in trained)
+    return are_plain and not (has_containers or any(call.inventory.is_scripted for call in calls))
 
 
 class KeptVjps(BlockVjps):

@@ -113,16 +113,24 @@ class Evaluation:
     def auxiliary_count(self) -> int:
         return sum(call.block.has_auxiliary for call in self.calls)
 
-    def first(self, auxiliaries: Auxiliaries) -> list[BlockFunction]:
-        """The step's blocks in the forward pass, as functions of the state alone."""
-        return [call.first(self.arguments, auxiliaries) for call in self.calls]
+    def first(self, auxiliaries: Auxiliaries, tensors: Sequence[Tensor] | None = None) -> list[BlockFunction]:
+        """The step's blocks in the forward pass, as functions of the state alone.
 
-    def graph(self, needs_x: bool) -> StepGraph | None:
-        """What is to keep the graph of the forward pass; None where it can't be kept."""
-        tensors, parameters = self.arguments.tensors, [parameter.tensor for parameter in self.parameters]
-        if not may_keep(self.calls, [*tensors, *parameters], self.arguments.has_containers):
-            return None
-        return StepGraph(self.calls, tensors, parameters, needs_x)
+        Args:
+            tensors: for those among their arguments; None leaves these as they are.
+        """
+        return [call.first(self.arguments, auxiliaries, tensors) for call in self.calls]
+
+    def keeping(self, auxiliaries: Auxiliaries, needs_x: bool) -> tuple[StepGraph | None, list[BlockFunction]]:
+        """The same, with what their graph is kept in; None where it can't be kept."""
+        arguments = self.arguments
+        if not may_keep(self.calls, self.parameters, arguments.has_containers):
+            return None, self.first(auxiliaries)
+        parameters = [parameter.tensor for parameter in self.parameters]
+        needs = [tensor.requires_grad for tensor in arguments.tensors]
+        tensors = argument_leaves(arguments.tensors, arguments.kinds, needs, {id(own): own for own in parameters})
+        graph = StepGraph(self.calls, [*tensors, *parameters], needs_x)
+        return graph, graph.keeping(self.first(auxiliaries, tensors), auxiliaries)
 
     def again(self, argument_tensors: Sequence[Tensor], auxiliaries: Auxiliaries) -> list[BlockFunction]:
         """The same in the backward pass, with these tensors for those among their arguments."""
@@ -146,18 +154,15 @@ class AdjointStep(torch.autograd.Function):
     def forward(ctx: Any, step: Step, evaluation: Evaluation, x: Tensor, *shadows_and_tensors: Any) -> Any:
         shadows, tensors = shadows_and_tensors[: step.shadow_count], shadows_and_tensors[step.shadow_count :]
         auxiliaries: Auxiliaries = []
-        functions = evaluation.first(auxiliaries)
         ctx.strides = ctx.graph = None
         if step.method.solver.is_stored:
-            ctx.graph = evaluation.graph(needs_x=ctx.needs_input_grad[2])
-            if ctx.graph is not None:
-                functions = ctx.graph.keeping(functions, auxiliaries)
+            ctx.graph, functions = evaluation.keeping(auxiliaries, needs_x=ctx.needs_input_grad[2])
             x_next, stages, companion, kept, new_shadows = stored_forward(step, functions, x, shadows, evaluation.blank)
             if companion is not None:
                 evaluation.increments.record_rounding(step.n, x_next, companion)
                 ctx.strides = companion.stride()
         else:
-            x_next, stages = take_step(step.scheme, functions, x, step.h)
+            x_next, stages = take_step(step.scheme, evaluation.first(auxiliaries), x, step.h)
             kept = tuple(step.saved_for_last(x_next, stages, shadows))
             new_shadows = tuple(step.shadows(x, stages, evaluation.blank))
         evaluation.increments.record(step.n, stages)
