@@ -47,6 +47,10 @@ class Drift(NamedTuple):
     y is the point at which a step's vector-Jacobian product was taken and x_n the rebuilt state, so the defect
     |y - x_n| / |x_n| (2-norms over the whole batch) is a running measure of the error of y. It is 0 for steps that
     start from an anchor or that were not rebuilt because nothing before them needs a gradient.
+
+    Where increments are stored, measuring a step takes an evaluation of its blocks to their ends, which its gradient
+    does not. All steps are measured in the first pass, and in every pass with `on_drift="raise"`; else one in turn, and
+    the others are as they were last measured.
     """
 
     defects: Tensor
@@ -144,7 +148,7 @@ class DriftMonitor:
         if increments is None or increments.are_all_measured:
             squares.zero_()
         else:  # what other passes have measured stays
-            squares.nan_to_num_(0.0, 0.0, 0.0)
+            squares.masked_fill_(squares.isfinite().all(1, keepdim=True).logical_not_(), 0.0)
         self._measured, self._reached_input = measures, False
         self._increments = increments
         self._unchecked = increments is not None
