@@ -92,7 +92,8 @@ class ResidualStack(AdjointModule):
     NumPy's global ones), buffers, autocast, the default dtype, train/eval flags, numbers and strings among its modules'
     attributes, arguments with their containers. Whether it was the same function is measured (`drift.changes`), and
     acted on by `on_drift`. Under "checkpoint" one step in turn is compared in each pass, and raises `DriftError`; where
-    increments are stored all are in the first pass, then one in turn, unless `on_drift="raise"`. Limits, all of them the blocks':
+    increments are stored all are in the first pass, then one in turn, unless `on_drift="raise"`.
+    Limits, all of them the blocks':
 
     - What a block leaves for others (an auxiliary loss kept on the module, states appended to a list, activations taken
       by a hook) has no gradients under "adjoint", which warns of it, or raises, where it can: use `auxiliary` or
