@@ -185,7 +185,11 @@ class BlockCall:
     def first(
         self, arguments: Arguments, auxiliaries: Auxiliaries, tensors: Sequence[Tensor] | None = None
     ) -> BlockFunction:
-        """The block in the forward pass; with other tensors, if some are given, for those among its arguments."""
+        """The block in the forward pass.
+
+        Args:
+            tensors: for those among its arguments, where its graph is kept.
+        """
         return lambda x: self._record(x, arguments, auxiliaries, tensors)
 
     def again(self, tensors: Sequence[Tensor], auxiliaries: Auxiliaries) -> BlockFunction:
@@ -216,7 +220,7 @@ class BlockCall:
         watched = Versions((*arguments.tensors, *self.given.tensors, *parameters))
         self._replayed = Replayed(self.inventory, self._device, self._generators)
         try:
-            out = self._replayed.record(lambda: self.block(x, call, auxiliaries))
+            out = self._replayed.record(lambda: self.block(x, call, auxiliaries), takes_graphs_off=tensors is not None)
         except RuntimeError as error:
             if torch.is_grad_enabled() or "does not require grad" not in str(error):
                 raise

@@ -117,7 +117,7 @@ class Evaluation:
         """The step's blocks in the forward pass, as functions of the state alone.
 
         Args:
-            tensors: for those among their arguments; None leaves these as they are.
+            tensors: for those among their arguments, where their graph is kept.
         """
         return [call.first(self.arguments, auxiliaries, tensors) for call in self.calls]
 

@@ -56,21 +56,27 @@ class Replayed:
         self.drawn: Drawn | None = None
         """None until the first evaluation has ended."""
         self.left_behind: list[str] = []
-        """Attributes in which the last evaluation with gradients left tensors that have some; it took them off."""
+        """Attributes in which the last evaluation left tensors that have gradients; these have been taken off."""
 
     @property
     def is_function(self) -> bool:
         """Whether the block drew no random numbers and wrote no buffers."""
         return not self.drawn and not self.buffers.are_written
 
-    def record(self, run: Callable[[], T]) -> T:
+    def record(self, run: Callable[[], T], takes_graphs_off: bool = False) -> T:
+        """run() for the first time.
+
+        Args:
+            takes_graphs_off: those of tensors that it leaves behind.
+        """
+
         def first() -> T:
             turn_caches_off()
             with draws_are_replayable():
                 return run()
 
         out = restoring(first)
-        if torch.is_grad_enabled():
+        if takes_graphs_off:
             self.left_behind = self._detach_left()
         self.drawn = self.generators.drawn_since_last()
         if self.containers is not None:

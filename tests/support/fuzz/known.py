@@ -46,12 +46,6 @@ def _table() -> list[Known]:
         "arguments=marked",
     )
     add("recomputed tensors are not checked for writes", "gradient=checkpoint", "block=spoils_saved")
-    add(
-        "a block that is not evaluated to its end does not spoil what it saved, and its gradient is right",
-        "reverse=stored",
-        "is_measured=True",
-        "block=spoils_saved",
-    )
     for block in ("tied", "constant"):
         for way in ("hooked", "updated_in_backward"):
             add("hooks of parameters without a gradient are called with zeros", f"way={way}", f"block={block}")
