@@ -173,7 +173,9 @@ def is_companion_layout(x: Tensor) -> bool:
 
 def _rows(x: Tensor, companion: Tensor) -> Tensor:
     """[samples, values], in the companion's order in memory."""
-    return x.reshape(1, -1) if x.ndim <= 1 else x.permute(0, *_inner_dims(companion)).flatten(1)
+    if x.ndim <= 1:
+        return x.reshape(1, -1)
+    return (x if companion.is_contiguous() else x.permute(0, *_inner_dims(companion))).flatten(1)
 
 
 def _grouped(rows: Tensor) -> Tensor:

@@ -123,16 +123,16 @@ class Inventory:
         are_leaves = all(type(parameter.tensor) is nn.Parameter for parameter in self.parameters)
         self.keeps_alive = not are_leaves or any(attributes.may_hold_tensors for attributes in self.attributes)
         has_functions = any(attributes.has_functions for attributes in self.attributes)
-        self._has_only_parameters = not (self.keeps_alive or has_buffers or has_functions)
+        is_known = not (self.keeps_alive or has_buffers or has_functions)
+        self._uses_parameters_alone = is_known and all(map(_is_torchs_own, self.modules))
         self._classes = [*map(type, self.modules)]
 
     @property
     def may_use_strangers(self) -> bool:
         """Whether an evaluation may use tensors with gradients that are neither parameters nor given to it."""
-        if not self._has_only_parameters or torch.nn.modules.module._has_any_global_hook():
+        if not self._uses_parameters_alone or torch.nn.modules.module._has_any_global_hook():
             return True
-        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self.modules)
-        return hooked or not all(map(_is_torchs_own, self.modules))
+        return any(module._forward_hooks or module._forward_pre_hooks for module in self.modules)
 
     def is_current(self) -> bool:
         """Whether the modules have the same classes, attributes, parameters, buffers and modules now."""
