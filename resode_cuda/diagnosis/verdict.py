@@ -48,20 +48,21 @@ def _of_steps(steps: list[StepFacts]) -> str:
     if steep:
         said.append(f"h L is 1 or more at {_numbered(steep)}")
     told = "; ".join(said)
-    return f"{told[0].upper()}{told[1:]}: nothing can be rebuilt across such steps; keep their states, or store increments."
+    way_out = "nothing can be rebuilt across such steps; keep their states, or store increments"
+    return f"{told[0].upper()}{told[1:]}: {way_out}."
 
 
 def _of_plan(plan: Plan) -> list[str]:
     chosen = plan.chosen
     if chosen.reverse is None:
-        way = 'gradient="checkpoint": no reverse solver and no number of bits met the tolerance'
+        way = 'Use gradient="checkpoint", since no reverse solver and no number of bits met the tolerance'
     elif chosen.reverse.is_stored:
-        way = f"stored increments, {chosen}"
+        way = f"Store increments: {chosen}"
     else:
-        way = f"rebuild: {chosen}"
+        way = f"Rebuild the states: {chosen}"
     measured = f"gradient error {chosen.error:.1e} for a tolerance of {plan.tolerance:.1e}"
     cost = f"{chosen.evaluations} block evaluations a training step, {chosen.held_bytes / 2**20:.3g} MiB held"
-    lines = [f"Use {way} ({measured}; {cost})."]
+    lines = [f"{way} ({measured}; {cost})."]
     better = _best_rebuilding(plan)
     if (chosen.reverse is None or chosen.reverse.is_stored) and better is not None:
         lines.append(f"The best that rebuilding gave: {better}, gradient error {better.error:.1e}.")
