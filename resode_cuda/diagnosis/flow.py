@@ -14,7 +14,7 @@ Peyré, NeurIPS 2022, arXiv:2205.14612. Norms are those of a whole batch.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,14 +53,19 @@ def follow_flow(probe: Probe, lipschitz: float) -> FlowFacts:
     flow = _Flow(probe)
     x, size = probe.states[0], probe.states[0].norm().item()
     distances, curvature = [], 0.0
-    options = {"method": "dopri8", "rtol": TOLERANCE, "atol": TOLERANCE * size / math.sqrt(max(1, x.numel()))}
+    settings: dict[str, Any] = {
+        "method": "dopri8",
+        "rtol": TOLERANCE,
+        "atol": TOLERANCE * size / math.sqrt(max(1, x.numel())),
+    }
     for n, h in enumerate(probe.stack.steps):
 
         def velocity(s: Tensor, x: Tensor, n: int = n, h: float = h) -> Tensor:
             return flow(n, s.item() / h, x)
 
-        end = x.new_tensor([0.0, h])
-        y = odeint(velocity, x, end, **options)[-1]
+        span = x.new_tensor([0.0, h])
+        # Else it steps over the end, and interpolates back with an error of its own.
+        y = odeint(velocity, x, span, options={"step_t": span[1:]}, **settings)[-1]
         ends = (flow.curvature(n, 0.0, x), flow.curvature(n, 1.0 - SHORT, y))
         curvature, x = max(curvature, *ends), y
         exact = probe.states[n + 1]
