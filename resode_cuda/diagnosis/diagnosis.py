@@ -73,7 +73,7 @@ class Diagnosis:
         """
         from .figure import drawn
 
-        return drawn(self)
+        return drawn(self.steps, self.flow, self.no_flow, self.reconstructions, self.plan)
 
     def __str__(self) -> str:
         parts = [*_table_of_steps(self.steps), "", *_table_of_reconstructions(self.reconstructions)]

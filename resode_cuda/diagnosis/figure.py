@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .diagnosis import Diagnosis
-
+from ..plan import Plan
+from .flow import FlowFacts
+from .reconstruction import Reconstruction
+from .steps import StepFacts
 from .verdict import LARGEST_BOUND
 
 LEAST = 1e-17
-"""Where zeros are drawn on logarithmic axes."""
+"""The height of zeros on logarithmic axes."""
 
 
-def drawn(diagnosis: Diagnosis) -> Any:
+def drawn(
+    steps: list[StepFacts], flow: FlowFacts | None, no_flow: str | None, found: list[Reconstruction], plan: Plan
+) -> Any:
     """Four panels: the steps, the distance from the flow, what is rebuilt of x_0, and the plan's candidates."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7), layout="constrained")
     panels = figure.subplots(2, 2)
-    _draw_steps(panels[0, 0], diagnosis)
-    _draw_flow(panels[0, 1], diagnosis)
-    _draw_reconstructions(panels[1, 0], diagnosis)
-    _draw_candidates(panels[1, 1], diagnosis)
+    _draw_steps(panels[0, 0], steps)
+    _draw_flow(panels[0, 1], flow, no_flow)
+    _draw_reconstructions(panels[1, 0], found)
+    _draw_candidates(panels[1, 1], plan)
     return figure
 
 
-def _draw_steps(panel: Any, diagnosis: Diagnosis) -> None:
-    numbers = [step.n for step in diagnosis.steps]
+def _draw_steps(panel: Any, steps: list[StepFacts]) -> None:
+    numbers = [step.n for step in steps]
     for label, values in (
-        ("|d| / |x|", [step.size for step in diagnosis.steps]),
-        ("h L", [step.steepness for step in diagnosis.steps]),
-        ("reverse step's guess off by", [step.gap for step in diagnosis.steps]),
+        ("|d| / |x|", [step.size for step in steps]),
+        ("h L", [step.steepness for step in steps]),
+        ("reverse step's guess off by", [step.gap for step in steps]),
     ):
         panel.semilogy(numbers, [max(value, LEAST) for value in values], ".-", label=label)
     panel.axhline(1.0, color="0.7", linewidth=0.8, zorder=0)
@@ -39,20 +42,19 @@ def _draw_steps(panel: Any, diagnosis: Diagnosis) -> None:
     panel.legend(frameon=False)
 
 
-def _draw_flow(panel: Any, diagnosis: Diagnosis) -> None:
+def _draw_flow(panel: Any, flow: FlowFacts | None, no_flow: str | None) -> None:
     panel.set(xlabel="state", title="Distance from the differential equation, of |x|")
-    if diagnosis.flow is None:
-        panel.text(0.5, 0.5, diagnosis.no_flow or "", ha="center", va="center", wrap=True, transform=panel.transAxes)
+    if flow is None:
+        panel.text(0.5, 0.5, no_flow or "", ha="center", va="center", wrap=True, transform=panel.transAxes)
         return
-    distances = diagnosis.flow.distances
-    panel.semilogy(range(1, len(distances) + 1), [max(d, LEAST) for d in distances], ".-", label="measured")
-    if diagnosis.flow.bound is not None and diagnosis.flow.bound <= LARGEST_BOUND:
-        panel.axhline(diagnosis.flow.bound, color="C3", linestyle="--", label="bound, of |x_0|")
+    numbers, distances = range(1, len(flow.distances) + 1), [max(d, LEAST) for d in flow.distances]
+    panel.semilogy(numbers, distances, ".-", label="measured")
+    if flow.bound is not None and flow.bound <= LARGEST_BOUND:
+        panel.axhline(flow.bound, color="C3", linestyle="--", label="bound, of |x_0|")
     panel.legend(frameon=False)
 
 
-def _draw_reconstructions(panel: Any, diagnosis: Diagnosis) -> None:
-    found = diagnosis.reconstructions
+def _draw_reconstructions(panel: Any, found: list[Reconstruction]) -> None:
     solvers = list(dict.fromkeys(one.solver for one in found))
     for scheme in dict.fromkeys(one.scheme for one in found):
         mine = [one for one in found if one.scheme == scheme]
@@ -65,12 +67,11 @@ def _draw_reconstructions(panel: Any, diagnosis: Diagnosis) -> None:
     panel.legend(frameon=False)
 
 
-def _draw_candidates(panel: Any, diagnosis: Diagnosis) -> None:
-    plan = diagnosis.plan
+def _draw_candidates(panel: Any, plan: Plan) -> None:
     for candidate in plan.candidates:
         is_chosen = candidate is plan.chosen
-        place = candidate.held_bytes / 2**20, max(candidate.error, LEAST)
+        place = candidate.held_bytes / 2**10, max(candidate.error, LEAST)
         panel.loglog(*place, "o", color="C2" if is_chosen else "0.6", label=str(candidate) if is_chosen else None)
+    panel.axhline(plan.tolerance, color="C3", linestyle="--", linewidth=1, label="tolerance")
+    panel.set(xlabel="KiB held between forward and backward pass", title="Gradient error of what calibrate tried")
     panel.legend(frameon=False)
-    panel.axhline(plan.tolerance, color="C3", linestyle="--", linewidth=1)
-    panel.set(xlabel="MiB held between forward and backward pass", title="Gradient error of what calibrate tried")

@@ -23,7 +23,7 @@ from ..initialize import parameters_of_blocks
 from .probe import Probe
 
 TOLERANCE = 1e-8
-"""Of the solver, relative to the state."""
+"""The error that the solver may make, relative to the state."""
 SHORT = 1e-6
 """Time over which the second derivative is a difference quotient, as a share of a step."""
 

@@ -22,7 +22,7 @@ from ..stack import ResidualStack
 T = TypeVar("T")
 
 ITERATIONS = 12
-"""Of the power iteration: with a second singular value of 0.8 of the first it is 0.5% too low at most."""
+"""Iterations of the power method: with a second singular value of 0.8 of the first it is 0.5% too low at most."""
 NEARBY = 1e-5
 """Distance of the points of a difference quotient, relative to the state."""
 
