@@ -15,15 +15,8 @@ from torch._C._functorch import is_legacy_batchedtensor
 
 from ..devices import is_capturing
 from ..squares import square_dtype, squared_norm
-from .reevaluation import (
-    ROUNDING,
-    Increments,
-    Judge,
-    changed_in_between,
-    changes,
-    not_recomputed,
-    too_coarse,
-)
+from .coarseness import StoredRounding, too_coarse
+from .reevaluation import ROUNDING, Increments, Judge, changed_in_between, changes, not_recomputed
 
 ON_DRIFT = ("ignore", "warn", "raise", "store", "checkpoint")
 FALLBACKS = {
@@ -90,7 +83,7 @@ class DriftMonitor:
         # [steps + 1, 2]: |y - x_n|^2, |x_n|^2, and at the end the same of the input.
         self._squares: Tensor | None = None
         self._rows: tuple[Tensor, ...] = ()
-        self._increments: Increments | None = None
+        self._increments: Increments | StoredRounding | None = None
         # [steps, 6], or 8 where increments are stored: their numbers in the last forward and backward pass, with what
         # judges them. In memory that stays, as the squares do.
         self._numbers: Tensor | None = None
@@ -113,11 +106,11 @@ class DriftMonitor:
             self.poll()
         return self.fallback_requested
 
-    def begin(self, stream: Tensor, measures: bool, increments: Increments | None = None) -> None:
+    def begin(self, stream: Tensor, measures: bool, increments: Increments | StoredRounding | None = None) -> None:
         """A backward pass starts; it measures defects, or looks for NaN and Inf alone.
 
         Args:
-            increments: those of its forward pass, where these are evaluated again.
+            increments: those of its forward pass, where these are evaluated again, or what was rounded off them.
         """
         self._prepared(stream).zero_()
         self._measured, self._reached_input = measures, False
@@ -158,7 +151,7 @@ class DriftMonitor:
         """Shape [steps + 1, 2], for a backward pass that fills all steps' rows at once."""
         return self._prepared(stream)
 
-    def watch(self, node: Any, squares: Tensor, measures: bool) -> None:
+    def watch(self, node: Any, squares: Tensor, measures: bool, rounding: StoredRounding | None = None) -> None:
         """Begin and end with the backward pass of an autograd node that fills the first rows of `squares`."""
 
         def begin(cotangents: tuple[Tensor | None, ...]) -> None:
@@ -169,7 +162,7 @@ class DriftMonitor:
                 return
             # A forward pass in between, on another device, has made others.
             self._squares, self._rows = squares, squares.unbind()
-            self.begin(cotangents[0], measures)
+            self.begin(cotangents[0], measures, rounding)
             self._unchecked = True
 
         node.register_prehook(begin)
@@ -211,7 +204,7 @@ class DriftMonitor:
     def _square(place: Tensor, vector: Tensor) -> None:
         place.copy_(squared_norm(vector))
 
-    def end(self, increments: Increments | None = None, is_batched: bool = False) -> None:
+    def end(self, increments: Increments | StoredRounding | None = None, is_batched: bool = False) -> None:
         """A backward pass rebuilt all that it will. What a CUDA graph measures on its replays is not judged.
 
         Args:
@@ -219,7 +212,7 @@ class DriftMonitor:
             is_batched: it computed a batch of gradients, and measured nothing else.
         """
         increments = increments or self._increments
-        if is_batched and increments is not None:
+        if is_batched and isinstance(increments, Increments):
             squares = self._prepared(increments.first).zero_()
         elif self._squares is None or not self._unchecked:
             return
@@ -229,18 +222,16 @@ class DriftMonitor:
         self._keep(increments)
         if is_capturing() or squares.is_meta:
             return
-        tensors = [squares]
-        if increments is not None and increments.again is not None:
-            tensors += [increments.first, increments.again]
+        tensors = [squares, *(() if increments is None else increments.numbers)]
         if squares.device.type == "cpu":
             self._judge(increments, *tensors)
         elif not self._has_warned_of_all():
             self._later(partial(self._judge, increments), *tensors)
 
-    def _keep(self, increments: Increments | None) -> None:
+    def _keep(self, increments: Increments | StoredRounding | None) -> None:
         """Copy the numbers of a backward pass that has ended."""
         self._increments = self._replay_judge = None
-        if increments is None or increments.again is None:
+        if not isinstance(increments, Increments) or increments.again is None:
             return
         first = increments.first
         kept, width = self._numbers, first.shape[1] + increments.again.shape[1]
@@ -303,8 +294,8 @@ class DriftMonitor:
         reported = {"ignore": {"broken"}, "warn": {"replay", "broken", "drift"}}
         return self.on_drift in reported and reported[self.on_drift] <= self._warned_of
 
-    def _judge(self, increments: Increments | None, squares: Tensor, *numbers: Tensor) -> None:
-        """Act on what a backward pass measured: the squares and, with increments, their numbers first and again."""
+    def _judge(self, increments: Increments | StoredRounding | None, squares: Tensor, *numbers: Tensor) -> None:
+        """Act on what a backward pass measured: the squares and, with increments, their numbers."""
         if self._has_warned_of_all():
             return
         broken = squares[:-1].isfinite().logical_not_().any(dim=1).nonzero()
@@ -324,8 +315,8 @@ class DriftMonitor:
         defect = excess[worst].item() if self._measured else 0.0
         if self.on_drift == "ignore":
             return
-        first, again = (tensor.tolist() for tensor in numbers) if numbers else ((), ())
-        coarse = None if increments is None or not numbers else increments.judge.coarse(first, again)
+        measured = [tensor.tolist() for tensor in numbers]
+        coarse = None if increments is None or not numbers else increments.judge.coarse(*measured)
         if coarse is not None:
             n, share = coarse
             self._act("drift", f"{self._where}: the increment of step {n} {too_coarse(share)}")
@@ -337,8 +328,9 @@ class DriftMonitor:
                 "gradients may be as far off; choose a solver with resode_cuda.calibrate, or use more corrections, "
                 "more stored bits, anchors, or a smaller step",
             )
-        elif defect <= MAX_DRIFT and increments is not None and numbers:  # where states are off, so are increments
-            found = increments.judge.unexplained(first, again)
+        elif defect <= MAX_DRIFT and isinstance(increments, Increments) and numbers:
+            # Where states are off, so are increments.
+            found = increments.judge.unexplained(*measured)
             if found is not None:
                 n, change = found
                 self._act("replay", f"{self._where}: {increments.blocks_of(n)} {changed_in_between(change)}")

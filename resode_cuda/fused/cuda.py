@@ -44,6 +44,8 @@ def reason(network: Network, method: Method, device: torch.device) -> str | None
     """Why the kernels in CUDA C++ can't compute this; None if they can."""
     if network.dim > LARGEST_DIM:
         return f"{KERNELS} keep rows of at most {LARGEST_DIM} values on chip, got dim {network.dim}"
+    if method.solver.is_stored:
+        return f"{KERNELS}, which are made for few rows, store no increments"
     return (
         requirements.reason(KERNELS, network, method, device)
         or library.build_info().reason

@@ -23,6 +23,7 @@ from .network import Network
 from .schedule import schedule
 from .signature import AdjointResult, ParameterGradients, SavedStates, Wanted
 from .slabs import slabs
+from .storage import unfilled
 
 SMALLEST_DIM = 16
 
@@ -186,7 +187,7 @@ class SlabDriver:
             wanted_increments = increments if method.kept_increments else None
             wanted_states = anchored if method.anchor_count else None
             self.kernels(network, method).forward(x, x_last, wanted_increments, wanted_states, len(method))
-        return SavedStates(x_last, increments, anchored)
+        return SavedStates(x_last, increments, anchored, unfilled(method, x))
 
     def adjoint(
         self, network: Network, method: Method, g: Tensor, states: SavedStates, wanted: Wanted
@@ -202,6 +203,7 @@ class SlabDriver:
         scratch = kernels.scratch(min(slab_rows, rows), length) if two_passes else NO_SCRATCH
         for begin in range(0, rows, slab_rows):
             slab = slice(begin, min(begin + slab_rows, rows))
+            assert states.x_last is not None
             x = states.x_last[slab]
             anchored = states.anchored[:, slab] if method.anchor_count else None
             start = Boundary(x, g[slab], states.increments[:, slab] if method.extrapolates else None)
