@@ -153,7 +153,7 @@ class CudaKernels(NetworkKernels):
         self._launch(self.library.mlp_forward, operands)
 
     def adjoint(self, state_pass: StatePass) -> None:
-        start, end, anchored, squares, scratch, steps, _ = state_pass
+        start, end, anchored, _, squares, scratch, steps, _ = state_pass
         count, solver = len(self.method), self.method.solver
         last_increment = increment_before = None
         increments_in = start.increments

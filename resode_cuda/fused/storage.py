@@ -40,6 +40,12 @@ class StoredIncrements(NamedTuple):
         parts = self.packed.split([rows * groups * 4 * b for b in bits])
         return [part.view(rows, groups, 4 * b) for part, b in zip(parts, bits, strict=True)]
 
+    def of_rows(self, rows: slice) -> StoredIncrements:
+        """Those of a part of the rows, where all steps have as many bits: `packed` is [stored steps, rows, bytes]."""
+        steps, count, _ = self.scales.shape
+        packed = self.packed.view(steps, count, self.packed.numel() // max(1, steps * count))
+        return StoredIncrements(self.companions[:, rows], self.units[:, rows], self.scales[:, rows], packed[:, rows])
+
 
 def formats(method: Method, x: Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each field, for states like x [*, dim], whose dtype is wide enough for companions."""
