@@ -218,7 +218,7 @@ class SlabDriver:
         scratch = kernels.scratch(min(slab_rows, rows), length) if two_passes else NO_SCRATCH
         for begin in range(0, rows, slab_rows):
             slab = slice(begin, min(begin + slab_rows, rows))
-            x = None if states.x_last is None else states.x_last[slab]
+            x = None if states.x_last is None or method.solver.is_stored else states.x_last[slab]
             stored = states.stored.of_rows(slab) if method.solver.is_stored else None
             anchored = states.anchored[:, slab] if method.anchor_count else None
             start = Boundary(x, g[slab], states.increments[:, slab] if method.extrapolates else None)

@@ -75,14 +75,14 @@ def defect_squares(sums: Tensor) -> Tensor:
 class RoundingSquares(NamedTuple):
     """What a forward pass measures of the rounding, as `adjoint.coarseness` judges it.
 
-    `sample` are states that are one of many: x_{n+1} of the first step n that is stored, in every `stride`-th row.
+    `sample` is a part of a state: x_{n+1} of the first step n that is stored, in every 2^shift-th row.
     """
 
     squares: Tensor
     """[steps, 2]: |x_{n+1} - c_{n+1}|^2 and |x_{n+1} - c_n|^2, added to."""
     sample: Tensor
     """[sampled rows, dim], to be filled."""
-    stride: int
+    shift: int
 
     def numbers(self, rows: int) -> Tensor:
         """[steps, 3]: the squares, and that of a state all of whose values are typical: as large as the median."""
@@ -101,6 +101,6 @@ def unmeasured(method: Method, x: Tensor) -> RoundingSquares:
     """Memory for what is measured of states [rows, dim]."""
     rows, dim = x.shape
     steps, _ = rounding_shape(method)
-    stride = max(1, -(-rows * dim // SAMPLE))
+    shift = (max(1, -(-rows * dim // SAMPLE)) - 1).bit_length()
     squares = x.new_zeros(steps, 2, dtype=square_dtype(x.device))
-    return RoundingSquares(squares, x.new_empty(-(-rows // stride) if steps else 0, dim), stride)
+    return RoundingSquares(squares, x.new_empty(-(-rows >> shift) if steps else 0, dim), shift)

@@ -69,12 +69,12 @@ class StoringSweep:
         unit = self.increments.units[segment, rows]
         after, packed, scales = self.tile.store(x_next, before, unit, method.solver.bits_of(n))
         self.packed[place][rows], self.increments.scales[place, rows] = packed, scales
-        squares, sample, stride = self.rounding
+        squares, sample, shift = self.rounding
         for column, companion in enumerate((after, before)):
             squares[n, column] += squared_norm(x_next - companion)
         if place == 0:
-            first, stop = (-(-row // stride) for row in (rows.start, rows.stop))
-            sample[first:stop] = x_next[first * stride - rows.start :: stride]
+            first, stop = (-(-row >> shift) for row in (rows.start, rows.stop))
+            sample[first:stop] = x_next[(first << shift) - rows.start :: 1 << shift]
         if method.ends_segment(n):
             self.increments.companions[segment, rows] = after
         self.companion = after

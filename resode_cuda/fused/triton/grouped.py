@@ -14,7 +14,6 @@ from ..storage import StoredIncrements
 
 UNIT_BITS = tl.constexpr(13)
 """A group's unit is 2^-13 of the power of two above its largest value, `stored.UNITS`."""
-LEAST_UNIT = tl.constexpr(2.0**-126)
 QUIETEST = tl.constexpr(16)
 """As `stored.QUIETEST`."""
 
@@ -63,12 +62,13 @@ def start_companion(x: tl.tensor, x_next: tl.tensor, CONFIG: tl.constexpr) -> tl
     # As integers, which have NaN above all numbers.
     bits = tl.max(grouped(magnitude, CONFIG).to(tl.int32, bitcast=True), axis=1)
     bits = tl.maximum(bits, tl.reshape(typical, [groups_of_tile(CONFIG)]).to(tl.int32, bitcast=True))
-    exponent = tl.where(bits == 0, 127, bits >> 23)
-    unit = (tl.maximum(exponent + 1 - UNIT_BITS, 1) << 23).to(tl.float32, bitcast=True)
-    unit = tl.where(bits >> 23 == 255, bits.to(tl.float32, bitcast=True), unit)
-    units_of_x = tl.math.div_rn(grouped(x, CONFIG), unit[:, None])
-    count = whole_number(tl.abs(units_of_x))
-    companion = tl.where(units_of_x < 0, -count, count) * unit[:, None]
+    exponent = tl.maximum(tl.where(bits == 0, 127, bits >> 23) + 1 - UNIT_BITS, 1)
+    is_finite = bits >> 23 < 255
+    unit = tl.where(is_finite, exponent << 23, bits).to(tl.float32, bitcast=True)
+    per_unit = tl.where(is_finite, (254 - exponent) << 23, bits).to(tl.float32, bitcast=True)
+    values = grouped(x, CONFIG)
+    count = whole_number(tl.abs(values) * per_unit[:, None])
+    companion = tl.where(values < 0, -count, count) * tl.where(is_finite, unit, float("nan"))[:, None]
     return whole(companion, CONFIG), unit
 
 

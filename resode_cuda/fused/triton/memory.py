@@ -72,6 +72,13 @@ def store_tile(states: tl.tensor, values: tl.tensor, start: tl.tensor, inside: t
 
 
 @triton.jit
+def square_of_rows(values: tl.tensor, rows: tl.tensor) -> tl.tensor:
+    """The square of a tile's first rows."""
+    of_rows = tl.sum(values * values, 1)
+    return tl.sum(tl.where(tl.arange(0, values.shape[0]) < rows, of_rows, 0))
+
+
+@triton.jit
 def store_scratch(
     scratch: tl.tensor,
     values: tl.tensor,

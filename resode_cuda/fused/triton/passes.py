@@ -157,7 +157,7 @@ class TritonKernels(NetworkKernels):
             (programs,),
             tile,
             *(x, x_last, anchored, stored, parts, rounding.sample, self.schedule, *self._weights(tile)),
-            *(len(x), rounding.stride, len(self.method)),
+            *(len(x), rounding.shift, len(self.method)),
             LARGEST=float(largest_companion(x.dtype, self._bits)),
             BITS=self._bits,
             ROUNDED=self.method.solver.rounded_forward,

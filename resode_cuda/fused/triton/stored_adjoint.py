@@ -13,7 +13,16 @@ from ..driver import Boundary, Scratch
 from ..storage import StoredIncrements
 from .arguments import Gradients, Weights
 from .grouped import groups_of_row, places_of_groups, stored_increment
-from .memory import anchor_place, ends_segment, inside_of, load_tile, segment_of, store_tile, stored_place
+from .memory import (
+    anchor_place,
+    ends_segment,
+    inside_of,
+    load_tile,
+    segment_of,
+    square_of_rows,
+    store_tile,
+    stored_place,
+)
 from .step import step_vjp
 
 
@@ -58,35 +67,42 @@ def stored_adjoint_kernel(
     inside = inside_of(row, count, CONFIG)
     place, is_there = places_of_groups(count - row, CONFIG)
     g = load_tile(start.g, row, inside, CONFIG)
-    y = tl.zeros_like(g)
     if start.x is not None:
         y = load_tile(start.x, row, inside, CONFIG)
+    elif anchored is None:
+        y = load_tile(stored.companions, row, inside, CONFIG)
+    else:
+        y = tl.zeros_like(g)
+    squares += tile * steps * 3
     for i in range(last - first):
         n = last - 1 - i
         h = tl.load(schedule + 4 * n)
-        is_stored = anchor_place(schedule, n) < 0
-        segment = tl.maximum(segment_of(schedule, n), 0)
-        is_read = is_stored & ends_segment(schedule, n, steps)
-        after = load_tile(stored.companions + segment * stored_rows * CONFIG.dim, row, inside & is_read, CONFIG)
-        after = tl.where(is_read, after, y)
-        of_segment = (segment * stored_rows + row) * groups_of_row(CONFIG)
-        unit = tl.load(stored.units + of_segment + place, mask=is_there & is_stored, other=1.0)
-        of_step = (stored_place(schedule, n) * stored_rows + row) * groups_of_row(CONFIG)
-        increment = stored_increment(stored, unit, of_step, place, is_there & is_stored, BITS, CONFIG)
-        y = after - increment
-        at_step = squares + (tile * steps + n) * 3
-        after = tl.where(inside & is_stored, after, 0)
-        tl.store(at_step + 2, tl.sum(after * after))
-        measured = tl.where(inside & is_stored, y, 0)
-        tl.store(at_step + 1, tl.sum(measured * measured))
+        after, segment, is_kept = y, 0, is_there
         if anchored is not None:
-            at = anchored + anchor_place(schedule, n) * anchored_rows * CONFIG.dim
-            y = tl.where(is_stored, y, load_tile(at, row, inside & (is_stored == 0), CONFIG))
+            at_anchor, segment = anchor_place(schedule, n), tl.maximum(segment_of(schedule, n), 0)
+            is_stored = at_anchor < 0
+            is_read = is_stored & ends_segment(schedule, n, steps)
+            ending = stored.companions + segment * stored_rows * CONFIG.dim
+            after = tl.where(is_read, load_tile(ending, row, inside & is_read, CONFIG), y)
+            is_kept &= is_stored
+        of_segment = (segment * stored_rows + row) * groups_of_row(CONFIG)
+        unit = tl.load(stored.units + of_segment + place, mask=is_kept, other=1.0)
+        of_step = (stored_place(schedule, n) * stored_rows + row) * groups_of_row(CONFIG)
+        increment = stored_increment(stored, unit, of_step, place, is_kept, BITS, CONFIG)
+        y = after - increment
+        # Rows beyond the end are zero.
+        squares_here = tl.sum(y * y), tl.sum(after * after)
+        if anchored is not None:
+            kept = anchored + at_anchor * anchored_rows * CONFIG.dim
+            y = tl.where(is_stored, y, load_tile(kept, row, inside & (at_anchor >= 0), CONFIG))
         g, defect = step_vjp(
-            g, -increment, y, h, n, first, row, scratch_rows, scratch, weights, gradients, True, CONFIG
+            *(g, -increment, y, h, n, first, row, scratch_rows),
+            *(scratch, weights, gradients, True, CONFIG),
         )
-        defect = tl.where(inside & is_stored, defect, 0)
-        tl.store(at_step, tl.sum(defect * defect))
+        if anchored is None or is_stored:
+            tl.store(squares + 3 * n, square_of_rows(defect, count - row))
+            tl.store(squares + 3 * n + 1, squares_here[0])
+            tl.store(squares + 3 * n + 2, squares_here[1])
     store_tile(end.g, g, row, inside, CONFIG)
     if end.x is not None:
         store_tile(end.x, y, row, inside, CONFIG)
