@@ -29,6 +29,7 @@ from ..signature import AdjointResult, ParameterGradients, SavedStates, Wanted
 from ..storage import RoundingSquares, StoredIncrements
 from . import arguments
 from .arguments import Gradients, KernelConfig, Weights
+from .stored_tiles import storing
 from .tiles import LARGEST_ONE_PASS_DIM, Tile, tiles_for
 from .wide import WideTile
 
@@ -118,7 +119,10 @@ class TritonKernels(NetworkKernels):
     def __init__(self, network: Network, method: Method) -> None:
         is_plain = network.norm is None and method.scheme is Euler
         dim, capability = padded_dim(network.dim), capability_of(network.weight_in.device)
-        self.tiles = tiles_for(capability, dim, network.weight_in.itemsize, is_plain)
+        served = capability, dim, network.weight_in.itemsize, is_plain
+        self.tiles = tiles_for(*served)
+        if method.solver.is_stored:
+            self.tiles = storing(self.tiles, *served)
         super().__init__(network, method, self.tiles.chunk, max(tile.rows for tile in self.tiles))
 
     def takes_two_passes(self, rows: int) -> bool:
