@@ -15,6 +15,7 @@ import torch
 import triton
 from triton.runtime import interpreter
 
+from resode_cuda import stored
 from resode_cuda.fused import slabs
 from resode_cuda.fused.reference import passes as reference
 from resode_cuda.fused.signature import Wanted
@@ -121,6 +122,37 @@ def test_gradients_are_repeated_bit_by_bit():
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("anchors", "n"), [((), 0), ((0,), 1), ((), 2)])
+def test_what_is_not_finite_reaches_the_squares(value, anchors, n):
+    """In a step's input: of the first one, of the first after a kept state, of the last."""
+    case = Case(reverse="stored", dim=40, anchors=anchors)
+    network, x, g = case.operands(torch.float32)
+    method = network.method(case.solver, anchors)
+    if n == 0:
+        x[3, 35] = value
+    else:
+        network.bias_out[n - 1, 35] = value
+    states = triton_passes.forward(network, method, x)
+    squares = triton_passes.adjoint(network, method, g, states, Wanted(parameters=True)).squares
+    assert not squares[n:].isfinite().all()
+    if n == 0:
+        rows = [row for row in range(case.rows) if row != 3]
+        assert states.stored.companions[:, rows].isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
+def test_companions_come_back_to_the_last_bit_over_many_steps(bits):
+    case = Case(reverse=Reverse("stored", bits=bits), dim=40, steps=30, rows=17, activation="tanh")
+    network, x, g = case.operands(torch.float32)
+    method = network.method(case.solver)
+    states = triton_passes.forward(network, method, x)
+    found = triton_passes.adjoint(network, method, g, states, Wanted(parameters=False, input=True)).x
+    unit = states.stored.units[0].repeat_interleave(stored.GROUP, 1)[:, :40]
+    assert torch.equal(found, (x / unit).round() * unit)
 
 
 class Wide:

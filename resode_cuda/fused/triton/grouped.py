@@ -58,8 +58,8 @@ def start_companion(x: tl.tensor, x_next: tl.tensor, CONFIG: tl.constexpr) -> tl
     # NaN goes through.
     magnitude = tl.maximum(tl.abs(x), tl.abs(x_next), propagate_nan=tl.PropagateNan.ALL)
     typical = tl.sum(tl.reshape(magnitude, [ROWS, OF_TILE_ROW * GROUP]), 1) / CONFIG.dim
-    typical = tl.broadcast_to((typical / QUIETEST)[:, None], [ROWS, OF_TILE_ROW])
-    # As integers, which have NaN above all numbers.
+    typical = tl.broadcast_to(tl.abs(typical / QUIETEST)[:, None], [ROWS, OF_TILE_ROW])
+    # As integers, which have NaN above all numbers, whose sign must be cleared.
     bits = tl.max(grouped(magnitude, CONFIG).to(tl.int32, bitcast=True), axis=1)
     bits = tl.maximum(bits, tl.reshape(typical, [groups_of_tile(CONFIG)]).to(tl.int32, bitcast=True))
     exponent = tl.maximum(tl.where(bits == 0, 127, bits >> 23) + 1 - UNIT_BITS, 1)
