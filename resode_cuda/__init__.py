@@ -9,6 +9,7 @@ from .initialize import deepen, smooth_init_
 from .mlp import ResidualMLP
 from .plan import Candidate, Plan
 from .reverse import Reverse
+from .smoothness import smooth_gradients_
 from .stack import ResidualStack
 
 __version__ = "0.1.0"
@@ -26,5 +27,6 @@ __all__ = [
     "deepen",
     "functional",
     "ops",
+    "smooth_gradients_",
     "smooth_init_",
 ]

@@ -77,7 +77,7 @@ class AdjointModule(nn.Module):
             raise ValueError(f"{self._where}: gradient must be one of {GRADIENTS}, got {gradient!r}")
         self._gradient = gradient
         self._monitor.fallback_requested = False
-        self._monitor.gradient_error_per_defect = None
+        self._monitor.settings_changed()
 
     @property
     def reverse(self) -> Reverse:
@@ -88,7 +88,7 @@ class AdjointModule(nn.Module):
     def reverse(self, reverse: str | Reverse) -> None:
         solver = solver_from(self._where, reverse)
         self._method = replace(self._method, solver=solver)
-        self._monitor.gradient_error_per_defect = None
+        self._monitor.settings_changed()
 
     @property
     def anchors(self) -> CheckedAnchors:
@@ -100,7 +100,7 @@ class AdjointModule(nn.Module):
     def anchors(self, anchors: Anchors) -> None:
         self._anchors = checked_anchors(self._where, anchors, len(self._method))
         self._method = replace(self._method, anchors=anchored_steps(self._anchors, len(self._method)))
-        self._monitor.gradient_error_per_defect = None
+        self._monitor.settings_changed()
 
     @property
     def max_drift(self) -> float:

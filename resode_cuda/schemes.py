@@ -23,8 +23,9 @@ from . import ops
 BlockFunction = Callable[[Tensor], Tensor]
 Vjp = Callable[[Tensor], Tensor | None]
 """From the cotangent of a block's output to that of its input, None for zero; collects parameters' gradients."""
-Linearize = Callable[[BlockFunction, Tensor], tuple[Tensor, Vjp]]
-"""A block's output at a point, and its vector-Jacobian product there."""
+Linearize = Callable[[BlockFunction, Tensor], tuple[Tensor | None, Vjp]]
+"""A block's output at a point, None where the step's last one was not evaluated to its end, and its vector-Jacobian
+product there."""
 
 
 class Stages(NamedTuple):
@@ -37,7 +38,8 @@ class Stages(NamedTuple):
 class StepVjp(NamedTuple):
     """A step evaluated at a point: its stages, and the product of their sum's Jacobian with a cotangent, v1 + v2."""
 
-    stages: Stages
+    stages: Stages | None
+    """None where the last one was not evaluated to its end."""
     v1: Tensor | None
     v2: Tensor | None = None
 
@@ -111,7 +113,7 @@ class Euler:
     def vjp(blocks: Sequence[BlockFunction], x: Tensor, h: float, gamma: Tensor, linearize: Linearize) -> StepVjp:
         (f,) = blocks
         k1, vjp = linearize(f, x)
-        return StepVjp(Stages(k1), vjp(gamma))
+        return StepVjp(None if k1 is None else Stages(k1), vjp(gamma))
 
 
 class Heun:
@@ -156,9 +158,11 @@ class Heun:
     def vjp(blocks: Sequence[BlockFunction], x: Tensor, h: float, gamma: Tensor, linearize: Linearize) -> StepVjp:
         f, f_next = blocks
         k1, vjp = linearize(f, x)
+        assert k1 is not None, "it is not the last one"
         k2, vjp_next = linearize(f_next, add(x, k1, h))
         through_k2 = vjp_next(gamma)
-        return StepVjp(Stages(k1, k2), through_k2, vjp(gamma if through_k2 is None else add(gamma, through_k2, h)))
+        stages = None if k2 is None else Stages(k1, k2)
+        return StepVjp(stages, through_k2, vjp(gamma if through_k2 is None else add(gamma, through_k2, h)))
 
 
 class BlockForm:
@@ -195,7 +199,7 @@ class BlockForm:
     def vjp(blocks: Sequence[BlockFunction], x: Tensor, h: float, gamma: Tensor, linearize: Linearize) -> StepVjp:
         (block,) = blocks
         x_next, vjp = linearize(block, x)
-        return StepVjp(Stages(x_next.to(x.dtype) - x), vjp(gamma))
+        return StepVjp(None if x_next is None else Stages(x_next.to(x.dtype) - x), vjp(gamma))
 
 
 SCHEMES: dict[str, type[Scheme]] = {scheme.name: scheme for scheme in (Euler, Heun)}

@@ -88,13 +88,16 @@ class ResidualStack(AdjointModule):
     network tried.
 
     Under "adjoint" and "checkpoint" a block runs again in the backward pass, under "adjoint" without gradients in the
-    forward pass. What it sees is as it was: random numbers (torch's, Python's `random`, NumPy's global ones), buffers,
-    autocast, the default dtype, train/eval flags, numbers and strings among its modules' attributes, arguments with
-    their containers. Whether it was the same function is measured (`drift.changes`), and acted on by `on_drift`; under
-    "checkpoint" one step in turn is compared in each pass, and raises `DriftError`. Limits, all of them the blocks':
+    forward pass, unless increments are stored. What it sees is as it was: random numbers (torch's, Python's `random`,
+    NumPy's global ones), buffers, autocast, the default dtype, train/eval flags, numbers and strings among its modules'
+    attributes, arguments with their containers. Whether it was the same function is measured (`drift.changes`), and
+    acted on by `on_drift`. Under "checkpoint" one step in turn is compared in each pass, and raises `DriftError`; where
+    increments are stored all are in the first pass, then one in turn, unless `on_drift="raise"`.
+    Limits, all of them the blocks':
 
     - What a block leaves for others (an auxiliary loss kept on the module, states appended to a list, activations taken
-      by a hook) has no gradients under "adjoint", which warns of it where it can: use `auxiliary` or `return_states`.
+      by a hook) has no gradients under "adjoint", which warns of it, or raises, where it can: use `auxiliary` or
+      `return_states`.
     - Random numbers of a generator of the block's own, caches in objects of its own and tensors written through `.data`
       are not replayed; that they changed is noticed where they change the increment by a twentieth or more.
     - A block must not write its parameters or its tensor arguments, or branch on whether gradients are enabled.

@@ -116,32 +116,41 @@ def store(target: Tensor, companion: Tensor, unit: Tensor, bits: int) -> tuple[T
 
     Packed: uint8, [samples, groups, 4 bits]; scales: uint8, [samples, groups]. What is not finite has scale 255, NaN.
     """
-    rows, limit = _rows(companion, companion), quantum_count(bits)
-    largest = _of_values(largest_companion(companion.dtype, bits) * unit, rows)
-    wanted = _rows(target, companion).to(companion.dtype)
-    difference = torch.sub(wanted.clamp(-largest, largest), rows, out=torch.empty_like(rows))
-    difference = _grouped(difference.add_(wanted, alpha=0.0))  # NaN where it is infinite
-    size = _mean_magnitude(difference, rows) if bits == 1 else difference.abs().amax(-1) / (limit + 0.499)
+    limit, rows = quantum_count(bits), _rows(companion, companion)
+    largest = (largest_companion(companion.dtype, bits) * unit)[..., None]
+    wanted = _grouped(_rows(target, companion).to(companion.dtype))
+    # In place from here on: new memory costs a CPU more than what is computed in it.
+    difference = torch.minimum(wanted, largest)
+    torch.maximum(difference, -largest, out=difference)
+    difference.sub_(_grouped(rows)).add_(wanted, alpha=0.0)  # NaN where it is infinite
+    magnitude = difference.abs()
+    size = _mean(magnitude, rows) if bits == 1 else magnitude.amax(-1) / (limit + 0.499)
     table = _scales(companion)
     codes = torch.bucketize(size / unit, table[:-1])
     scale = (table[codes] * unit)[..., None]
     if bits == 1:
-        integers = torch.where(difference < 0, -1.0, 1.0)
-    else:
-        integers = (difference / scale).round_().clamp_(-limit, limit)
-    moved = torch.empty_like(companion)
-    increment = (integers * scale).flatten(1)[:, : rows.shape[1]]
-    torch.add(rows, increment, out=_rows(moved, moved))
-    return moved, _packed(integers, bits), codes.to(torch.uint8)
+        integers = magnitude.copy_(difference < 0).mul_(-2).add_(1)
+    else:  # at most the limit, as the scale was chosen for that
+        integers = torch.div(difference, scale, out=magnitude).round_()
+    packed = _packed(integers, bits)
+    increment = integers.mul_(scale).flatten(1)[:, : rows.shape[1]]
+    return _in_place_of(companion, increment.add_(rows)), packed, codes.to(torch.uint8)
 
 
 def take_back(companion: Tensor, packed: Tensor, scales: Tensor, unit: Tensor, bits: int) -> Tensor:
     """c_n from c_{n+1}, exactly."""
     rows = _rows(companion, companion)
     scale = _scales(companion)[scales.int()] * unit
-    increment = (_unpacked(packed, bits, companion.dtype) * scale[..., None]).flatten(1)
+    increment = _unpacked(packed, bits, companion.dtype).mul_(scale[..., None]).flatten(1)[:, : rows.shape[1]]
+    return _in_place_of(companion, torch.sub(rows, increment, out=increment))
+
+
+def _in_place_of(companion: Tensor, rows: Tensor) -> Tensor:
+    """The next companion, in the memory of the rows where these are consecutive."""
+    if rows.is_contiguous():
+        return rows.as_strided(companion.shape, companion.stride())
     moved = torch.empty_like(companion)
-    torch.sub(rows, increment[:, : rows.shape[1]], out=_rows(moved, moved))
+    _rows(moved, moved).copy_(rows)
     return moved
 
 
@@ -164,7 +173,9 @@ def is_companion_layout(x: Tensor) -> bool:
 
 def _rows(x: Tensor, companion: Tensor) -> Tensor:
     """[samples, values], in the companion's order in memory."""
-    return x.reshape(1, -1) if x.ndim <= 1 else x.permute(0, *_inner_dims(companion)).flatten(1)
+    if x.ndim <= 1:
+        return x.reshape(1, -1)
+    return (x if companion.is_contiguous() else x.permute(0, *_inner_dims(companion))).flatten(1)
 
 
 def _grouped(rows: Tensor) -> Tensor:
@@ -173,10 +184,10 @@ def _grouped(rows: Tensor) -> Tensor:
     return padded.unflatten(1, (group_count(rows), GROUP))
 
 
-def _mean_magnitude(grouped: Tensor, rows: Tensor) -> Tensor:
-    """Mean magnitude of each group, of which the last may have fewer than 32 values."""
+def _mean(grouped: Tensor, rows: Tensor) -> Tensor:
+    """Mean of each group, of which the last may have fewer than 32 values."""
     starts = torch.arange(0, rows.shape[1], GROUP, device=rows.device)
-    return grouped.abs().sum(-1) / (rows.shape[1] - starts).clamp_max(GROUP)
+    return grouped.sum(-1) / (rows.shape[1] - starts).clamp_max(GROUP)
 
 
 def _made_scales(dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -76,9 +76,18 @@ class Attributes:
 
     def left_behind(self, before: dict[str, Any]) -> list[str]:
         """Names of attributes that were others before, and are tensors that have gradients."""
+        return [f"{self.class_name}.{name}" for name in self._left(before)]
+
+    def detach_left(self, before: dict[str, Any]) -> None:
+        """Take these tensors' graphs off."""
+        found = vars(self._module)
+        for name in self._left(before):
+            found[name] = found[name].detach()
+
+    def _left(self, before: dict[str, Any]) -> list[str]:
         recomputed = _recomputed(self._module)
         return [
-            f"{self.class_name}.{name}"
+            name
             for name, value in vars(self._module).items()
             if value is not before.get(name)
             and name not in TORCHS_OWN
@@ -121,6 +130,11 @@ class Containers:
             if _are_same(self._contents[place] or [], _contents(container)):
                 self._contents[place] = None
 
+    def rewind(self) -> None:
+        """Give them the contents that they had, while the evaluation has not ended."""
+        for (_, _, container), contents in zip(self._all, self._contents, strict=True):
+            _refill(container, contents or [])
+
     def replay(self) -> None:
         """Give them the contents that they had, until the `restoring` around this ends."""
         self._contents_before = [_contents(container) for _, _, container in self._all]
@@ -136,6 +150,17 @@ class Containers:
             for (class_name, name, container), before in zip(self._all, self._contents_before, strict=True)
             if _has_new_gradients(container, before)
         ]
+
+    def detach_left(self) -> list[str]:
+        """The same of an evaluation that has not ended; the tensors' graphs are taken off."""
+        names = []
+        for (class_name, name, container), before in zip(self._all, self._contents, strict=True):
+            if _has_new_gradients(container, before or []):
+                names.append(f"{class_name}.{name}")
+                known = set(map(id, before or []))
+                entries = [(entry, id(entry) not in known and _has_gradient(entry)) for entry in _contents(container)]
+                _refill(container, [entry.detach() if is_left else entry for entry, is_left in entries])
+        return names
 
 
 def _is_plain(value: Any) -> bool:

@@ -99,9 +99,8 @@ class Arguments:
         self.kinds = [Kind.of(tensor) for tensor in self.tensors]
         self.count = len(self.tensors)
         self._numbers = {identity: number for number, identity in enumerate(by_identity)}
-        has_containers = not all(isinstance(value, ATOMS) for value in (*args, *kwargs.values()))
-        self._has_containers = has_containers
-        self._unchanging = None if has_containers else self._now()
+        self.has_containers = not all(isinstance(value, ATOMS) for value in (*args, *kwargs.values()))
+        self._unchanging = None if self.has_containers else self._now()
 
     def refuse_iterators(self) -> None:
         """Raise if one of the arguments, of which every block sees the next entry, can't be gone through again."""
@@ -131,7 +130,7 @@ class Arguments:
         places = [(place, self._numbers[id(leaf)]) for place, leaf in enumerate(leaves) if id(leaf) in self._numbers]
         for place, _ in places:
             leaves[place] = None
-        return Given(leaves, spec, places, self._has_containers)
+        return Given(leaves, spec, places, self.has_containers)
 
 
 def left_in(call: Call) -> bool:

@@ -63,6 +63,14 @@ class Block:
         return self._last
 
     @property
+    def differentiates_inside(self) -> bool:
+        """Whether it has been seen to ask for gradients itself, which takes its tensors while it runs."""
+        return self.index in self._inventories.differentiating
+
+    def seen_to_differentiate(self) -> None:
+        self._inventories.differentiating.add(self.index)
+
+    @property
     def has_fast_path(self) -> bool:
         return (self._last or self.inventory()).has_fast_path
 
@@ -174,9 +182,15 @@ class BlockCall:
         """Whether the block drew no random numbers and wrote no buffers in the forward pass."""
         return self._replayed is not None and self._replayed.is_function
 
-    def first(self, arguments: Arguments, auxiliaries: Auxiliaries) -> BlockFunction:
-        """The block in the forward pass."""
-        return lambda x: self._record(x, arguments, auxiliaries)
+    def first(
+        self, arguments: Arguments, auxiliaries: Auxiliaries, tensors: Sequence[Tensor] | None = None
+    ) -> BlockFunction:
+        """The block in the forward pass.
+
+        Args:
+            tensors: for those among its arguments, where its graph is kept.
+        """
+        return lambda x: self._record(x, arguments, auxiliaries, tensors)
 
     def again(self, tensors: Sequence[Tensor], auxiliaries: Auxiliaries) -> BlockFunction:
         """The block in the backward pass, with these tensors for those among its arguments."""
@@ -194,16 +208,19 @@ class BlockCall:
 
         return evaluated
 
-    def _record(self, x: Tensor, arguments: Arguments, auxiliaries: Auxiliaries) -> Tensor:
+    def _record(
+        self, x: Tensor, arguments: Arguments, auxiliaries: Auxiliaries, tensors: Sequence[Tensor] | None
+    ) -> Tensor:
         assert arguments.call is not None
-        self.given, call = arguments.given(), arguments.call
+        self.given = arguments.given()
+        call = arguments.call if tensors is None else self.given.call(tensors)
         if self._stage:  # the block before it may have changed what they share
             self.inventory = self.block.inventory()
         parameters = [parameter.tensor for parameter in self.inventory.parameters]
         watched = Versions((*arguments.tensors, *self.given.tensors, *parameters))
         self._replayed = Replayed(self.inventory, self._device, self._generators)
         try:
-            out = self._replayed.record(lambda: self.block(x, call, auxiliaries))
+            out = self._replayed.record(lambda: self.block(x, call, auxiliaries), takes_graphs_off=tensors is not None)
         except RuntimeError as error:
             if torch.is_grad_enabled() or "does not require grad" not in str(error):
                 raise
@@ -211,10 +228,16 @@ class BlockCall:
                 f"{self.block.where} must enable gradients where it differentiates, since the forward pass of "
                 'gradient="adjoint" runs without them; put that part of it under torch.enable_grad()'
             ) from error
+        self.left_behind = list(self._replayed.left_behind)
         written = watched.written()
         if written is not None:
             self._refuse(written, arguments)
         return out
+
+    def rewind(self) -> None:
+        """Undo what the first evaluation, which was broken off, has drawn and written."""
+        if self._replayed is not None:
+            self._replayed.rewind()
 
     def _refuse(self, written: Tensor, arguments: Arguments) -> None:
         """Raise for a tensor that the block has written, whose value before is lost to its re-evaluation."""

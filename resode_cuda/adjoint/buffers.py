@@ -137,6 +137,15 @@ class Buffers:
         slots = (slot for module in self._inventory.modules for slot in buffer_slots(module))
         return [slot for slot in slots if (id(slot.owner), slot.name) not in known]
 
+    def rewind(self) -> None:
+        """Give the modules their buffers as they were, while the evaluation has not ended."""
+        for buffer in self._buffers:
+            buffer.slot.owner[buffer.slot.name] = buffer.tensor
+            if buffer.tensor is not None and buffer.copy is not None and not torch.equal(buffer.tensor, buffer.copy):
+                buffer.tensor.copy_(buffer.copy)
+        for slot in self._registered():
+            del slot.owner[slot.name]
+
     def replay(self) -> None:
         """Have modules work on copies of the buffers that they wrote, as they were, until the `restoring` around this
         ends, and see the others.

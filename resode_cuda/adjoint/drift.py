@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
 from ..devices import is_capturing
+from ..method import Method
 from ..squares import square_dtype, squared_norm
 from .coarseness import StoredRounding, too_coarse
 from .reevaluation import ROUNDING, Increments, Judge, changed_in_between, changes, not_recomputed
@@ -39,6 +40,10 @@ class Drift(NamedTuple):
     y is the point at which a step's vector-Jacobian product was taken and x_n the rebuilt state, so the defect
     |y - x_n| / |x_n| (2-norms over the whole batch) is a running measure of the error of y. It is 0 for steps that
     start from an anchor or that were not rebuilt because nothing before them needs a gradient.
+
+    Where a stack's increments are stored, measuring a step takes an evaluation of its blocks to their ends, which its
+    gradient does not. All steps are measured in the first pass, and in every pass with `on_drift="raise"`; else one in turn, and
+    the others are as they were last measured.
     """
 
     defects: Tensor
@@ -77,8 +82,8 @@ class DriftMonitor:
         self.gradient_error_per_defect: float | None = None
         self.fallback_requested = False
         """Whether on_drift="checkpoint" has found reason to."""
-        self.passes = itertools.count()
-        """Numbers the forward passes under "checkpoint", so that each step has its turn to be compared."""
+        self._passes = itertools.count()
+        self._has_measured_all = False
         self._steps = steps
         # [steps + 1, 2]: |y - x_n|^2, |x_n|^2, and at the end the same of the input.
         self._squares: Tensor | None = None
@@ -106,13 +111,38 @@ class DriftMonitor:
             self.poll()
         return self.fallback_requested
 
+    def settings_changed(self) -> None:
+        """What was measured holds for the module as it was."""
+        self.gradient_error_per_defect = None
+        self._has_measured_all = False
+
+    def turn(self) -> int:
+        """The step whose turn it is to be looked at in the forward pass that begins, and in its backward pass."""
+        return next(self._passes) % self._steps
+
+    def measured(self, method: Method) -> Collection[int]:
+        """The steps that the backward pass of the forward pass that begins measures.
+
+        Where increments are stored that alone takes an evaluation of blocks to their ends. So once all steps have been
+        measured it is one in turn, except with on_drift="raise".
+        """
+        is_free = not method.solver.is_stored
+        if is_free or not self._has_measured_all or self.on_drift == "raise" or is_capturing():
+            return range(self._steps)
+        return (self.turn(),)
+
     def begin(self, stream: Tensor, measures: bool, increments: Increments | StoredRounding | None = None) -> None:
         """A backward pass starts; it measures defects, or looks for NaN and Inf alone.
 
         Args:
             increments: those of its forward pass, where these are evaluated again, or what was rounded off them.
         """
-        self._prepared(stream).zero_()
+        squares = self._prepared(stream)
+        if isinstance(increments, Increments) and not increments.are_all_measured:
+            # What other passes have measured stays.
+            squares.masked_fill_(squares.isfinite().all(1, keepdim=True).logical_not_(), 0.0)
+        else:
+            squares.zero_()
         self._measured, self._reached_input = measures, False
         self._increments = increments
         self._unchecked = increments is not None
@@ -193,6 +223,10 @@ class DriftMonitor:
         row[0].copy_(defect_square)
         row[1].copy_(torch.maximum(squared_norm(y), squared_norm(x_next)))
 
+    def look_at(self, n: int, companion: Tensor) -> None:
+        """The companion ends after step n, which is not measured. Every NaN and Inf on its way has reached it."""
+        self.row(n)[1].add_(squared_norm(companion), alpha=0)
+
     def record_input(self, rebuilt: Tensor, x: Tensor) -> None:
         """The state that the reconstruction ended with, and the one that it started from in the forward pass."""
         self._reached_input = True
@@ -236,9 +270,14 @@ class DriftMonitor:
         first = increments.first
         kept, width = self._numbers, first.shape[1] + increments.again.shape[1]
         if kept is None or (kept.shape[1], kept.dtype, kept.device) != (width, first.dtype, first.device):
-            kept = self._numbers = first.new_empty(self._steps, width)
-        kept[:, : first.shape[1]] = first
-        kept[:, first.shape[1] :] = increments.again
+            kept = self._numbers = first.new_full((self._steps, width), torch.nan)
+        rows = torch.cat([first, increments.again], 1)
+        if increments.are_all_measured:
+            kept.copy_(rows)
+            self._has_measured_all = True
+        else:
+            for n in increments.measured:
+                kept[n].copy_(rows[n])
         self._replay_judge = increments.judge
 
     def _later(self, judge: Callable[..., None], *tensors: Tensor) -> None:

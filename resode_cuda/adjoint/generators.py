@@ -68,6 +68,11 @@ class Generators:
         """All blocks have run."""
         self._states = []
 
+    def rewind(self) -> None:
+        """Give them the states that they had when the block that is running began."""
+        for generator, state in zip(self._all, self._states, strict=True):
+            _restore(generator, state)
+
     def drawn_since_last(self) -> Drawn:
         """What was drawn from since this was last asked, or since the pass began."""
         drawn = self.drawn_so_far()

@@ -104,6 +104,7 @@ class Inventory:
         lazy: the name of a parameter that is not initialised yet; None where all are.
         has_state: whether they hold tensors beside parameters, or containers, whose contents must be looked at too.
         has_fast_path: whether torch may compute one of them by other kernels where no gradient is asked for.
+        is_scripted: whether one of them is TorchScript's, which nothing can leave before its end.
         is_sharded: whether hooks put other parameters in the place of theirs while they run.
         keeps_alive: whether, while it is kept, it may keep alive what the modules have let go of, such as states.
     """
@@ -117,20 +118,21 @@ class Inventory:
         has_buffers = any(module._buffers for module in self.modules)
         self.has_state = has_buffers or any(of.tensors or of.containers for of in self.attributes)
         self.has_fast_path = has_fast_path(self.modules)
+        self.is_scripted = any(isinstance(module, torch.jit.ScriptModule) for module in self.modules)
         self.is_sharded = _are_sharded(self.modules)
         are_leaves = all(type(parameter.tensor) is nn.Parameter for parameter in self.parameters)
         self.keeps_alive = not are_leaves or any(attributes.may_hold_tensors for attributes in self.attributes)
         has_functions = any(attributes.has_functions for attributes in self.attributes)
-        self._has_only_parameters = not (self.keeps_alive or has_buffers or has_functions)
+        is_known = not (self.keeps_alive or has_buffers or has_functions)
+        self._uses_parameters_alone = is_known and all(map(_is_torchs_own, self.modules))
         self._classes = [*map(type, self.modules)]
 
     @property
     def may_use_strangers(self) -> bool:
         """Whether an evaluation may use tensors with gradients that are neither parameters nor given to it."""
-        if not self._has_only_parameters or torch.nn.modules.module._has_any_global_hook():
+        if not self._uses_parameters_alone or torch.nn.modules.module._has_any_global_hook():
             return True
-        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self.modules)
-        return hooked or not all(map(_is_torchs_own, self.modules))
+        return any(module._forward_hooks or module._forward_pre_hooks for module in self.modules)
 
     def is_current(self) -> bool:
         """Whether the modules have the same classes, attributes, parameters, buffers and modules now."""
@@ -143,6 +145,8 @@ class Inventories:
 
     def __init__(self) -> None:
         self._last: dict[int, Inventory] = {}
+        self.differentiating: set[int] = set()
+        """The blocks that have been seen to differentiate inside."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Inventories, ()

@@ -27,6 +27,7 @@ from .blocks import Auxiliaries, Block, BlockCall, Formats, held_parameters, mod
 from .drift import DriftMonitor
 from .generators import Generators
 from .inventory import HeldParameter
+from .kept_graph import KeptVjps, StepGraph, may_keep
 from .outputs import Outputs, together
 from .reevaluation import Increments
 from .restoration import restoring
@@ -66,7 +67,7 @@ def propagate(
     blank = x.new_zeros(())
     shadows: Sequence[Tensor | None] = (None,) * shadow_count(method)
     generators = Generators(x.device)
-    increments = Increments(x, method)
+    increments = Increments(x, method, monitor.measured(method))
     outputs, are_functions = Outputs(x, [], {}), True
     for n, step in enumerate(steps_of(method)):
         used = blocks[method.blocks_of(n)]
@@ -112,9 +113,24 @@ class Evaluation:
     def auxiliary_count(self) -> int:
         return sum(call.block.has_auxiliary for call in self.calls)
 
-    def first(self, auxiliaries: Auxiliaries) -> list[BlockFunction]:
-        """The step's blocks in the forward pass, as functions of the state alone."""
-        return [call.first(self.arguments, auxiliaries) for call in self.calls]
+    def first(self, auxiliaries: Auxiliaries, tensors: Sequence[Tensor] | None = None) -> list[BlockFunction]:
+        """The step's blocks in the forward pass, as functions of the state alone.
+
+        Args:
+            tensors: for those among their arguments, where their graph is kept.
+        """
+        return [call.first(self.arguments, auxiliaries, tensors) for call in self.calls]
+
+    def keeping(self, auxiliaries: Auxiliaries, needs_x: bool) -> tuple[StepGraph | None, list[BlockFunction]]:
+        """The same, with what their graph is kept in; None where it can't be kept."""
+        arguments = self.arguments
+        if not may_keep(self.calls, self.parameters, arguments.has_containers):
+            return None, self.first(auxiliaries)
+        parameters = [parameter.tensor for parameter in self.parameters]
+        needs = [tensor.requires_grad for tensor in arguments.tensors]
+        tensors = argument_leaves(arguments.tensors, arguments.kinds, needs, {id(own): own for own in parameters})
+        graph = StepGraph(self.calls, [*tensors, *parameters], needs_x)
+        return graph, graph.keeping(self.first(auxiliaries, tensors), auxiliaries)
 
     def again(self, argument_tensors: Sequence[Tensor], auxiliaries: Auxiliaries) -> list[BlockFunction]:
         """The same in the backward pass, with these tensors for those among their arguments."""
@@ -138,15 +154,15 @@ class AdjointStep(torch.autograd.Function):
     def forward(ctx: Any, step: Step, evaluation: Evaluation, x: Tensor, *shadows_and_tensors: Any) -> Any:
         shadows, tensors = shadows_and_tensors[: step.shadow_count], shadows_and_tensors[step.shadow_count :]
         auxiliaries: Auxiliaries = []
-        functions = evaluation.first(auxiliaries)
-        ctx.strides = None
+        ctx.strides = ctx.graph = None
         if step.method.solver.is_stored:
+            ctx.graph, functions = evaluation.keeping(auxiliaries, needs_x=ctx.needs_input_grad[2])
             x_next, stages, companion, kept, new_shadows = stored_forward(step, functions, x, shadows, evaluation.blank)
             if companion is not None:
                 evaluation.increments.record_rounding(step.n, x_next, companion)
                 ctx.strides = companion.stride()
         else:
-            x_next, stages = take_step(step.scheme, functions, x, step.h)
+            x_next, stages = take_step(step.scheme, evaluation.first(auxiliaries), x, step.h)
             kept = tuple(step.saved_for_last(x_next, stages, shadows))
             new_shadows = tuple(step.shadows(x, stages, evaluation.blank))
         evaluation.increments.record(step.n, stages)
@@ -236,12 +252,15 @@ def _backward(
     if y is None:
         y = step.predict(functions, trajectory)
     may_use_strangers = any(call.inventory.may_use_strangers for call in evaluation.calls)
-    vjps = BlockVjps(step.n, used, needs_x, auxiliaries, auxiliary_cotangents, may_use_strangers)
+    is_measured = step.n in evaluation.increments.measured
+    of_step = step.n, used, needs_x, auxiliaries, auxiliary_cotangents, may_use_strangers
+    vjps = BlockVjps(*of_step) if ctx.graph is None else KeptVjps(ctx.graph, is_measured, *of_step)
     evaluated = step.scheme.vjp(functions, y.to(g.dtype), step.h, gamma, vjps.linearize)
 
     weights = step.weights_before if needs_state else None
     needed_gamma = gamma if needs_x else None
-    evaluation.increments.compare(step.n, evaluated.stages, y, trajectory.x_next)
+    if evaluated.stages is not None and is_measured:
+        evaluation.increments.compare(step.n, evaluated.stages, y, trajectory.x_next)
     evaluation.monitor.warn_of_left_behind(
         {name: call.block.index for call in evaluation.calls for name in call.left_behind}
     )
@@ -253,13 +272,18 @@ def _backward(
         trajectory = _writable(step, trajectory, extrapolates=weights is not None)
         overwritten = [tensor for tensor in (*trajectory, y, gamma, evaluated.v1) if tensor is not None]
         vjps.found = apart(vjps.found, overwritten)
-        if step.is_stored:
+        if step.is_stored and is_measured:
             defect_square = evaluation.increments.defect_square(step.n)
             monitor.record_stored(step.n, defect_square, y, trajectory.x_next)
+        elif step.is_stored and step.ends_segment:
+            monitor.look_at(step.n, trajectory.x_next)
         update = backward_update_(step, trajectory, y, evaluated, needed_gamma, weights, monitor)
     if evaluation.is_input_kept and start is not None and monitor is not None:
         is_known = anchor is None or step.method.solver.is_stored
-        rebuilt = update.x if is_known else step.scheme.add(trajectory.x_next, evaluated.stages, -step.h)
+        rebuilt = update.x
+        if not is_known:
+            assert evaluated.stages is not None
+            rebuilt = step.scheme.add(trajectory.x_next, evaluated.stages, -step.h)
         monitor.record_input(rebuilt, start)
     shadow_cotangents = update.cotangents if needs_state else ()
     if not needs_state:

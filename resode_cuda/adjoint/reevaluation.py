@@ -57,9 +57,11 @@ class Increments:
     Args:
         like: the state, whose dtype and device they have.
         method: of the stack.
+        measured: the steps that are compared.
     """
 
-    def __init__(self, like: Tensor, method: Method) -> None:
+    def __init__(self, like: Tensor, method: Method, measured: Collection[int]) -> None:
+        self.measured = measured
         weights = method.step_weights
         self._sample = Sample(like)
         is_stored = method.solver.is_stored
@@ -77,10 +79,14 @@ class Increments:
 
     def record(self, n: int, stages: Stages) -> None:
         """Step n was evaluated in the forward pass."""
+        if n not in self.measured:
+            return
         self._sample.project(self._sample.increment(stages, n), self._first_rows[0][n])
 
     def record_rounding(self, n: int, x_next: Tensor, companion: Tensor) -> None:
         """Step n's increment was stored."""
+        if not (n in self.measured or n + 1 in self.measured):
+            return
         difference = self._sample.of(x_next, n).sub(self._sample.of(companion, n)).to(self.first.dtype)
         torch.dot(difference, difference, out=self._first_rows[1][n][0])
         if not self._is_typical_known and len(difference):
@@ -115,6 +121,10 @@ class Increments:
     def defect_square(self, n: int) -> Tensor:
         """|y - (x_{n+1} - w f_n)|^2 of the step that was compared last, estimated from the sample; shape []."""
         return self._again_rows[2][n] * self._sample.share_of_one
+
+    @property
+    def are_all_measured(self) -> bool:
+        return len(self.measured) == len(self.first)
 
     def blocks_of(self, n: int) -> str:
         last = n + self._blocks_per_step - 1

@@ -56,25 +56,41 @@ class Replayed:
         self.drawn: Drawn | None = None
         """None until the first evaluation has ended."""
         self.left_behind: list[str] = []
-        """Attributes in which the last re-evaluation left tensors that have gradients; they have been taken off."""
+        """Attributes in which the last evaluation left tensors that have gradients; these have been taken off."""
 
     @property
     def is_function(self) -> bool:
         """Whether the block drew no random numbers and wrote no buffers."""
         return not self.drawn and not self.buffers.are_written
 
-    def record(self, run: Callable[[], T]) -> T:
+    def record(self, run: Callable[[], T], takes_graphs_off: bool = False) -> T:
+        """run() for the first time.
+
+        Args:
+            takes_graphs_off: those of tensors that it leaves behind.
+        """
+
         def first() -> T:
             turn_caches_off()
             with draws_are_replayable():
                 return run()
 
         out = restoring(first)
+        if takes_graphs_off:
+            self.left_behind = self._detach_left()
         self.drawn = self.generators.drawn_since_last()
         if self.containers is not None:
             self.containers.evaluated()
         self.buffers.evaluated()
         return out
+
+    def rewind(self) -> None:
+        """Undo what `record` has drawn and written before it raised."""
+        self.generators.rewind()
+        self.buffers.rewind()
+        self.inventory.entries.restore()
+        if self.containers is not None:
+            self.containers.rewind()
 
     def again(self, run: Callable[[], T]) -> T:
         def repeated() -> T:
@@ -110,6 +126,15 @@ class Replayed:
         if not before.are_current():
             for attributes, held in zip(self.inventory.attributes, before.copies, strict=True):
                 names += attributes.left_behind(held)
+        return names
+
+    def _detach_left(self) -> list[str]:
+        names = [] if self.containers is None else self.containers.detach_left()
+        entries = self.inventory.entries
+        if not entries.are_current():
+            for attributes, held in zip(self.inventory.attributes, entries.copies, strict=True):
+                names += attributes.left_behind(held)
+                attributes.detach_left(held)
         return names
 
     def _run(self, run: Callable[[], T]) -> T:

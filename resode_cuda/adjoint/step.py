@@ -185,7 +185,10 @@ def backward_update(
         gamma: gamma_{n+1}; None where gamma_n is not needed.
         weights: `step.weights_before`; None where nothing is rebuilt any more.
     """
-    x = step.scheme.add(trajectory.x_next, evaluated.stages, -step.h) if step.is_rebuilt else y
+    stages, x = evaluated.stages, y
+    if step.is_rebuilt:
+        assert stages is not None
+        x = step.scheme.add(trajectory.x_next, stages, -step.h)
     if gamma is not None and step.scheme.has_state_inside:
         gamma = torch.zeros_like(gamma) if evaluated.v1 is None else evaluated.v1
     elif gamma is not None:
@@ -193,7 +196,7 @@ def backward_update(
         gamma = gamma if gamma_scale == 1 else gamma_scale * gamma
         for v in (evaluated.v1, evaluated.v2):
             gamma = gamma if v is None else add(gamma, v, v_scale)
-    return BackwardUpdate(x, _cotangents(step, x, trajectory.d_next, evaluated.stages, weights), gamma)
+    return BackwardUpdate(x, _cotangents(step, x, trajectory.d_next, stages, weights), gamma)
 
 
 def backward_update_(
@@ -215,6 +218,7 @@ def backward_update_(
         if adjoint is not NO_ADJOINT:
             ops.adjoint_update_(*adjoint)
         return BackwardUpdate(y, _cotangents(step, y, d_next, stages, weights), gamma)
+    assert stages is not None, "the step is rebuilt from them"
     squares = monitor.row(step.n)
     if weights is None:
         ops.reverse_update_(x_next, y, *stages, weight, squares, *adjoint)
@@ -247,9 +251,10 @@ def _adjoint_operands(
 
 
 def _cotangents(
-    step: Step, x: Tensor, d_next: Tensor | None, stages: Stages, weights: tuple[float, float] | None
+    step: Step, x: Tensor, d_next: Tensor | None, stages: Stages | None, weights: tuple[float, float] | None
 ) -> tuple[Tensor | None, ...]:
     if weights is None:
         return (x,)
+    assert stages is not None, "increments are needed to predict"
     d = increment(step.scheme, stages, step.h, x)
     return x, None if d_next is None else extrapolate(weights, x, d, d_next), d

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from ..schemes import BlockFunction, Vjp
 from .block_arguments import Kind
@@ -85,7 +86,7 @@ class BlockVjps:
         self._auxiliary_cotangents = list(auxiliary_cotangents)
         self._may_use_strangers = may_use_strangers
 
-    def linearize(self, f: BlockFunction, x: Tensor) -> tuple[Tensor, Vjp]:
+    def linearize(self, f: BlockFunction, x: Tensor) -> tuple[Tensor | None, Vjp]:
         """f(x), and its vector-Jacobian product, which adds the leaves' gradients to those found."""
         point = x.detach().requires_grad_(self._is_point_wanted)
         g_auxiliary = self._auxiliary_cotangents.pop(0) if self._auxiliary_cotangents else None
@@ -108,11 +109,7 @@ class BlockVjps:
         self._auxiliaries.clear()
         with torch.enable_grad():
             out = f(point)
-        if point._backward_hooks:
-            raise RuntimeError(
-                f"ResidualStack: the blocks of step {self._n} must not register hooks on their input, which is the "
-                "state itself and has more of a gradient than theirs; register them on a tensor that the block computes"
-            )
+        refuse_hooks(self._n, point)
         return out, self._auxiliaries[0] if self._auxiliaries else None
 
     def _vjp(self, known: Sequence[Tensor], roots: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Tensor | None:
@@ -120,9 +117,18 @@ class BlockVjps:
         differentiable = [(root, g) for root, g in zip(roots, cotangents, strict=True) if root.requires_grad]
         if not (wanted and differentiable):
             return None
+        by_tensor = dict(zip(map(id, wanted), self._differentiated(differentiable, wanted), strict=True))
+        # A leaf in two places, an argument that is a parameter, has its gradient in the first of them.
+        self._add([by_tensor.pop(id(leaf), None) for leaf in self._leaves])
+        return by_tensor.get(id(known[0]))
+
+    def _differentiated(
+        self, given: Sequence[tuple[Any, Tensor]], wanted: Sequence[Any], keeps_graph: bool = False
+    ) -> tuple[Tensor | None, ...]:
+        """The products of the cotangents, given with their roots, for what is wanted: tensors or edges of the graph."""
+        roots, cotangents = zip(*given, strict=True)
         try:
-            outputs, their_cotangents = zip(*differentiable, strict=True)
-            products = torch.autograd.grad(outputs, wanted, their_cotangents, allow_unused=True)
+            return torch.autograd.grad(roots, wanted, cotangents, retain_graph=keeps_graph, allow_unused=True)
         except RuntimeError as error:
             if "use_reentrant" not in str(error):
                 raise
@@ -130,13 +136,13 @@ class BlockVjps:
                 f"ResidualStack: the blocks of step {self._n} must not use reentrant checkpointing with "
                 'gradient="adjoint"; pass use_reentrant=False to torch.utils.checkpoint'
             ) from error
-        by_tensor = dict(zip(map(id, wanted), products, strict=True))
-        for place, leaf in enumerate(self._leaves):
-            # A leaf in two places, an argument that is a parameter, has its gradient in the first of them.
-            product, before = by_tensor.pop(id(leaf), None), self.found[place]
+
+    def _add(self, products: Sequence[Tensor | None]) -> None:
+        """Add what was found for each leaf."""
+        for place, product in enumerate(products):
+            before = self.found[place]
             if product is not None:
                 self.found[place] = product if before is None else before + product
-        return by_tensor.get(id(known[0]))
 
     def _check_all_found(self, f: BlockFunction, point: Tensor, roots: Sequence[Tensor]) -> None:
         """Raise if the block's output depends on a tensor from outside that has gradients and is not among the leaves.
@@ -144,11 +150,11 @@ class BlockVjps:
         Leaves that the block makes itself are its own affair. They are others in another evaluation.
         """
         known = {id(point), *map(id, self._leaves)}
-        strangers = _strangers(roots, known)
-        if not strangers:
+        found = strangers(_nodes(roots), known)
+        if not found:
             return
-        again = {id(tensor) for tensor in _strangers([t for t in self._evaluate(f, point) if t is not None], known)}
-        for tensor in strangers:
+        again = {id(tensor) for tensor in strangers(_nodes(self._evaluate(f, point)), known)}
+        for tensor in found:
             if id(tensor) in again:
                 raise RuntimeError(
                     f"ResidualStack: the blocks of step {self._n} use a tensor of shape {list(tensor.shape)} that "
@@ -157,11 +163,27 @@ class BlockVjps:
                 )
 
 
-def _strangers(roots: Sequence[Tensor], known: set[int]) -> list[Tensor]:
-    """Leaves of the roots' graphs that are not known."""
-    found = [root for root in roots if root.is_leaf and root.requires_grad and id(root) not in known]
-    seen: set[Any] = set()
-    pending: list[Any] = [root.grad_fn for root in roots]
+def refuse_hooks(n: int, point: Tensor) -> None:
+    """Raise if a block has registered hooks on its input."""
+    if point._backward_hooks:
+        raise RuntimeError(
+            f"ResidualStack: the blocks of step {n} must not register hooks on their input, which is the state itself "
+            "and has more of a gradient than theirs; register them on a tensor that the block computes"
+        )
+
+
+def _nodes(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """The nodes of autograd's graph that tensors are the results of, or where their gradients are added up."""
+    return [get_gradient_edge(tensor).node for tensor in tensors if tensor is not None and tensor.requires_grad]
+
+
+def strangers(roots: Sequence[Any], known: set[int], ends: Sequence[Any] = ()) -> list[Tensor]:
+    """Leaves of the graph of these nodes that are not known by their identity.
+
+    Args:
+        ends: nodes that the search does not pass.
+    """
+    found, seen, pending = [], set(ends), list(roots)
     while pending:
         node = pending.pop()
         if node is None or node in seen:

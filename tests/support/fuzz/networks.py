@@ -107,7 +107,7 @@ class Network:
         recipe = self.recipe
         if self.is_plain:
             return PlainLoop(blocks, recipe)
-        return ResidualStack(
+        stack = ResidualStack(
             blocks,
             recipe.scheme,
             step=recipe.step,
@@ -118,6 +118,8 @@ class Network:
             keep_input=recipe.keeps_input,
             on_drift=recipe.on_drift,
         )
+        stack._monitor._has_measured_all = recipe.is_measured
+        return stack
 
     def loss(self, out: Tensor) -> Tensor:
         return (out.double() * self.weight).sum() + out.double().square().sum() / 2

@@ -31,6 +31,7 @@ class Recipe:
         blocks: names of `BLOCKS`, in order of depth. A number in their place is another use of the block there.
         is_tame: the blocks' gains make the network contract, else its steps do.
         corrections, is_accelerated: of the reverse solver, where `reverse` names a predictor and no preset.
+        is_measured: the stack has measured a pass already, and measures one step in turn where that costs something.
         seed: of weights, data and the blocks' random numbers.
     """
 
@@ -53,6 +54,7 @@ class Recipe:
     context: str = "plain"
     way: str = "backward"
     event: str = "nothing"
+    is_measured: bool = False
     seed: int = 0
 
     def __repr__(self) -> str:

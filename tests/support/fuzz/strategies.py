@@ -80,6 +80,7 @@ def recipes(draw: Any, gradient: str) -> Recipe:
         context=draw(_CONTEXTS),
         way=draw(_WAYS),
         event=draw(_EVENTS),
+        is_measured=draw(st.booleans()),
         seed=draw(st.integers(0, 999)),
     )
     assume(is_meaningful(recipe) and not known(recipe))

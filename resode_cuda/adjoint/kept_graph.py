@@ -1,0 +1,302 @@
+"""The graph of a step's forward pass, kept without its tensors, for steps whose backward pass knows its point y.
+
+Autograd saves tensors while a block runs, and a backward pass needs no more of the block than these. So where
+increments are stored the graph of the forward pass stays, with a number in the place of each tensor, and the block runs
+again at y only as far as the last of them: what follows, mostly a matrix product, is spared. A block that does not save
+at y what it saved at x_n, since it branches on its input, is differentiated at y as with other solvers; so is one that
+differentiates inside, which needs its tensors at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
+
+from ..schemes import BlockFunction, Vjp
+from .blocks import Auxiliaries, BlockCall
+from .inventory import HeldParameter
+from .vjp import BlockVjps, refuse_hooks, strangers
+
+
+class _AllSaved(Exception):  # noqa: N818 (no error)
+    """All tensors have been saved."""
+
+
+class _OtherSaved(Exception):  # noqa: N818 (no error)
+    """A tensor has been saved that is not the one of the forward pass."""
+
+
+class _UsedTooEarlyError(RuntimeError):
+    """A tensor was asked for that has not been computed again."""
+
+
+class _SavedTensors:
+    """What autograd saves of an evaluation: in the forward pass the formats alone, in a backward pass the tensors.
+
+    The graph holds this by its hooks. So it must not hold the graph.
+    """
+
+    def __init__(self) -> None:
+        self._formats: list[tuple[torch.Size, torch.dtype, torch.device]] = []
+        self._tensors: list[Tensor] = []
+        self._versions: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._formats)
+
+    def noting(self) -> saved_tensors_hooks:
+        """Have the graph that is made inside save numbers."""
+        return saved_tensors_hooks(self._note, self._give)
+
+    def collecting(self, stops: bool) -> saved_tensors_hooks:
+        """Have the evaluation inside leave its tensors here; `_AllSaved` ends it with the last of them."""
+        self.clear()
+
+        def collect(tensor: Tensor) -> None:
+            place = len(self._tensors)
+            if place == len(self) or self._formats[place] != _format(tensor):
+                raise _OtherSaved
+            self._tensors.append(tensor.detach())
+            self._versions.append(_version(tensor))
+            if stops and place + 1 == len(self):
+                raise _AllSaved
+
+        return saved_tensors_hooks(collect, self._give)
+
+    @property
+    def are_complete(self) -> bool:
+        return len(self._tensors) == len(self)
+
+    def clear(self) -> None:
+        self._tensors, self._versions = [], []
+
+    def _note(self, tensor: Tensor) -> int:
+        self._formats.append(_format(tensor))
+        return len(self) - 1
+
+    def _give(self, place: int) -> Tensor:
+        if not self._tensors:
+            raise _UsedTooEarlyError(
+                "ResidualStack: what a block leaves for others, on a module, in a list or by a hook, must not be "
+                "differentiated, since its tensors are computed again by the stack's own backward pass alone; return "
+                "it with the increment to a stack with auxiliary=sum, or ask for states with return_states="
+            )
+        tensor = self._tensors[place]
+        if _version(tensor) != self._versions[place]:
+            raise RuntimeError(
+                "ResidualStack: blocks must not modify in place what autograd has saved for their gradients, but a "
+                f"tensor of shape {list(tensor.shape)} was; use an operation that is not in place"
+            )
+        return tensor
+
+
+def _format(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class _Start(torch.autograd.Function):
+    """The state at which a block's graph begins: its gradient is asked for there, and goes no further."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anything: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        raise _UsedTooEarlyError("ResidualStack: what a block leaves for others must not be differentiated")
+
+
+_ANYTHING = torch.empty(0, requires_grad=True)
+"""Gives a state a graph."""
+
+
+class BlockGraph:
+    """The graph of one evaluation of a block.
+
+    Attributes:
+        start: where the gradient of the block's input is found; None where it has none.
+        root: of the block's output, auxiliary_root of what it returned beside it; None where these have no gradient.
+    """
+
+    def __init__(self) -> None:
+        self._saved = _SavedTensors()
+        self.start: GradientEdge | None = None
+        self.root: GradientEdge | None = None
+        self.auxiliary_root: GradientEdge | None = None
+        self.dtype: torch.dtype | None = None
+
+    def record(self, f: BlockFunction, x: Tensor, needs_x: bool, auxiliaries: Auxiliaries) -> Tensor:
+        """f(x), without gradients: the graph is kept here."""
+        count = len(auxiliaries)
+        with torch.enable_grad():
+            x = x.detach()  # or the graph would go on to the step before
+            start = _Start.apply(x, _ANYTHING) if needs_x else x
+            with self._saved.noting():
+                out = f(start)
+        self.start = get_gradient_edge(start) if needs_x else None
+        self.root, self.dtype = _edge(out), out.dtype
+        if len(auxiliaries) > count and auxiliaries[-1] is not None:
+            self.auxiliary_root = _edge(auxiliaries[-1])
+            auxiliaries[-1] = auxiliaries[-1].detach()
+        return out.detach()
+
+    def again(self, f: BlockFunction, point: Tensor, stops: bool) -> Tensor | None:
+        """Save what the forward pass saved, but at this point.
+
+        Args:
+            point: a leaf that has a gradient if the block's input had one.
+            stops: whether f may stop as soon as that is saved.
+
+        Returns:
+            f(point); None where it has stopped.
+        Raises:
+            _OtherSaved: if f saves something else.
+        """
+        if stops and not len(self._saved):
+            return None
+        out = None
+        try:
+            with torch.enable_grad(), self._saved.collecting(stops):
+                out = f(point)
+        except _AllSaved:
+            return None
+        if not self._saved.are_complete:
+            raise _OtherSaved
+        return out.detach()
+
+    def clear(self) -> None:
+        """Let go of what was saved again."""
+        self._saved.clear()
+
+
+def _edge(tensor: Tensor) -> GradientEdge | None:
+    return get_gradient_edge(tensor) if tensor.requires_grad else None
+
+
+class StepGraph:
+    """The graphs of a step's blocks.
+
+    Args:
+        calls: of the blocks.
+        tensors: leaves in the place of those among the blocks' arguments, and the blocks' parameters.
+        needs_x: whether the step's starting state has a gradient.
+
+    Attributes:
+        leaves: where the gradients of the arguments and parameters are found; None for those that have none.
+    """
+
+    def __init__(self, calls: Sequence[BlockCall], tensors: Sequence[Tensor], needs_x: bool) -> None:
+        self._needs_x = needs_x
+        self._known = set(map(id, tensors))
+        self.leaves = [_edge(tensor) for tensor in tensors]
+        self.blocks: list[BlockGraph | None] = []
+        """None for one whose graph is not kept."""
+        self._calls = calls
+
+    def keeping(self, functions: Sequence[BlockFunction], auxiliaries: Auxiliaries) -> list[BlockFunction]:
+        """The blocks in the forward pass, which leave their graphs here."""
+
+        def kept(call: BlockCall, f: BlockFunction) -> BlockFunction:
+            return lambda x: self._record(call, f, x, auxiliaries)
+
+        return [kept(call, f) for call, f in zip(self._calls, functions, strict=True)]
+
+    def _record(self, call: BlockCall, f: BlockFunction, x: Tensor, auxiliaries: Auxiliaries) -> Tensor:
+        if not call.block.differentiates_inside:
+            graph, count = BlockGraph(), len(auxiliaries)
+            try:
+                out = graph.record(f, x, self._needs_x, auxiliaries)
+            except RuntimeError as error:
+                if not (isinstance(error, _UsedTooEarlyError) or "saved tensor hooks" in str(error)):
+                    raise
+                call.block.seen_to_differentiate()
+                call.rewind()
+                del auxiliaries[count:]
+            else:
+                # The next block's input depends on this one's output.
+                self._needs_x = self._needs_x or graph.root is not None
+                self.blocks.append(None if self._has_strangers(call, graph) else graph)
+                return out
+        self._needs_x = True
+        self.blocks.append(None)
+        return f(x)
+
+    def _has_strangers(self, call: BlockCall, graph: BlockGraph) -> bool:
+        """Whether the block uses tensors with gradients that are not known here; the backward pass looks at them."""
+        if not call.inventory.may_use_strangers:
+            return False
+        roots, ends = _nodes((graph.root, graph.auxiliary_root)), _nodes((graph.start, *self.leaves))
+        return bool(strangers(roots, self._known, ends))
+
+
+def _nodes(edges: Sequence[GradientEdge | None]) -> list[Any]:
+    return [edge.node for edge in edges if edge is not None]
+
+
+def may_keep(calls: Sequence[BlockCall], parameters: Sequence[HeldParameter], has_containers: bool) -> bool:
+    """Whether the graphs of blocks may be kept.
+
+    Not where a container among the arguments may be filled with tensors of the graph, where gradients would pass hooks
+    of a parameter a second time, or go on to what it is computed from, or where a block can't be stopped.
+    """
+    trained = [parameter.tensor for parameter in parameters if parameter.tensor.requires_grad]
+    are_plain = all(tensor.is_leaf and not tensor._backward_hooks for tensor in trained)
+    return are_plain and not (has_containers or any(call.inventory.is_scripted for call in calls))
+
+
+class KeptVjps(BlockVjps):
+    """The vector-Jacobian products of a step's blocks by the graphs that are kept of them.
+
+    Args:
+        graph: of the step.
+        is_evaluated: whether the blocks are to be evaluated to their ends.
+        others: as of `BlockVjps`.
+    """
+
+    def __init__(self, graph: StepGraph, is_evaluated: bool, *others: Any) -> None:
+        super().__init__(*others)
+        self._graphs, self._places = list(graph.blocks), graph.leaves
+        self._is_evaluated = is_evaluated
+
+    def linearize(self, f: BlockFunction, x: Tensor) -> tuple[Tensor | None, Vjp]:
+        graph = self._graphs.pop(0)
+        if graph is None:
+            return super().linearize(f, x)
+        point = x.detach().requires_grad_(graph.start is not None)
+        self._auxiliaries.clear()
+        try:
+            out = graph.again(f, point, stops=not (self._is_evaluated or self._graphs))
+        except _OtherSaved:
+            graph.clear()
+            return super().linearize(f, x)
+        refuse_hooks(self._n, point)
+        g_auxiliary = self._auxiliary_cotangents.pop(0) if self._auxiliary_cotangents else None
+        start = graph.start if self._is_point_wanted else None
+        self._is_point_wanted = self._is_point_wanted or graph.root is not None
+
+        def vjp(cotangent: Tensor) -> Tensor | None:
+            roots = [(graph.root, cotangent.to(graph.dtype)), (graph.auxiliary_root, g_auxiliary)]
+            product = self._through([(root, g) for root, g in roots if root is not None and g is not None], start)
+            graph.clear()
+            return product
+
+        return out, vjp
+
+    def _through(self, given: Sequence[tuple[Any, Any]], start: GradientEdge | None) -> Tensor | None:
+        """The product for the block's input. Those for the leaves are added to what was found for them."""
+        places = [place if leaf.requires_grad else None for place, leaf in zip(self._places, self._leaves, strict=True)]
+        wanted = list(dict.fromkeys(place for place in (start, *places) if place is not None))
+        if not (wanted and given):
+            return None
+        products = self._differentiated(given, wanted, keeps_graph=True)
+        by_place: dict[Any, Tensor | None] = dict(zip(wanted, products, strict=True))
+        self._add([by_place.pop(place, None) for place in places])
+        return by_place.get(start)
