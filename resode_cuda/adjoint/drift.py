@@ -42,8 +42,8 @@ class Drift(NamedTuple):
     start from an anchor or that were not rebuilt because nothing before them needs a gradient.
 
     Where a stack's increments are stored, measuring a step takes an evaluation of its blocks to their ends, which its
-    gradient does not. All steps are measured in the first pass, and in every pass with `on_drift="raise"`; else one in turn, and
-    the others are as they were last measured.
+    gradient does not. All steps are measured in the first pass, and in every pass with `on_drift="raise"`; else one in
+    turn, and the others are as they were last measured.
     """
 
     defects: Tensor

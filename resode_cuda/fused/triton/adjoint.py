@@ -16,7 +16,7 @@ from .arguments import Gradients, Weights
 from .forward import add_increment
 from .layer import add_layer, rounded
 from .memory import anchor_place, inside_of, load_tile, store_tile
-from .step import step_vjp
+from .step_product import step_vjp
 
 
 @triton.jit(do_not_specialize=["count", "anchored_rows", "increments_rows", "scratch_rows", "first", "last", "steps"])

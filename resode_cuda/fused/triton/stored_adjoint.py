@@ -23,7 +23,7 @@ from .memory import (
     store_tile,
     stored_place,
 )
-from .step import step_vjp
+from .step_product import step_vjp
 
 
 @triton.jit(do_not_specialize=["count", "anchored_rows", "stored_rows", "scratch_rows", "first", "last", "steps"])
