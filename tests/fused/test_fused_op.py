@@ -7,7 +7,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
-from resode_cuda.fused.signature import KEPT, StackOperands
+from resode_cuda.fused.signature import KEPT, StackAdjointOperands, StackOperands
 from resode_cuda.fused.storage import unfilled
 from resode_cuda.method import Method
 from resode_cuda.schemes import Euler
@@ -130,6 +130,33 @@ def test_operands_of_the_backward_ops_must_fit(mode, change, error, message):
         where = nullcontext() if mode == "real" else FakeTensorMode(allow_non_fake_inputs=True)
         with where, pytest.raises(error, match=f"^{name}: {message}"):
             getattr(torch.ops.resode, name)(*operands)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake"])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"companions": torch.zeros(1, 7, 6).double()}, ValueError, r"companions must have shape \[2, 7, 6\]"),
+        ({"units": torch.zeros(2, 7, 1)}, TypeError, "units must be float64, got float32; convert it"),
+        ({"scales": torch.zeros(4, 7, 1).double()}, TypeError, "scales must be uint8, got float64"),
+        ({"packed": torch.zeros(7, dtype=torch.uint8)}, ValueError, r"packed must have shape \[448\] .*, got \[7\]"),
+        ({"predictor": "step"}, ValueError, "x_last must be given unless increments are stored, got None; pass x_N"),
+    ],
+    ids=str,
+)
+def test_what_is_stored_must_fit(mode, change, error, message):
+    net = network()
+    net = net.with_parameters([p.detach() for p in net.parameters])
+    x = state(net, 7).detach()
+    o = arguments(net, x, "stored", (2,))._replace(bits=[4])
+    kept = dict(zip(KEPT, torch.ops.resode.mlp_stack(*o)[:-1], strict=True))
+    shared = {name: value for name, value in o._asdict().items() if name in StackAdjointOperands._fields}
+    given = {**shared, **kept, "g": x, "x_last": None, "wants_parameters": True, "wants_input": True, **change}
+    if "predictor" in change:
+        given["bits"] = []
+    where = nullcontext() if mode == "real" else FakeTensorMode(allow_non_fake_inputs=True)
+    with where, pytest.raises(error, match=f"^mlp_stack_adjoint: {message}"):
+        torch.ops.resode.mlp_stack_adjoint(*StackAdjointOperands(**given))
 
 
 def dual(f, x):

@@ -207,6 +207,14 @@ def test_bits_must_be_one_or_one_for_each_step():
             make()
 
 
+def test_kernels_for_few_rows_say_that_they_store_nothing():
+    expected = (
+        r"backend='cuda' can't compute this: kernels in CUDA C\+\+, which are made for few rows, store no increments"
+    )
+    with pytest.raises(ValueError, match=expected):
+        ResidualMLP(6, 10, 4, step=1.0, backend="cuda")(torch.randn(5, 6))
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_segments(name):
     def segments(anchors):
