@@ -6,28 +6,29 @@ stored of a step lies in memory as `storage.py` says, from a tile's first group 
 means that units and 1-bit scales are made of. A companion's padding is zero.
 """
 
+import torch
 import triton
 import triton.language as tl
 
+from ... import stored as specification
 from ...ops.triton_rounding import GROUP, limited_difference, load_increment, quantize, store_integers, whole_number
 from ..storage import StoredIncrements
+from .arguments import KernelConfig
 
-UNIT_BITS = tl.constexpr(13)
-"""A group's unit is 2^-13 of the power of two above its largest value, `stored.UNITS`."""
-QUIETEST = tl.constexpr(16)
-"""As `stored.QUIETEST`."""
+UNIT_BITS = tl.constexpr(specification.UNITS[torch.float32].bit_length() - 1)
+QUIETEST = tl.constexpr(specification.QUIETEST)
 
 
 @triton.constexpr_function
-def groups_of_row(config: object) -> int:
+def groups_of_row(config: KernelConfig) -> int:
     """Groups of a row of the batch."""
-    return -(-config.dim // 32)  # type: ignore[attr-defined]
+    return -(-config.dim // 32)
 
 
 @triton.constexpr_function
-def groups_of_tile(config: object) -> int:
+def groups_of_tile(config: KernelConfig) -> int:
     """Groups of a tile, with padding."""
-    return config.rows * config.padded_dim // 32  # type: ignore[attr-defined]
+    return config.rows * config.padded_dim // 32
 
 
 @triton.jit
@@ -57,7 +58,7 @@ def start_companion(x: tl.tensor, x_next: tl.tensor, CONFIG: tl.constexpr) -> tl
     OF_TILE_ROW: tl.constexpr = CONFIG.padded_dim // GROUP
     # NaN goes through.
     magnitude = tl.maximum(tl.abs(x), tl.abs(x_next), propagate_nan=tl.PropagateNan.ALL)
-    typical = tl.sum(tl.reshape(magnitude, [ROWS, OF_TILE_ROW * GROUP]), 1) / CONFIG.dim
+    typical = tl.sum(magnitude, 1) / CONFIG.dim
     typical = tl.broadcast_to(tl.abs(typical / QUIETEST)[:, None], [ROWS, OF_TILE_ROW])
     # As integers, which have NaN above all numbers, whose sign must be cleared.
     bits = tl.max(grouped(magnitude, CONFIG).to(tl.int32, bitcast=True), axis=1)
