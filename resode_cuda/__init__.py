@@ -5,16 +5,18 @@ from .adjoint.drift import Drift, DriftError
 from .adjoint.drift_log import DriftLogger
 from .available import backends
 from .calibration import calibrate
+from .diagnosis import Diagnosis, diagnose
 from .initialize import deepen, smooth_init_
 from .mlp import ResidualMLP
 from .plan import Candidate, Plan
 from .reverse import Reverse
-from .smoothness import smooth_gradients_
+from .smoothness import roughness, smooth_gradients_
 from .stack import ResidualStack
 
 __version__ = "0.1.0"
 __all__ = [
     "Candidate",
+    "Diagnosis",
     "Drift",
     "DriftError",
     "DriftLogger",
@@ -25,8 +27,10 @@ __all__ = [
     "backends",
     "calibrate",
     "deepen",
+    "diagnose",
     "functional",
     "ops",
+    "roughness",
     "smooth_gradients_",
     "smooth_init_",
 ]

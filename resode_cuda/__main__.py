@@ -1,4 +1,5 @@
-"""`python -m resode_cuda`: what is installed, which backends run where, and what the kernels take of a GPU."""
+"""`python -m resode_cuda`: what is installed, which backends run where, and what the kernels take of a GPU; with
+`diagnose` the diagnosis of a model."""
 
 from __future__ import annotations
 
@@ -11,17 +12,24 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from . import __version__, backends, library, ops
+from .diagnosis import command_line
 
 HARDWARE = "compiled, not yet run on hardware"
 """How far the kernels have been tested, until results measured on a GPU are in bench/results."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="python -m resode_cuda",
         description="Prints versions, devices, how the compiled library was built, the backends of each op and, on a "
         "machine with a GPU and the library, what each kernel takes of it.",
-    ).parse_args(arguments)
+    )
+    commands = parser.add_subparsers(dest="command", metavar="diagnose")
+    command_line.add_arguments(commands.add_parser("diagnose", help="look at a model: `resode_cuda.diagnose`"))
+    options = parser.parse_args(arguments)
+    if options.command == "diagnose":
+        command_line.run(options)
+        return
     for line in (*_versions(), *_devices(), *_library(), *_backends(), *_kernels()):
         print(line)
 

@@ -56,7 +56,7 @@ def smooth_init_(stack: Smoothed) -> Smoothed:
     Source: the regime of weights tied or smooth in depth at initialisation that Sander, Ablin and Peyré, NeurIPS 2022,
     arXiv:2205.14612, study; the interpolation is this library's.
     """
-    blocks = _layers(stack) if isinstance(stack, ResidualMLP) else _parameters("smooth_init_", stack)
+    blocks = _layers(stack) if isinstance(stack, ResidualMLP) else parameters_of_blocks("smooth_init_", stack)
     first, last = blocks[0], blocks[-1]
     done = {id(parameter) for end in (first, last) for parameter in end.values()}
     for n, block in enumerate(blocks):
@@ -104,7 +104,7 @@ def deepen(stack: ResidualStack, steps: int) -> ResidualStack:
 
     Source: blocks as samples of a function of time, Sander, Ablin and Peyré, NeurIPS 2022, arXiv:2205.14612.
     """
-    old = _parameters("deepen", stack)
+    old = parameters_of_blocks("deepen", stack)
     if not isinstance(steps, int) or isinstance(steps, bool):
         raise TypeError(f"deepen: steps must be an integer, got {steps!r}")
     count = len(stack.steps)
@@ -176,7 +176,7 @@ def _refined(old: tuple[float, ...], steps: int) -> list[float]:
     return [float(time(m + 1) - time(m)) for m in range(steps)]
 
 
-def _parameters(where: str, stack: ResidualStack) -> list[dict[str, Tensor]]:
+def parameters_of_blocks(where: str, stack: ResidualStack) -> list[dict[str, Tensor]]:
     """Each block's parameters by name, a shared one under all its names."""
     if not isinstance(stack, ResidualStack):
         raise TypeError(f"{where}: stack must be a ResidualStack, got {type(stack).__name__}")

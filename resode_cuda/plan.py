@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .method import CheckedAnchors
 from .reverse import Reverse
+from .text_table import aligned
 
 ERRORS = ("error", "input_error", "layer_error")
 
@@ -124,15 +125,10 @@ class Plan:
             )
             for candidate in self.candidates
         ]
-        widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-        rows = [
-            "  ".join(f"{cell:<{width}}" if n == 0 else f"{cell:>{width}}" for n, (cell, width) in row)
-            for row in (enumerate(zip(line, widths, strict=True)) for line in (head, *lines))
-        ]
         end = f"tolerance {self.tolerance:g}: {self.chosen}"
         if self.is_last_resort:
             end += ", the last resort; no reverse solver met the tolerance"
-        return "\n".join([*rows, end])
+        return "\n".join([*aligned([head, *lines]), end])
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""

@@ -59,12 +59,13 @@ def test_no_imports_go_round_in_a_circle():
 
 
 LAYERS = [
-    ["dtypes", "layouts", "squares", "devices", "export", "library", "stored"],
+    ["dtypes", "layouts", "squares", "devices", "export", "library", "stored", "text_table"],
     ["ops"],
     ["schemes", "reverse", "method"],
     ["adjoint", "fused"],
     ["module", "functional", "plan", "candidates", "calibration", "recalibration", "perceptron", "available"],
     ["stack", "mlp", "initialize"],
+    ["smoothness", "diagnosis"],
     ["__init__", "__main__"],
 ]
 """From the bottom to the top: what a file imports is on its own floor or below."""

@@ -1,0 +1,77 @@
+"""A diagnosis as a picture. It needs matplotlib."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..plan import Plan
+from .flow import FlowFacts
+from .reconstruction import Reconstruction
+from .steps import StepFacts
+from .verdict import LARGEST_BOUND
+
+LEAST = 1e-17
+"""The height of zeros on logarithmic axes."""
+
+
+def drawn(
+    steps: list[StepFacts], flow: FlowFacts | None, no_flow: str | None, found: list[Reconstruction], plan: Plan
+) -> Any:
+    """Four panels: the steps, the distance from the flow, what is rebuilt of x_0, and the plan's candidates."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    panels = figure.subplots(2, 2)
+    _draw_steps(panels[0, 0], steps)
+    _draw_flow(panels[0, 1], flow, no_flow)
+    _draw_reconstructions(panels[1, 0], found)
+    _draw_candidates(panels[1, 1], plan)
+    return figure
+
+
+def _draw_steps(panel: Any, steps: list[StepFacts]) -> None:
+    numbers = [step.n for step in steps]
+    for label, values in (
+        ("|d| / |x|", [step.size for step in steps]),
+        ("h L", [step.steepness for step in steps]),
+        ("reverse step's guess off by", [step.gap for step in steps]),
+    ):
+        panel.semilogy(numbers, [max(value, LEAST) for value in values], ".-", label=label)
+    panel.axhline(1.0, color="0.7", linewidth=0.8, zorder=0)
+    panel.set(xlabel="step", title="Steps: above 1 nothing is rebuilt")
+    panel.legend(frameon=False)
+
+
+def _draw_flow(panel: Any, flow: FlowFacts | None, no_flow: str | None) -> None:
+    panel.set(xlabel="state", title="Distance from the differential equation, of |x|")
+    if flow is None:
+        panel.text(0.5, 0.5, no_flow or "", ha="center", va="center", wrap=True, transform=panel.transAxes)
+        return
+    numbers, distances = range(1, len(flow.distances) + 1), [max(d, LEAST) for d in flow.distances]
+    panel.semilogy(numbers, distances, ".-", label="measured")
+    if flow.bound is not None and flow.bound <= LARGEST_BOUND:
+        panel.axhline(flow.bound, color="C3", linestyle="--", label="bound, of |x_0|")
+    panel.legend(frameon=False)
+
+
+def _draw_reconstructions(panel: Any, found: list[Reconstruction]) -> None:
+    solvers = list(dict.fromkeys(one.solver for one in found))
+    for scheme in dict.fromkeys(one.scheme for one in found):
+        mine = [one for one in found if one.scheme == scheme]
+        places = [solvers.index(one.solver) for one in mine]
+        panel.semilogx([max(one.error, LEAST) for one in mine], places, "o", label=scheme)
+    panel.set_yticks(range(len(solvers)), solvers)
+    panel.invert_yaxis()
+    panel.set(title="x_0 rebuilt from x_N alone, off by")
+    panel.grid(axis="x", alpha=0.3)
+    panel.legend(frameon=False)
+
+
+def _draw_candidates(panel: Any, plan: Plan) -> None:
+    for candidate in plan.candidates:
+        is_chosen = candidate is plan.chosen
+        place = candidate.held_bytes / 2**10, max(candidate.error, LEAST)
+        panel.loglog(*place, "o", color="C2" if is_chosen else "0.6", label=str(candidate) if is_chosen else None)
+    panel.axhline(plan.tolerance, color="C3", linestyle="--", linewidth=1, label="tolerance")
+    panel.set(xlabel="KiB held between forward and backward pass", title="Gradient error of what calibrate tried")
+    panel.legend(frameon=False)

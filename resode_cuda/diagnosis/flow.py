@@ -1,0 +1,101 @@
+"""The ordinary differential equation that a residual network discretises, and how far the network is from it.
+
+    dx/dt = f(t, x),   f(t_n, x) = f_n(x),   t_n = h_0 + ... + h_{n-1}
+
+Between t_n and t_{n+1} the parameters of f are those of the blocks n and n + 1, interpolated linearly; past the last
+block they are its own. For Euler's method with steps of at most h, over a time T,
+
+    |x_n - x(t_n)| <= h (e^{LT} - 1) / (2L) C,    C = max |d^2 x / dt^2| = max |df/dt + (df/dx) f|,
+
+L being f's Lipschitz constant in x; with h = 1/N and T = 1 that is the bound (e^L - 1) C / (2 N L) of Sander, Ablin and
+Peyré, NeurIPS 2022, arXiv:2205.14612. Norms are those of a whole batch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..initialize import parameters_of_blocks
+from .probe import Probe
+
+TOLERANCE = 1e-8
+"""The error that the solver may make, relative to the state."""
+SHORT = 1e-6
+"""Time over which the second derivative is a difference quotient, as a share of a step."""
+
+
+class FlowFacts(NamedTuple):
+    """A network beside its differential equation."""
+
+    distances: list[float]
+    """|x_n - x(t_n)| / |x_n| of each state from x_1 on."""
+    curvature: float
+    """C, relative to the size of x_0."""
+    lipschitz: float
+    """L, the largest spectral norm of a block's Jacobian along the way, from below."""
+    bound: float | None
+    """The bound of the largest distance, relative to x_0's size; None for other schemes than Euler's."""
+
+
+def follow_flow(probe: Probe, lipschitz: float) -> FlowFacts:
+    """Solve the differential equation from x_0, and compare.
+
+    Raises:
+        ImportError: without torchdiffeq.
+        ValueError: for blocks whose parameters can't be interpolated.
+    """
+    from torchdiffeq import odeint
+
+    flow = _Flow(probe)
+    x, size = probe.states[0], probe.states[0].norm().item()
+    distances, curvature = [], 0.0
+    settings: dict[str, Any] = {
+        "method": "dopri8",
+        "rtol": TOLERANCE,
+        "atol": TOLERANCE * size / math.sqrt(max(1, x.numel())),
+    }
+    for n, h in enumerate(probe.stack.steps):
+
+        def velocity(s: Tensor, x: Tensor, n: int = n, h: float = h) -> Tensor:
+            return flow(n, s.item() / h, x)
+
+        span = x.new_tensor([0.0, h])
+        # Else it steps over the end, and interpolates back with an error of its own.
+        y = odeint(velocity, x, span, options={"step_t": span[1:]}, **settings)[-1]
+        ends = (flow.curvature(n, 0.0, x), flow.curvature(n, 1.0 - SHORT, y))
+        curvature, x = max(curvature, *ends), y
+        exact = probe.states[n + 1]
+        distances.append(((exact - x).norm() / exact.norm()).item())
+    steps = probe.stack.steps
+    bound = None
+    if probe.method.scheme.blocks_per_step == 1:
+        time = sum(steps)
+        growth = math.expm1(min(lipschitz * time, 700.0)) / (2 * lipschitz) if lipschitz else time / 2
+        bound = max(steps) * growth * curvature / size
+    return FlowFacts(distances, curvature / size, lipschitz, bound)
+
+
+class _Flow:
+    """f(t, x)."""
+
+    def __init__(self, probe: Probe) -> None:
+        self._probe = probe
+        self._parameters = parameters_of_blocks("diagnose", probe.stack)
+
+    def __call__(self, n: int, share: float, x: Tensor) -> Tensor:
+        """f at this share of step n."""
+        here = self._parameters[n]
+        after = self._parameters[min(n + 1, len(self._parameters) - 1)]
+        between = {name: torch.lerp(here[name], after[name], share) for name in here}
+        return self._probe.velocity(n, between, x)
+
+    def curvature(self, n: int, share: float, x: Tensor) -> float:
+        """|d^2 x / dt^2|."""
+        h = self._probe.stack.steps[n]
+        here = self(n, share, x)
+        moved = self(n, share + SHORT, x + SHORT * h * here)
+        return ((moved - here).norm() / (SHORT * h)).item()
