@@ -45,7 +45,7 @@ def test_a_quick_run_of_the_residual_mlp(quick_mlp):
             assert row["backend"] == ("torch" if row["kind"] == "fused" else None)
         errors = job["errors"]
         assert max(errors[mode] for mode in ("eager", "backprop", "checkpoint")) < 1e-5
-        assert all(1e-5 < errors[mode] < 1e-2 for mode in ("paper", "corrected", "extrapolated", "stored"))
+        assert all(1e-5 < errors[mode] < 1e-2 for mode in ("paper", "corrected", "extrapolated"))
     states = {
         (row["mode"], row["depth"]): row["peak_bytes"] / row["state_bytes"]
         for row in judged["memory"]

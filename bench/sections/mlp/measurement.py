@@ -43,7 +43,7 @@ from .jobs import Job, jobs
 
 FUSED = ("extrapolated", "checkpoint", "corrected", "paper")
 TIMED = (*FUSED, *STORED)
-"""Memory is measured of the others, in which it does not grow with depth."""
+"""Modes whose steps are timed: with stored increments too, whose memory grows with depth."""
 STEPS_AT_A_TIME = {"cuda": 2, "cpu": 1}
 """Steps between two readings of the clock, so that a GPU's queue does not run dry."""
 SHALLOW = 16
@@ -165,7 +165,7 @@ def _errors(mlp: ResidualMLP, rows: int) -> dict[str, float]:
     step = layers.step(BASELINE)
     step((x, g))
     found = {"eager": [*layers.gradients(), _gradient(x)]}
-    for mode in (*MODES, *STORED):
+    for mode in MODES:
         backend = "auto" if mode == BASELINE else taken_by_auto(mlp, mode, rows).partition(" ")[0]
         found[mode] = _gradients(fused_step(mlp, mode, backend), (x, g))
     return {
