@@ -132,7 +132,9 @@ FUSED: dict[str, Check] = {
     "fused-triton/gradients": partial(backward, f"triton {TWO_PASS}", "extrapolated", True),
     f"{ONE_PASS_FAMILY}/gradients": partial(backward, f"triton {ONE_PASS}", "extrapolated", True),
     "fused-triton/exact": partial(backward, "triton", "checkpoint", False),
+    "fused-triton/stored": partial(backward, "triton", "stored", True),
     "wide-triton/adjoint": partial(backward, "triton", "extrapolated", True, sizes=WIDE),
+    "wide-triton/stored": partial(backward, "triton", "stored", True, sizes=WIDE),
     "torch/adjoint": partial(backward, "torch", "extrapolated", True),
 }
 CASES: dict[str, Check] = {

@@ -9,7 +9,7 @@ from torch import Tensor
 from .fused.network import FUSED_SCHEMES, Network
 from .fused.op import apply
 from .method import Anchors, Method, anchored_steps, checked_anchors
-from .module import GRADIENTS, checked_steps
+from .module import GRADIENTS, checked_steps, default_reverse
 from .reverse import Reverse, solver_from
 from .schemes import SCHEMES
 
@@ -26,7 +26,7 @@ def residual_mlp(
     norm: str | None = None,
     step: float | Sequence[float] | None = None,
     gradient: str = "adjoint",
-    reverse: str | Reverse = "corrected",
+    reverse: str | Reverse | None = None,
     anchors: Anchors = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -44,9 +44,10 @@ def residual_mlp(
         activation: s: "identity", "relu", "gelu", "gelu_tanh" (its approximation by tanh), "silu" or "tanh".
         norm: None, "rms" or "layer", without weights, epsilon 1e-5.
         step: h, dimensionless: a number > 0, or one for each step; None is 1/N.
-        gradient: "adjoint" rebuilds the states from x_N and stores none; "checkpoint" is exact: it stores x_0, and
-            only the rows that it works on have N states; "backprop" stores everything and has higher derivatives.
-        reverse, anchors: how the adjoint rebuilds, as for `ResidualStack`.
+        gradient: "adjoint" rebuilds the states from x_N or from increments in a few bits; "checkpoint" is exact: it
+            stores x_0, and only the rows that it works on have N states; "backprop" stores everything and has higher
+            derivatives.
+        reverse, anchors: how the adjoint comes by the states, as for `ResidualMLP`.
         backend: "torch" runs everywhere, "triton" and "cuda" on CUDA devices; "auto" takes what can run. One that is
             named runs or raises.
 
@@ -77,11 +78,7 @@ def residual_mlp(
     steps = checked_steps(where, step, count) if count > 0 else ()
     # Without steps, what is wrong is the parameters' shape, which `apply` tells.
     kept = anchored_steps(checked_anchors(where, anchors, count), count) if count > 0 else ()
-    solver = solver_from(where, reverse)
-    if solver.is_stored:
-        raise ValueError(
-            f"{where}: reverse must not ask for stored increments, which a ResidualStack alone has, got {reverse!r}"
-        )
+    solver = solver_from(where, default_reverse(step, steps) if reverse is None else reverse)
     method = Method(SCHEMES[scheme], steps, solver, kept)
     network = Network(weight_in, bias_in, weight_out, bias_out, activation, norm)
     return apply(where, network, method, x, gradient, backend)

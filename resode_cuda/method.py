@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 
 from .dtypes import dtype_name
-from .reverse import Reverse, extrapolation_weights, integer, quotient
+from .reverse import DEFAULT_BITS, Reverse, extrapolation_weights, integer, quotient
 from .schemes import Scheme
 
 Anchors = int | Collection[int] | None
@@ -40,6 +40,8 @@ class Method:
             does not extrapolate. The last two steps are predicted exactly, with their own increment for d_{n+2}, a = 0
             and b = -1.
         factor_range: the least and the greatest number by which steps and their adjoints multiply; NaN if one is.
+        segments: the runs of steps whose increments are stored. Each has a companion of its own, which starts at the
+            state before its first step and ends at the one after its last.
     """
 
     scheme: type[Scheme]
@@ -48,7 +50,9 @@ class Method:
     anchors: tuple[int, ...] = ()
     weights: tuple[tuple[float, float], ...] = field(init=False, repr=False, compare=False)
     factor_range: tuple[float, float] = field(init=False, repr=False, compare=False)
+    segments: tuple[range, ...] = field(init=False, repr=False, compare=False)
     _places: dict[int, int] = field(init=False, repr=False, compare=False)
+    _stored_places: dict[int, tuple[int, int]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         bits = self.solver.bits
@@ -68,6 +72,10 @@ class Method:
         extremes = (min(factors, default=1.0), max(factors, default=1.0)) if is_number else (math.nan, math.nan)
         object.__setattr__(self, "factor_range", extremes)
         object.__setattr__(self, "_places", {n: place for place, n in enumerate(self.anchors)})
+        object.__setattr__(self, "segments", tuple(self._segments()))
+        stored = ((segment, n) for segment, steps in enumerate(self.segments) for n in steps)
+        places = {n: (place, segment) for place, (segment, n) in enumerate(stored)}
+        object.__setattr__(self, "_stored_places", places)
 
     def __len__(self) -> int:
         """Number of steps."""
@@ -82,6 +90,13 @@ class Method:
             yield quotient(before, weight)
         for of_two_increments in self.weights[:-2]:
             yield from of_two_increments
+
+    def _segments(self) -> Iterator[range]:
+        if not self.solver.is_stored:
+            return
+        for before, anchor in pairwise((-1, *self.anchors, len(self))):
+            if anchor > before + 1:
+                yield range(before + 1, anchor)
 
     def check_steps(self, where: str, dtype: torch.dtype) -> None:
         """Check that states of this dtype can be multiplied by all that the steps call for.
@@ -125,11 +140,35 @@ class Method:
 
     def is_stored(self, n: int) -> bool:
         """Whether step n's increment is stored in a few bits."""
-        return self.solver.is_stored and not self.is_anchored(n)
+        return n in self._stored_places
+
+    @property
+    def stored_steps(self) -> tuple[int, ...]:
+        """Numbers of the steps whose increments are stored, ascending."""
+        return tuple(self._stored_places)
+
+    def stored_place(self, n: int) -> int:
+        """Place of step n among those whose increments are stored."""
+        return self._stored_places[n][0]
+
+    def segment_of(self, n: int) -> int:
+        """Number of the segment that step n, whose increment is stored, belongs to."""
+        return self._stored_places[n][1]
+
+    def begins_segment(self, n: int) -> bool:
+        """Whether the companion starts at step n's starting state."""
+        return self.is_stored(n) and (n == 0 or self.is_anchored(n - 1))
 
     def ends_segment(self, n: int) -> bool:
         """Whether no rebuilt state is needed after step n: it is the last, or the next one's is kept."""
         return n == len(self) - 1 or self.is_anchored(n + 1)
+
+    @property
+    def defect_slack(self) -> list[float]:
+        """Multiples of `max_drift` that each step's defect may have: each bit of a stored increment less than 8 doubles
+        it."""
+        bits = (self.solver.bits_of(n) if self.is_stored(n) else DEFAULT_BITS for n in range(len(self)))
+        return [2.0 ** (DEFAULT_BITS - b) for b in bits]
 
     @property
     def kept_increments(self) -> int:

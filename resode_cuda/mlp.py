@@ -16,7 +16,7 @@ from .fused.norms import NORMS
 from .fused.op import apply
 from .fused.selection import NAMES
 from .method import Anchors
-from .module import AdjointModule, checked_steps
+from .module import AdjointModule, checked_steps, default_reverse
 from .perceptron import Perceptron
 from .reverse import Reverse
 from .schemes import SCHEMES
@@ -42,10 +42,14 @@ class ResidualMLP(AdjointModule):
         step: h, dimensionless: a number > 0, or one for each step; None is 1/N.
         gradient: "adjoint" rebuilds the states in the backward pass; "checkpoint" is exact, keeps x_0, and only the
             rows that it works on have N states; "backprop" stores everything, and alone has higher derivatives.
-        reverse: how the adjoint rebuilds: "paper", "corrected", "extrapolated" (accurate where weights are smooth in
-            depth: `smooth_init_`), or a `Reverse`. Accelerated corrections, the default from 2 on, mix iterates sample
-            by sample, for which tiles are whole samples of x, and only "torch", and "triton" for rows wider than it
-            keeps on chip, have them; `accelerate=False` runs everywhere.
+        reverse: how the adjoint comes by the states. It rebuilds them: "paper", "corrected", "extrapolated" (accurate
+            where weights are smooth in depth: `smooth_init_`), or a `Reverse`; or the forward pass stores increments,
+            "stored" or `Reverse("stored", bits=b)`, b + 1/4 bits a value and step: for any weights and h, with 8 matrix
+            products a step as with "extrapolated". None is "stored" for `step=1.0`, else "corrected". Accelerated
+            corrections, the default from 2 on, mix iterates sample by sample, for which tiles are whole samples of x,
+            and only "torch", and "triton" for rows wider than it keeps on chip, have them; `accelerate=False` runs
+            everywhere. Increments are stored by "torch" and "triton", which on chip has one number of bits for all
+            steps; neighbours that share a scale are those of a row.
         anchors: keep the exact starting state of every K-th step, or of the steps with these numbers; None keeps
             none.
         max_drift, on_drift: the defect that is accepted, and what a larger one leads to, as for `ResidualStack`.
@@ -58,9 +62,9 @@ class ResidualMLP(AdjointModule):
     Parameters, stacked over the layers: weight_in [layers, hidden, dim], bias_in [layers, hidden], weight_out
     [layers, dim, hidden], bias_out [layers, dim]; initialised as `nn.Linear`'s.
 
-    Between forward and backward the parameters must stay as they are, and under "adjoint" the output, under
-    "checkpoint" x: the backward pass raises if one was modified in place. It computes in the forward pass' dtypes,
-    whatever autocast is on by then.
+    Between forward and backward the parameters must stay as they are, and under "adjoint" the output, unless increments
+    are stored, under "checkpoint" x: the backward pass raises if one was modified in place. It computes in the forward
+    pass' dtypes, whatever autocast is on by then.
 
     Raises:
         ValueError: for sizes below 1, unknown names, a step that is not positive and finite, or whose inverse is not,
@@ -68,7 +72,6 @@ class ResidualMLP(AdjointModule):
         TypeError: for sizes that are no integers, or a dtype that is none of those four.
     """
 
-    _stores_increments = False
     weight_in: Tensor
     bias_in: Tensor | None
     weight_out: Tensor
@@ -86,7 +89,7 @@ class ResidualMLP(AdjointModule):
         bias: bool = True,
         step: float | Sequence[float] | None = None,
         gradient: str = "adjoint",
-        reverse: str | Reverse = "corrected",
+        reverse: str | Reverse | None = None,
         anchors: Anchors = None,
         max_drift: float = 0.05,
         on_drift: str = "warn",
@@ -109,11 +112,12 @@ class ResidualMLP(AdjointModule):
                 raise ValueError(f"ResidualMLP: {name} must be one of {known}, got {value!r}")
         if dtype not in (None, *DTYPES):
             raise TypeError(f"ResidualMLP: dtype must be one of {dtype_names(DTYPES)} or None, got {dtype!r}")
+        steps = checked_steps("ResidualMLP", step, depth)
         super().__init__(
             SCHEMES[scheme],
-            checked_steps("ResidualMLP", step, depth),
+            steps,
             gradient=gradient,
-            reverse=reverse,
+            reverse=default_reverse(step, steps) if reverse is None else reverse,
             anchors=anchors,
             max_drift=max_drift,
             on_drift=on_drift,
@@ -169,8 +173,7 @@ class ResidualMLP(AdjointModule):
         is_repeated = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         if not (torch.compiler.is_compiling() or is_repeated or is_capturing()):
             self._monitor.poll()
-            if self._monitor.fallback_requested:
-                self.gradient = "checkpoint"
+            self._fall_back_where_asked_for()
         return apply("ResidualMLP", self._network(), self._method, x, self.gradient, self.backend, self._monitor)
 
     def to_blocks(self) -> ResidualStack:

@@ -14,7 +14,7 @@ from torch import nn
 
 from .adjoint.drift import ON_DRIFT, Drift, DriftMonitor
 from .method import Anchors, CheckedAnchors, Method, anchored_steps, checked_anchors
-from .reverse import Reverse, solver_from
+from .reverse import DEFAULT_BITS, Reverse, solver_from
 from .schemes import Scheme
 
 GRADIENTS = ("adjoint", "checkpoint", "backprop")
@@ -28,9 +28,6 @@ class AdjointModule(nn.Module):
         steps: h of each step.
         gradient, reverse, anchors, max_drift, on_drift: as the properties say.
     """
-
-    _stores_increments = True
-    """Whether `Reverse("stored")` is among the solvers."""
 
     def __init__(
         self,
@@ -90,7 +87,6 @@ class AdjointModule(nn.Module):
     @reverse.setter
     def reverse(self, reverse: str | Reverse) -> None:
         solver = solver_from(self._where, reverse)
-        self._check_stored(solver.is_stored, "reverse", reverse)
         self._method = replace(self._method, solver=solver)
         self._monitor.settings_changed()
 
@@ -130,15 +126,7 @@ class AdjointModule(nn.Module):
     def on_drift(self, on_drift: str) -> None:
         if on_drift not in ON_DRIFT:
             raise ValueError(f"{self._where}: on_drift must be one of {ON_DRIFT}, got {on_drift!r}")
-        self._check_stored(on_drift == "store", "on_drift", on_drift)
         self._monitor.on_drift = on_drift
-
-    def _check_stored(self, is_asked_for: bool, name: str, given: object) -> None:
-        if is_asked_for and not self._stores_increments:
-            raise ValueError(
-                f"{self._where}: {name} must not ask for stored increments, which a ResidualStack alone has, got "
-                f"{given!r}; use to_blocks()"
-            )
 
     @property
     def scheme(self) -> str:
@@ -233,6 +221,14 @@ class AdjointModule(nn.Module):
             raise ValueError(f"a {self._where} does not calibrate, got a recalibration")
         return None
 
+    def _fall_back_where_asked_for(self) -> None:
+        """Go on with what `on_drift` names where the last backward pass gave reason to."""
+        if self._monitor.fallback_requested and self.on_drift == "store" and self.reverse.bits != DEFAULT_BITS:
+            self.reverse = "stored"
+            self._monitor.fallback_requested = False
+        elif self._monitor.fallback_requested:
+            self.gradient = "checkpoint"
+
     def _replicate_for_data_parallel(self) -> AdjointModule:
         # Replicas run in threads at once; each measures a drift of its own, which is not read.
         replica: AdjointModule = super()._replicate_for_data_parallel()
@@ -294,6 +290,12 @@ def checked_steps(where: str, step: float | Sequence[float] | None, count: int) 
         if not (math.isfinite(h) and h > 0):
             raise ValueError(f"{where}: step must be positive and finite, got {h}; leave it out for 1/{count}")
     return steps
+
+
+def default_reverse(step: object, steps: tuple[float, ...]) -> str:
+    """The reverse solver of whoever asks for none: for networks of ordinary form, h = 1, nothing can be rebuilt once
+    they are trained."""
+    return "stored" if step is not None and set(steps) == {1.0} else "corrected"
 
 
 def checked_block_form(

@@ -24,10 +24,10 @@ from .devices import is_capturing
 from .dtypes import DTYPES
 from .export import wants_plain
 from .method import Anchors
-from .module import AdjointModule, checked_block_form, checked_steps
+from .module import AdjointModule, checked_block_form, checked_steps, default_reverse
 from .plan import Plan
 from .recalibration import Recalibration
-from .reverse import DEFAULT_BITS, Reverse, extrapolate, integer, predict
+from .reverse import Reverse, extrapolate, integer, predict
 from .schemes import SCHEMES, BlockForm, increment
 from .schemes import step as take_step
 
@@ -155,12 +155,11 @@ class ResidualStack(AdjointModule):
         steps = checked_steps("ResidualStack", step, len(blocks) + 1 - needed)
         if form == "block":
             steps = checked_block_form(scheme, step, steps, stream_dtype)
-        is_ordinary = form == "block" or (step is not None and set(steps) == {1.0})
         super().__init__(
             BlockForm if form == "block" else SCHEMES[scheme],
             steps,
             gradient=gradient,
-            reverse=("stored" if is_ordinary else "corrected") if reverse is None else reverse,
+            reverse=default_reverse(1.0 if form == "block" else step, steps) if reverse is None else reverse,
             anchors=anchors,
             max_drift=max_drift,
             on_drift=on_drift,
@@ -324,11 +323,7 @@ class ResidualStack(AdjointModule):
             plan = self._recalibration.plan(self, x, args, kwargs)
             if plan is not None:
                 self.apply_plan(plan)
-        if self._monitor.fallback_requested and self.on_drift == "store" and self.reverse.bits != DEFAULT_BITS:
-            self.reverse = "stored"
-            self._monitor.fallback_requested = False
-        elif self._monitor.fallback_requested:
-            self.gradient = "checkpoint"
+        self._fall_back_where_asked_for()
 
     def apply_plan(self, plan: Plan) -> ResidualStack:
         """Train as a plan of `resode_cuda.calibrate` says from now on. Returns the stack.

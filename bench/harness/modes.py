@@ -12,10 +12,12 @@ MODES = {
     "corrected": {"gradient": "adjoint", "reverse": "corrected"},
     "extrapolated": {"gradient": "adjoint", "reverse": "extrapolated"},
 }
+STORED = {"stored": {"gradient": "adjoint", "reverse": "stored"}}
+"""A way for networks whose states nothing rebuilds, apart from the comparison of those that are."""
 REBUILDING = tuple(mode for mode, settings in MODES.items() if settings["gradient"] == "adjoint")
 SCHEMES = ("euler", "heun")
 
 
 def set_mode(stack: ResidualStack | ResidualMLP, mode: str) -> None:
-    for name, value in MODES[mode].items():
+    for name, value in (MODES | STORED)[mode].items():
         setattr(stack, name, value)

@@ -16,15 +16,8 @@ from torch._C._functorch import is_legacy_batchedtensor
 from ..devices import is_capturing
 from ..method import Method
 from ..squares import square_dtype, squared_norm
-from .reevaluation import (
-    ROUNDING,
-    Increments,
-    Judge,
-    changed_in_between,
-    changes,
-    not_recomputed,
-    too_coarse,
-)
+from .coarseness import StoredRounding, too_coarse
+from .reevaluation import ROUNDING, Increments, Judge, changed_in_between, changes, not_recomputed
 
 ON_DRIFT = ("ignore", "warn", "raise", "store", "checkpoint")
 FALLBACKS = {
@@ -48,9 +41,9 @@ class Drift(NamedTuple):
     |y - x_n| / |x_n| (2-norms over the whole batch) is a running measure of the error of y. It is 0 for steps that
     start from an anchor or that were not rebuilt because nothing before them needs a gradient.
 
-    Where increments are stored, measuring a step takes an evaluation of its blocks to their ends, which its gradient
-    does not. All steps are measured in the first pass, and in every pass with `on_drift="raise"`; else one in turn, and
-    the others are as they were last measured.
+    Where a stack's increments are stored, measuring a step takes an evaluation of its blocks to their ends, which its
+    gradient does not. All steps are measured in the first pass, and in every pass with `on_drift="raise"`; else one in
+    turn, and the others are as they were last measured.
     """
 
     defects: Tensor
@@ -95,7 +88,7 @@ class DriftMonitor:
         # [steps + 1, 2]: |y - x_n|^2, |x_n|^2, and at the end the same of the input.
         self._squares: Tensor | None = None
         self._rows: tuple[Tensor, ...] = ()
-        self._increments: Increments | None = None
+        self._increments: Increments | StoredRounding | None = None
         # [steps, 6], or 8 where increments are stored: their numbers in the last forward and backward pass, with what
         # judges them. In memory that stays, as the squares do.
         self._numbers: Tensor | None = None
@@ -138,17 +131,18 @@ class DriftMonitor:
             return range(self._steps)
         return (self.turn(),)
 
-    def begin(self, stream: Tensor, measures: bool, increments: Increments | None = None) -> None:
+    def begin(self, stream: Tensor, measures: bool, increments: Increments | StoredRounding | None = None) -> None:
         """A backward pass starts; it measures defects, or looks for NaN and Inf alone.
 
         Args:
-            increments: those of its forward pass, where these are evaluated again.
+            increments: those of its forward pass, where these are evaluated again, or what was rounded off them.
         """
         squares = self._prepared(stream)
-        if increments is None or increments.are_all_measured:
-            squares.zero_()
-        else:  # what other passes have measured stays
+        if isinstance(increments, Increments) and not increments.are_all_measured:
+            # What other passes have measured stays.
             squares.masked_fill_(squares.isfinite().all(1, keepdim=True).logical_not_(), 0.0)
+        else:
+            squares.zero_()
         self._measured, self._reached_input = measures, False
         self._increments = increments
         self._unchecked = increments is not None
@@ -187,7 +181,7 @@ class DriftMonitor:
         """Shape [steps + 1, 2], for a backward pass that fills all steps' rows at once."""
         return self._prepared(stream)
 
-    def watch(self, node: Any, squares: Tensor, measures: bool) -> None:
+    def watch(self, node: Any, squares: Tensor, measures: bool, rounding: StoredRounding | None = None) -> None:
         """Begin and end with the backward pass of an autograd node that fills the first rows of `squares`."""
 
         def begin(cotangents: tuple[Tensor | None, ...]) -> None:
@@ -198,7 +192,7 @@ class DriftMonitor:
                 return
             # A forward pass in between, on another device, has made others.
             self._squares, self._rows = squares, squares.unbind()
-            self.begin(cotangents[0], measures)
+            self.begin(cotangents[0], measures, rounding)
             self._unchecked = True
 
         node.register_prehook(begin)
@@ -244,7 +238,7 @@ class DriftMonitor:
     def _square(place: Tensor, vector: Tensor) -> None:
         place.copy_(squared_norm(vector))
 
-    def end(self, increments: Increments | None = None, is_batched: bool = False) -> None:
+    def end(self, increments: Increments | StoredRounding | None = None, is_batched: bool = False) -> None:
         """A backward pass rebuilt all that it will. What a CUDA graph measures on its replays is not judged.
 
         Args:
@@ -252,7 +246,7 @@ class DriftMonitor:
             is_batched: it computed a batch of gradients, and measured nothing else.
         """
         increments = increments or self._increments
-        if is_batched and increments is not None:
+        if is_batched and isinstance(increments, Increments):
             squares = self._prepared(increments.first).zero_()
         elif self._squares is None or not self._unchecked:
             return
@@ -262,18 +256,16 @@ class DriftMonitor:
         self._keep(increments)
         if is_capturing() or squares.is_meta:
             return
-        tensors = [squares]
-        if increments is not None and increments.again is not None:
-            tensors += [increments.first, increments.again]
+        tensors = [squares, *(() if increments is None else increments.numbers)]
         if squares.device.type == "cpu":
             self._judge(increments, *tensors)
         elif not self._has_warned_of_all():
             self._later(partial(self._judge, increments), *tensors)
 
-    def _keep(self, increments: Increments | None) -> None:
+    def _keep(self, increments: Increments | StoredRounding | None) -> None:
         """Copy the numbers of a backward pass that has ended."""
         self._increments = self._replay_judge = None
-        if increments is None or increments.again is None:
+        if not isinstance(increments, Increments) or increments.again is None:
             return
         first = increments.first
         kept, width = self._numbers, first.shape[1] + increments.again.shape[1]
@@ -341,8 +333,8 @@ class DriftMonitor:
         reported = {"ignore": {"broken"}, "warn": {"replay", "broken", "drift"}}
         return self.on_drift in reported and reported[self.on_drift] <= self._warned_of
 
-    def _judge(self, increments: Increments | None, squares: Tensor, *numbers: Tensor) -> None:
-        """Act on what a backward pass measured: the squares and, with increments, their numbers first and again."""
+    def _judge(self, increments: Increments | StoredRounding | None, squares: Tensor, *numbers: Tensor) -> None:
+        """Act on what a backward pass measured: the squares and, with increments, their numbers."""
         if self._has_warned_of_all():
             return
         broken = squares[:-1].isfinite().logical_not_().any(dim=1).nonzero()
@@ -362,8 +354,8 @@ class DriftMonitor:
         defect = excess[worst].item() if self._measured else 0.0
         if self.on_drift == "ignore":
             return
-        first, again = (tensor.tolist() for tensor in numbers) if numbers else ((), ())
-        coarse = None if increments is None or not numbers else increments.judge.coarse(first, again)
+        measured = [tensor.tolist() for tensor in numbers]
+        coarse = None if increments is None or not numbers else increments.judge.coarse(*measured)
         if coarse is not None:
             n, share = coarse
             self._act("drift", f"{self._where}: the increment of step {n} {too_coarse(share)}")
@@ -375,8 +367,9 @@ class DriftMonitor:
                 "gradients may be as far off; choose a solver with resode_cuda.calibrate, or use more corrections, "
                 "more stored bits, anchors, or a smaller step",
             )
-        elif defect <= MAX_DRIFT and increments is not None and numbers:  # where states are off, so are increments
-            found = increments.judge.unexplained(first, again)
+        elif defect <= MAX_DRIFT and isinstance(increments, Increments) and numbers:
+            # Where states are off, so are increments.
+            found = increments.judge.unexplained(*measured)
             if found is not None:
                 n, change = found
                 self._act("replay", f"{self._where}: {increments.blocks_of(n)} {changed_in_between(change)}")

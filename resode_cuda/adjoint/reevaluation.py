@@ -21,10 +21,9 @@ from torch import Tensor
 
 from ..devices import is_capturing
 from ..method import Method
-from ..reverse import DEFAULT_BITS
 from ..schemes import Stages
 from ..squares import square_dtype
-from ..stored import quantum_count
+from .coarseness import Rounding, finest_shares, first_coarse, percent
 
 SAMPLE = 2**13
 """The most values of a state that are looked at."""
@@ -43,16 +42,8 @@ of; their gradients were off by 6.6% at least, by 85% in the median.
 STEEP = 2
 """How many times the rounding of its state a stored increment may change. On trained networks (GPT, ViT, convolutions
 with group and batch norm, ConvNeXt's blocks; 1 to 8 bits) it was 1.3 at most."""
-COARSE = 2.0
-"""Quanta over the largest whole number that rounding may be of what is rounded; at most 1.7 by the formula."""
-TOLD_OF = 0.1
-"""The share of an increment below which what was rounded off is not told of, however many bits it has."""
-HARMLESS = 0.01
-"""The share of a typical value of a state that may be rounded off in any case."""
 ALL = 1.0
 """The relative change of a stored increment that is told of however coarse the rounding."""
-SLACK = 1.0
-"""Multiples of `max_drift` that the defect of an increment stored in 8 bits may have. Each bit less doubles it."""
 
 Numbers = Sequence[Sequence[float]]
 """Those of each step."""
@@ -82,12 +73,8 @@ class Increments:
         self.again: Tensor | None = None
         """In the last backward pass, shape [steps, 4]: the projections, |f_n|^2 and |y - (x_{n+1} - w f_n)|^2."""
         self._again_rows: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]] = (), (), ()
-        limits = [quantum_count(method.solver.bits_of(n)) for n in range(len(method))] if is_stored else []
-        finest = [max(COARSE / limit, TOLD_OF) for limit in limits]
-        self.judge = Judge(weights, method.exactly_predicted, is_stored, finest)
-        bits = [method.solver.bits_of(n) if method.is_stored(n) else DEFAULT_BITS for n in range(len(method))]
-        self.slack = [SLACK * 2.0 ** (DEFAULT_BITS - b) if method.is_stored(n) else 1.0 for n, b in enumerate(bits)]
-        """Multiples of `max_drift` that each step's defect may have."""
+        self.judge = Judge(weights, method.exactly_predicted, is_stored, finest_shares(method))
+        self.slack = method.defect_slack
         self._blocks_per_step = method.scheme.blocks_per_step
 
     def record(self, n: int, stages: Stages) -> None:
@@ -125,6 +112,11 @@ class Increments:
         )
         torch.dot(f, f, out=squares[n])
         torch.dot(difference, difference, out=errors[n])
+
+    @property
+    def numbers(self) -> tuple[Tensor, ...]:
+        """Those that a backward pass is judged by; none before one has begun."""
+        return () if self.again is None else (self.first, self.again)
 
     def defect_square(self, n: int) -> Tensor:
         """|y - (x_{n+1} - w f_n)|^2 of the step that was compared last, estimated from the sample; shape []."""
@@ -200,18 +192,13 @@ class Judge(NamedTuple):
         return max(above)[1:] if above else None
 
     def coarse(self, first: Numbers, again: Numbers) -> tuple[int, float] | None:
-        """The first step whose rounding is coarser than its bits make it, and rounding over what was rounded.
-
-        Values far apart within a group, or states that outgrow the first ones, leave its units too coarse or too small.
-        """
-        before = 0.0
-        for n, finest in enumerate(self.finest):
-            error, d = math.sqrt(first[n][2]), self.weights[n] * math.sqrt(again[n][2])
-            rounded = math.hypot(d, before)
-            if error > max(finest * rounded, HARMLESS * math.sqrt(first[n][3])):
-                return n, error / rounded if rounded else math.inf
-            before = error
-        return None
+        """As `first_coarse`. What was rounded is the increment and what the step before left, as if independent."""
+        roundings, before = [], 0.0
+        for n in range(len(self.finest)):
+            off, d = math.sqrt(first[n][2]), self.weights[n] * math.sqrt(again[n][2])
+            roundings.append(Rounding(off, math.hypot(d, before), math.sqrt(first[n][3])))
+            before = off
+        return first_coarse(roundings, self.finest)
 
     def _rebuilt(self, again: Numbers) -> list[float]:
         """What of each change the errors of the points y explain.
@@ -238,15 +225,6 @@ class Judge(NamedTuple):
         return [STEEP * error / d if d else math.inf for error, d in zip(before, moved, strict=True)]
 
 
-def too_coarse(share: float) -> str:
-    """What is told of a step whose increment could not be stored in its bits."""
-    return (
-        f"could not be stored in its bits: {_percent(share)} of it was rounded off, since states outgrow the first "
-        "ones a thousandfold, or values of very different sizes lie side by side, and gradients are as far off; "
-        'keep the states from there on (anchors), normalise them, or use gradient="checkpoint"'
-    )
-
-
 CAUSES = (
     "usual causes: an adapter, a cache or a counter was switched, grown or cleared meanwhile, random numbers come from "
     "a generator of the block's own or under torch.random.fork_rng, or a tensor was changed through .data; pass such "
@@ -254,14 +232,10 @@ CAUSES = (
 )
 
 
-def _percent(change: float) -> str:
-    return f"{change:.0%}" if change >= 0.1 else f"{100 * change:.2g}%"
-
-
 def changed_in_between(change: float) -> str:
     """What is told of blocks whose increment changed that much between forward and backward pass."""
     return (
-        f"changed its increment by {_percent(change)} between forward and backward pass, more than the error of the "
+        f"changed its increment by {percent(change)} between forward and backward pass, more than the error of the "
         "reconstruction explains, and the gradient is as far off: it is another function by now, or it is so steep "
         f"that another state was rebuilt, which resode_cuda.calibrate helps; {CAUSES}"
     )
@@ -270,7 +244,7 @@ def changed_in_between(change: float) -> str:
 def not_recomputed(change: float) -> str:
     """What is told of a block that was recomputed at the same state."""
     return (
-        f"changed its increment by {_percent(change)} between forward and backward pass, at the same state, and the "
+        f"changed its increment by {percent(change)} between forward and backward pass, at the same state, and the "
         f"gradient is as far off: it is another function by now; {CAUSES}"
     )
 

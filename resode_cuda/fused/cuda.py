@@ -44,6 +44,8 @@ def reason(network: Network, method: Method, device: torch.device) -> str | None
     """Why the kernels in CUDA C++ can't compute this; None if they can."""
     if network.dim > LARGEST_DIM:
         return f"{KERNELS} keep rows of at most {LARGEST_DIM} values on chip, got dim {network.dim}"
+    if method.solver.is_stored:
+        return f"{KERNELS}, which are made for few rows, store no increments"
     return (
         requirements.reason(KERNELS, network, method, device)
         or library.build_info().reason
@@ -151,7 +153,7 @@ class CudaKernels(NetworkKernels):
         self._launch(self.library.mlp_forward, operands)
 
     def adjoint(self, state_pass: StatePass) -> None:
-        start, end, anchored, squares, scratch, steps, _ = state_pass
+        start, end, anchored, _, squares, scratch, steps, _ = state_pass
         count, solver = len(self.method), self.method.solver
         last_increment = increment_before = None
         increments_in = start.increments

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from ..method import Method
 from ..squares import square_dtype
+from ..stored import GROUP
 from .network import Network
 from .schedule import schedule
 from .signature import AdjointResult, ParameterGradients, SavedStates, Wanted
 from .slabs import slabs
+from .storage import RoundingSquares, StoredIncrements, defect_squares, unfilled, unmeasured
 
 SMALLEST_DIM = 16
 
@@ -58,7 +60,8 @@ class Boundary(NamedTuple):
     """A slab's states where a range of steps begins or ends: [rows, dim] each, float32."""
 
     x: Tensor | None
-    """None where it is not wanted: the first range of a pass may leave no x_0."""
+    """c_n where increments are stored. None where it is not wanted: the first range of a pass may leave no x_0; and
+    after the last step of those, where a companion ends."""
     g: Tensor
     increments: Tensor | None
     """[2, rows, dim], where the solver extrapolates: d_{n+2} and d_{n+1} between the steps n and n + 1. At x_N the ones
@@ -74,6 +77,8 @@ class StatePass(NamedTuple):
     """Before the first one: to be filled."""
     anchored: Tensor | None
     """[anchors, rows, dim], the starting states of all anchored steps of the stack."""
+    stored: StoredIncrements | None
+    """The slab's, where increments are stored: the integers are [stored steps, rows, bytes]."""
     squares: Tensor
     """From `NetworkKernels.squares`, to be filled."""
     scratch: Scratch
@@ -94,7 +99,7 @@ class NetworkKernels(ABC):
         self.network, self.unit = network, unit
         self.device = network.weight_in.device
         self.layer_calls = method.scheme.blocks_per_step
-        self.dim = padded_dim(network.dim)
+        self.dim = max(padded_dim(network.dim), GROUP if method.solver.is_stored else 0)
         self.hidden = -(-network.hidden // chunk) * chunk
         layers, hidden, dim = network.layers, self.hidden, self.dim
         # Held here until the launches are made: kernels get addresses.
@@ -121,6 +126,12 @@ class NetworkKernels(ABC):
     ) -> None:
         """Take x_0 through the first steps, and fill what is given."""
 
+    def storing_forward(
+        self, x: Tensor, x_last: Tensor, anchored: Tensor | None, stored: StoredIncrements, rounding: RoundingSquares
+    ) -> None:
+        """Take x_0 through all steps, and fill what is given. Kernels that store no increments say so beforehand."""
+        raise NotImplementedError
+
     @abstractmethod
     def adjoint(self, state_pass: StatePass) -> None:
         """Go back through the steps, rebuilding the states."""
@@ -135,7 +146,8 @@ class NetworkKernels(ABC):
 
     @abstractmethod
     def squares(self, rows: int) -> Tensor:
-        """Memory for a state pass' squared norms of a slab, shape [parts, steps, 2], to be summed over parts."""
+        """Memory for a state pass' squared norms of a slab, shape [parts, steps, 2], to be summed over parts; 3 as in
+        `storage.defect_squares` where increments are stored."""
 
     @functools.cached_property
     def sums(self) -> ParameterGradients:
@@ -182,11 +194,15 @@ class SlabDriver:
         x_last = torch.empty_like(x)
         increments = x.new_empty((method.kept_increments, *x.shape), dtype=network.dtype)
         anchored = x.new_empty((method.anchor_count, *x.shape))
+        stored, rounding = unfilled(method, x), unmeasured(method, x)
         if len(x):
-            wanted_increments = increments if method.kept_increments else None
-            wanted_states = anchored if method.anchor_count else None
-            self.kernels(network, method).forward(x, x_last, wanted_increments, wanted_states, len(method))
-        return SavedStates(x_last, increments, anchored)
+            kernels, wanted_states = self.kernels(network, method), anchored if method.anchor_count else None
+            if method.solver.is_stored:
+                kernels.storing_forward(x, x_last, wanted_states, stored, rounding)
+            else:
+                wanted_increments = increments if method.kept_increments else None
+                kernels.forward(x, x_last, wanted_increments, wanted_states, len(method))
+        return SavedStates(x_last, increments, anchored, stored, rounding.numbers(len(x)))
 
     def adjoint(
         self, network: Network, method: Method, g: Tensor, states: SavedStates, wanted: Wanted
@@ -197,28 +213,32 @@ class SlabDriver:
         two_passes = wanted.parameters and kernels.takes_two_passes(rows)
         g_first = torch.empty_like(g)
         x_first = torch.empty_like(g) if wanted.input else None
-        squares = g.new_zeros(count, 2, dtype=square_dtype(g.device))
+        squares = g.new_zeros(count, 3 if method.solver.is_stored else 2, dtype=square_dtype(g.device))
         slab_rows, length = slabs(rows, count, kernels.step_bytes(two_passes), 0, kernels.unit)
         scratch = kernels.scratch(min(slab_rows, rows), length) if two_passes else NO_SCRATCH
         for begin in range(0, rows, slab_rows):
             slab = slice(begin, min(begin + slab_rows, rows))
-            x = states.x_last[slab]
+            x = None if states.x_last is None or method.solver.is_stored else states.x_last[slab]
+            stored = states.stored.of_rows(slab) if method.solver.is_stored else None
             anchored = states.anchored[:, slab] if method.anchor_count else None
             start = Boundary(x, g[slab], states.increments[:, slab] if method.extrapolates else None)
-            parts = kernels.squares(len(x))
+            rows_of_slab = len(g[slab])
+            parts = kernels.squares(rows_of_slab)
             for last in range(count, 0, -length):
                 steps = range(max(0, last - length), last)
                 end = Boundary(None if x_first is None else x_first[slab], g_first[slab], None)
                 if steps.start:
-                    d = None if start.increments is None else x.new_empty((2, *x.shape))
-                    end = Boundary(torch.empty_like(x), g_first[slab], d)
+                    d = None if start.increments is None else g.new_empty((2, *g[slab].shape))
+                    end = Boundary(torch.empty_like(g[slab]), g_first[slab], d)
                 adds_gradients = wanted.parameters and not two_passes
-                kernels.adjoint(StatePass(start, end, anchored, parts, scratch, steps, adds_gradients))
+                kernels.adjoint(StatePass(start, end, anchored, stored, parts, scratch, steps, adds_gradients))
                 if two_passes:
-                    kernels.add_gradients(scratch, len(x), steps)
+                    kernels.add_gradients(scratch, rows_of_slab, steps)
                 start = end
             squares += parts.sum(0, dtype=squares.dtype)
-        return AdjointResult(g_first, kernels.gradients() if wanted.parameters else None, squares, x_first)
+        return AdjointResult(
+            g_first, kernels.gradients() if wanted.parameters else None, defect_squares(squares), x_first
+        )
 
     def exact_adjoint(
         self, network: Network, method: Method, g: Tensor, x_first: Tensor, wants_parameters: bool

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
+from ..adjoint.coarseness import StoredRounding
 from ..adjoint.drift import DriftMonitor
 from ..dtypes import dtype_name
 from ..export import wants_plain
@@ -27,6 +28,7 @@ from .reference import passes as reference
 from .reference.plain import plain
 from .selection import reasons_on, select
 from .signature import (
+    KEPT,
     SavedStates,
     StackAdjointOperands,
     StackBackend,
@@ -37,6 +39,7 @@ from .signature import (
     method_of,
     network_of,
 )
+from .storage import StoredIncrements, formats
 from .triton import passes as triton
 
 BACKENDS: dict[str, StackBackend] = {"cuda": cuda, "triton": triton, "torch": reference}
@@ -85,16 +88,17 @@ def apply(
     squares = monitor.squares(state) if is_watched and monitor is not None else None
     of_steps = None if squares is None else squares[:-1]
     # Where nothing is differentiated, nothing is kept for it.
-    x_last = mlp_stack(state, network, method, "adjoint" if rebuilds else "checkpoint", backend, of_steps)
+    x_last, rounding = mlp_stack(state, network, method, "adjoint" if rebuilds else "checkpoint", backend, of_steps)
     if squares is not None and monitor is not None:
-        monitor.watch(x_last.grad_fn, squares, method.reuses)
+        stored = StoredRounding(method, rounding.detach()) if len(rounding) else None
+        monitor.watch(x_last.grad_fn, squares, method.measures_defects, stored)
     return x_last.to(x.dtype)
 
 
 def mlp_stack(
     x: Tensor, network: Network, method: Method, gradient: str, backend: str, squares: Tensor | None = None
-) -> Tensor:
-    """x_N from x_0 by `torch.ops.resode.mlp_stack`, differentiable once in x and the parameters.
+) -> tuple[Tensor, Tensor]:
+    """x_N from x_0 by `torch.ops.resode.mlp_stack`, differentiable once in x and the parameters; and its `rounding`.
 
     Args:
         x: x_0, shape [*, dim], in the stream's dtype.
@@ -105,15 +109,16 @@ def mlp_stack(
         TypeError, ValueError: as `Network.check` and `selection.select`.
     """
     of_network = *network.parameters, network.activation, network.norm
-    x_last: Tensor = torch.ops.resode.mlp_stack(x, *of_network, *_flat(method), gradient, backend, squares)[0]
-    return x_last
+    x_last, *_, rounding = torch.ops.resode.mlp_stack(x, *of_network, *_flat(method), gradient, backend, squares)
+    return x_last, rounding
 
 
 def _flat(method: Method) -> tuple[Any, ...]:
     """The method as the ops take it."""
     solver = method.solver
     settings = solver.predictor, solver.corrections, solver.reuse, bool(solver.accelerate)
-    return method.scheme.name, method.steps, *settings, method.anchors
+    bits = () if solver.bits is None else (solver.bits,) if isinstance(solver.bits, int) else solver.bits
+    return method.scheme.name, method.steps, *settings, bits, solver.rounded_forward, method.anchors
 
 
 def backends(device: torch.device | str | int | None = None) -> dict[str, dict[str, str | None]]:
@@ -126,14 +131,19 @@ def backends(device: torch.device | str | int | None = None) -> dict[str, dict[s
     return {f"mlp_stack{suffix}": found for suffix in ("", "_adjoint", "_exact_adjoint")}
 
 
-def forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+def forward(*operands: Any) -> tuple[Tensor, ...]:
     """`mlp_stack`."""
     o = StackOperands(*operands)
     network, method = checked_stack(o)
     backend = BACKENDS[select("mlp_stack", BACKENDS, o.backend, network, method, o.x)]
     states = backend.forward(network, method, _rows(o.x))
-    increments, anchored = (_shaped(s, (s.shape[0], *o.x.shape)) for s in (states.increments, states.anchored))
-    return _shaped(states.x_last, o.x.shape), increments, anchored
+    companions, *stored = states.stored
+    increments, anchored, companions = (
+        _shaped(s, (s.shape[0], *o.x.shape)) for s in (states.increments, states.anchored, companions)
+    )
+    assert states.x_last is not None, "a forward pass gives it"
+    assert states.rounding is not None, "a forward pass gives it"
+    return _shaped(states.x_last, o.x.shape), increments, anchored, companions, *stored, states.rounding
 
 
 def checked_stack(operands: StackOperands) -> tuple[Network, Method]:
@@ -158,12 +168,16 @@ def checked_adjoint(operands: StackAdjointOperands) -> tuple[Network, Method]:
     Raises:
         TypeError, ValueError: for operands that do not fit.
     """
-    where, x = "mlp_stack_adjoint", operands.x_last
+    where, x = "mlp_stack_adjoint", operands.g if operands.x_last is None else operands.x_last
     network, method = network_of(operands), method_of(where, operands)
     network.check(where, method, x)
+    if operands.x_last is None and not method.solver.is_stored:
+        raise ValueError(f"{where}: x_last must be given unless increments are stored, got None; pass x_N")
     check_tensor(where, "g", operands.g, x.shape, x.dtype, x)
     check_tensor(where, "increments", operands.increments, (method.kept_increments, *x.shape), network.dtype, x)
     check_tensor(where, "anchored", operands.anchored, (method.anchor_count, *x.shape), x.dtype, x)
+    for name, (shape, dtype) in formats(method, x).items():
+        check_tensor(where, name, getattr(operands, name), shape, dtype, x)
     return network, method
 
 
@@ -186,7 +200,10 @@ def adjoint(*operands: Any) -> tuple[Tensor, ...]:
     network, method = checked_adjoint(o)
     backend = BACKENDS[select("mlp_stack_adjoint", BACKENDS, o.backend, network, method, o.g)]
     sample_rows = max(1, math.prod(o.g.shape[1:-1]))
-    states = SavedStates(_rows(o.x_last), _stacked_rows(o.increments), _stacked_rows(o.anchored), sample_rows)
+    increments, anchored, companions = map(_stacked_rows, (o.increments, o.anchored, o.companions))
+    stored = StoredIncrements(companions, o.units.contiguous(), o.scales.contiguous(), o.packed.contiguous())
+    x_last = None if o.x_last is None else _rows(o.x_last)
+    states = SavedStates(x_last, increments, anchored, stored, sample_rows=sample_rows)
     found = backend.adjoint(network, method, _rows(o.g), states, Wanted(o.wants_parameters, o.wants_input))
     x_first = o.g.new_empty(0) if found.x is None else _shaped(found.x, o.g.shape)
     return _shaped(found.g, o.g.shape), *_filled(found.gradients, network, o.g), found.squares, x_first
@@ -201,9 +218,11 @@ def exact_adjoint(*operands: Any) -> tuple[Tensor, ...]:
     return _shaped(g_first, o.g.shape), *_filled(gradients, network, o.g)
 
 
-def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     o = StackOperands(*inputs)
-    states = (o.x,) if o.gradient == "checkpoint" else output
+    x_last, *kept, _ = output
+    # With stored increments the way back starts where companions end.
+    states = (o.x,) if o.gradient == "checkpoint" else (None if o.predictor == "stored" else x_last, *kept)
     ctx.save_for_backward(o.weight_in, o.bias_in, o.weight_out, o.bias_out, *states)
     ctx.set_materialize_grads(False)
     ctx.squares = o.squares
@@ -215,9 +234,7 @@ def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
 
 def backward(ctx: Any, g: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     if any(other is not None and other.numel() for other in others):
-        raise RuntimeError(
-            "mlp_stack: only x_last has a gradient, got one for increments or anchored; leave them alone"
-        )
+        raise RuntimeError("mlp_stack: only x_last has a gradient, got one for another result; leave these alone")
     if g is None:
         return (None,) * len(StackOperands._fields)
     saved = _saved_tensors(ctx)
@@ -231,12 +248,9 @@ def backward(ctx: Any, g: Tensor | None, *others: Tensor | None) -> tuple[Tensor
         )
         g_first, *gradients = torch.ops.resode.mlp_stack_exact_adjoint(*exact)
     else:
-        x_last, increments, anchored = states
         rebuilding = StackAdjointOperands(
             g=g,
-            x_last=x_last,
-            increments=increments,
-            anchored=anchored,
+            **dict(zip(KEPT, states, strict=True)),
             wants_parameters=wants_parameters,
             wants_input=False,
             **_shared(o, StackAdjointOperands),

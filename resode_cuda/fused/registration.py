@@ -12,16 +12,19 @@ from ..ops.schemas import MLP_STACK, MLP_STACK_ADJOINT, MLP_STACK_EXACT_ADJOINT
 from ..squares import square_dtype
 from . import op
 from .network import PARAMETERS, Network
-from .signature import StackAdjointOperands, StackExactAdjointOperands, StackOperands
+from .signature import StackAdjointOperands, StackExactAdjointOperands, StackOperands, method_of
+from .storage import StoredIncrements, rounding_shape, unfilled
 
 library = torch.library.Library("resode", "FRAGMENT")
 
 
-def forward_fake(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+def forward_fake(*operands: Any) -> tuple[Tensor, ...]:
     o = StackOperands(*operands)
     network, method = op.checked_stack(o)
     increments = o.x.new_empty((method.kept_increments, *o.x.shape), dtype=network.dtype)
-    return o.x.new_empty(o.x.shape), increments, o.x.new_empty((method.anchor_count, *o.x.shape))
+    anchored = o.x.new_empty((method.anchor_count, *o.x.shape))
+    rounding = o.x.new_empty(rounding_shape(method), dtype=square_dtype(o.x.device))
+    return o.x.new_empty(o.x.shape), increments, anchored, *unfilled(method, o.x), rounding
 
 
 def adjoint_fake(*operands: Any) -> tuple[Tensor, ...]:
@@ -53,12 +56,15 @@ def forward_vmap(info: Any, dims: tuple[Any, ...], *operands: Any) -> Any:
             'mlp_stack: torch.vmap must batch x alone, got batched parameters; use gradient="backprop"'
         )
     x = o.x.movedim(batched.x or 0, 0)  # type: ignore[arg-type]
-    if x.dim() < 3:
-        return torch.ops.resode.mlp_stack(*o._replace(x=x)), (0, 1, 1)
     # Samples stay what they are for each of the batch: its dimension may not become that of the samples.
-    outputs = torch.ops.resode.mlp_stack(*o._replace(x=x.flatten(0, 1)))
-    dims = 0, 1, 1
-    return tuple(out.unflatten(dim, x.shape[:2]) for out, dim in zip(outputs, dims, strict=True)), dims
+    outputs = torch.ops.resode.mlp_stack(*o._replace(x=x if x.dim() < 3 else x.flatten(0, 1)))
+    x_last, increments, anchored, companions, units, scales, packed, rounding = outputs
+    states = (*(state.view(len(state), *x.shape) for state in (increments, anchored, companions)),)
+    of_rows = (*(each.unflatten(1, (len(x), -1)) for each in (units, scales)),)
+    steps = StoredIncrements(companions, units, scales, packed).steps(method_of("mlp_stack", o))
+    packed = torch.cat([packed.new_empty(len(x), 0), *(step.reshape(len(x), -1) for step in steps)], 1)
+    # What was rounded off is summed over the batch.
+    return (x_last.view(x.shape), *states, *of_rows, packed, rounding), (0, 1, 1, 1, 1, 1, 0, None)
 
 
 def refuse_vmap(*_: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ..method import Method
 from ..reverse import Reverse
 from ..schemes import SCHEMES
 from .network import Network
+from .storage import StoredIncrements
 
 
 class StackOperands(NamedTuple):
@@ -36,6 +37,8 @@ class StackOperands(NamedTuple):
     corrections: int
     reuse: bool
     accelerate: bool
+    bits: Sequence[int]
+    rounded_forward: bool
     anchors: Sequence[int]
     gradient: str
     backend: str
@@ -46,9 +49,13 @@ class StackAdjointOperands(NamedTuple):
     """Operands of `mlp_stack_adjoint`."""
 
     g: Tensor
-    x_last: Tensor
+    x_last: Tensor | None
     increments: Tensor
     anchored: Tensor
+    companions: Tensor
+    units: Tensor
+    scales: Tensor
+    packed: Tensor
     weight_in: Tensor
     bias_in: Tensor | None
     weight_out: Tensor
@@ -61,10 +68,16 @@ class StackAdjointOperands(NamedTuple):
     corrections: int
     reuse: bool
     accelerate: bool
+    bits: Sequence[int]
+    rounded_forward: bool
     anchors: Sequence[int]
     wants_parameters: bool
     wants_input: bool
     backend: str
+
+
+KEPT = ("x_last", "increments", "anchored", *StoredIncrements._fields)
+"""What the op's results keep for the adjoint, under the same names."""
 
 
 class StackExactAdjointOperands(NamedTuple):
@@ -117,14 +130,20 @@ def method_of(where: str, operands: StackOperands | StackAdjointOperands | Stack
     steps = tuple(o.steps)
     if isinstance(o, StackExactAdjointOperands) or (isinstance(o, StackOperands) and o.gradient == "checkpoint"):
         return _method(o.scheme, steps)
-    return _method(o.scheme, steps, (o.predictor, o.corrections, o.reuse, o.accelerate), tuple(o.anchors))
+    solver = o.predictor, o.corrections, o.reuse, o.accelerate, _bits(tuple(o.bits)), o.rounded_forward
+    return _method(o.scheme, steps, solver, tuple(o.anchors))
+
+
+def _bits(bits: tuple[int, ...]) -> int | tuple[int, ...] | None:
+    """As `Reverse` has them: one number for all steps, or one for each."""
+    return (bits or (None,))[0] if len(bits) < 2 else bits
 
 
 @functools.lru_cache(maxsize=256)
 def _method(
     scheme: str,
     steps: tuple[float, ...],
-    solver: tuple[str, int, bool, bool] = ("step", 0, True, False),
+    solver: tuple[Any, ...] = (),
     anchors: tuple[int, ...] = (),
 ) -> Method:
     return Method(SCHEMES[scheme], steps, Reverse(*solver), anchors)
@@ -156,11 +175,15 @@ class SavedStates(NamedTuple):
     Shapes [rows, dim] within a backend.
     """
 
-    x_last: Tensor
+    x_last: Tensor | None
+    """None for a backward pass from stored increments, which ends where companions do."""
     increments: Tensor
     """[saved, *], the last ones, newest first, where the solver extrapolates; in the parameters' dtype."""
     anchored: Tensor
     """[anchors, *], the starting states of the anchored steps."""
+    stored: StoredIncrements
+    rounding: Tensor | None = None
+    """[steps, 3], `RoundingSquares.numbers` of a forward pass that stored increments; empty after another one."""
     sample_rows: int = 1
     """Rows of a sample, one after the other, that accelerated corrections mix by one coefficient."""
 
@@ -181,8 +204,9 @@ class AdjointResult(NamedTuple):
     """g_0."""
     gradients: ParameterGradients | None
     squares: Tensor
-    """[steps, 2], float64: |y - x_n|^2 and |x_n|^2 of each step. Kernels add up those of a tile in float32, whose range
-    ends with states of 1.8e19."""
+    """[steps, 2], float64: |y - x_n|^2 and |x_n|^2 of each step; where increments are stored |y - (c_{n+1} - Phi(y))|^2
+    and the larger one of |y|^2 and |c_{n+1}|^2. Kernels add up those of a tile in float32, whose range ends with states
+    of 1.8e19."""
     x: Tensor | None
     """The rebuilt x_0."""
 

@@ -35,15 +35,16 @@ Depth-fused ops (`fused/`), each a whole stack of residual perceptrons:
 
 | op | computes |
 |---|---|
-| mlp_stack | x_N; the last two increments, newest first, where the solver extrapolates; the anchored states |
-| mlp_stack_adjoint | rebuilding the states from x_N and g_N: g_0, all gradients, the squares of defects, and x_0 |
+| mlp_stack | x_N, and what the way back starts from: the fields of `SavedStates` in `fused/signature.py` |
+| mlp_stack_adjoint | from these and g_N, rebuilding states or taking them back: g_0, all gradients, `squares`, x_0 |
 | mlp_stack_exact_adjoint | from x_0 and g_N, each tile of rows running forward again: g_0 and all gradients |
 
 The first is differentiable, by one of the other two, which are not. All are functional; a backward pass of mlp_stack
 fills its `squares`, if it has some, and nothing else is ever overwritten. `gradient` is "adjoint" or "checkpoint";
-`anchors` are ascending step numbers; `squares` have shape [steps, 2], |y - x_n|^2 and |x_n|^2 of each step, in
-float64. States have shape [*, dim] and the stream's dtype, float32 for 16-bit parameters, and results are contiguous. A
-result that is not asked for is empty.
+`anchors` are ascending step numbers; `bits` are one for all steps or one for each, and none where increments are not
+stored; `squares` have shape [steps, 2], |y - x_n|^2 and |x_n|^2 of each step, in float64. States have shape [*, dim]
+and the stream's dtype, float32 for 16-bit parameters, and results are contiguous. A result that is not asked for is
+empty.
 """
 
 FORWARD_STEP = "forward_step(Tensor x, Tensor f, float h) -> Tensor"
@@ -69,15 +70,17 @@ ADJOINT_UPDATE_ = f"adjoint_update_(Tensor(a!) g, {_ADJOINT}) -> ()"
 
 _NETWORK = "Tensor weight_in, Tensor? bias_in, Tensor weight_out, Tensor? bias_out, str activation, str? norm"
 _STEPS = "str scheme, float[] steps"
-_SOLVER = "str predictor, int corrections, bool reuse, bool accelerate, int[] anchors"
+_SOLVER = "str predictor, int corrections, bool reuse, bool accelerate, int[] bits, bool rounded_forward, int[] anchors"
+_STORED = "Tensor companions, Tensor units, Tensor scales, Tensor packed"
 _GRADIENTS = "Tensor weight_in, Tensor bias_in, Tensor weight_out, Tensor bias_out"
 MLP_STACK = (
     f"mlp_stack(Tensor x, {_NETWORK}, {_STEPS}, {_SOLVER}, str gradient, str backend, Tensor? squares) -> "
-    "(Tensor x_last, Tensor increments, Tensor anchored)"
+    f"(Tensor x_last, Tensor increments, Tensor anchored, {_STORED}, Tensor rounding)"
 )
 MLP_STACK_ADJOINT = (
-    f"mlp_stack_adjoint(Tensor g, Tensor x_last, Tensor increments, Tensor anchored, {_NETWORK}, {_STEPS}, {_SOLVER}, "
-    f"bool wants_parameters, bool wants_input, str backend) -> (Tensor g, {_GRADIENTS}, Tensor squares, Tensor x)"
+    f"mlp_stack_adjoint(Tensor g, Tensor? x_last, Tensor increments, Tensor anchored, {_STORED}, "
+    f"{_NETWORK}, {_STEPS}, {_SOLVER}, bool wants_parameters, bool wants_input, str backend) -> "
+    f"(Tensor g, {_GRADIENTS}, Tensor squares, Tensor x)"
 )
 MLP_STACK_EXACT_ADJOINT = (
     f"mlp_stack_exact_adjoint(Tensor g, Tensor x, {_NETWORK}, {_STEPS}, bool wants_parameters, str backend) -> "

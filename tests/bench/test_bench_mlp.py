@@ -36,7 +36,7 @@ def test_a_quick_run_of_the_residual_mlp(quick_mlp):
     whole = {("compiled", mode) for mode in mlp_networks.PLAIN}
     by_segment = {(f"compiled by {figures['segment']}", mode) for mode in mlp_networks.PLAIN}
     plain = {("eager", mode) for mode in mlp_networks.PLAIN} | {("bare", "products"), ("bare", "matmul")}
-    fused = {("fused", mode) for mode in measurement.FUSED}
+    fused = {("fused", mode) for mode in measurement.TIMED}
     for job, kinds in ((judged, whole | by_segment | plain | fused), (other, by_segment | plain | fused)):
         assert {(row["kind"], row["mode"]) for row in job["rows"]} == kinds
         for row in job["rows"]:

@@ -15,6 +15,7 @@ import torch
 import triton
 from triton.runtime import interpreter
 
+from resode_cuda import stored
 from resode_cuda.fused import slabs
 from resode_cuda.fused.reference import passes as reference
 from resode_cuda.fused.signature import Wanted
@@ -24,7 +25,7 @@ from resode_cuda.fused.triton.tiles import Tile, Tiles
 from resode_cuda.fused.triton.wide import WideTile
 from resode_cuda.ops import triton as triton_ops
 from resode_cuda.reverse import Reverse
-from tests.support.fused_cases import CASES, Case, check, prefer_one_pass
+from tests.support.fused_cases import CASES, STORED_CASES, Case, check, prefer_one_pass
 from tests.support.fused_networks import Calls
 
 assert triton.knobs.runtime.interpret, "run this file with TRITON_INTERPRET=1"
@@ -51,14 +52,18 @@ def _like_a_small_gpu(monkeypatch):
     monkeypatch.setattr(triton_ops, "most_programs", lambda device: 8 * triton_ops.PROGRAMS_PER_PROCESSOR)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *STORED_CASES], ids=str)
 def test_matches_the_specification(case):
     check(triton_passes, case, torch.float32)
 
 
 @pytest.mark.parametrize(
     "case",
-    [Case(reverse="extrapolated", norm="rms"), Case("heun", activation="gelu_tanh", two_passes=True)],
+    [
+        Case(reverse="extrapolated", norm="rms"),
+        Case("heun", activation="gelu_tanh", two_passes=True),
+        Case(reverse=Reverse("stored", bits=4), dim=40, anchors=(1,)),
+    ],
     ids=str,
 )
 def test_float16(case):
@@ -67,7 +72,12 @@ def test_float16(case):
 
 @pytest.mark.parametrize(
     "case",
-    [Case(reverse="extrapolated", dim=24, hidden=40), Case("heun", norm="layer"), Case(bias=False, rows=3)],
+    [
+        Case(reverse="extrapolated", dim=24, hidden=40),
+        Case("heun", norm="layer"),
+        Case(bias=False, rows=3),
+        Case("heun", reverse="stored", dim=40),
+    ],
     ids=str,
 )
 def test_gpus_without_a_copy_engine(monkeypatch, case):
@@ -79,7 +89,11 @@ def test_gpus_without_a_copy_engine(monkeypatch, case):
 @pytest.mark.parametrize(
     ("scheme", "norm", "reverse", "step_bytes"),
     # u and c of 16 values and r, for each of a step's layers
-    [("euler", None, "extrapolated", 132), ("heun", "rms", "corrected", 264)],
+    [
+        ("euler", None, "extrapolated", 132),
+        ("heun", "rms", "corrected", 264),
+        ("euler", None, "stored", 260),  # of 32 values, as groups have
+    ],
 )
 def test_slabs_of_rows_and_ranges_of_the_depth(monkeypatch, scheme, norm, reverse, step_bytes):
     monkeypatch.setattr(slabs, "THINNEST_SLAB", 32)
@@ -110,6 +124,37 @@ def test_gradients_are_repeated_bit_by_bit():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("anchors", "n"), [((), 0), ((0,), 1), ((), 2)])
+def test_what_is_not_finite_reaches_the_squares(value, anchors, n):
+    """In a step's input: of the first one, of the first after a kept state, of the last."""
+    case = Case(reverse="stored", dim=40, anchors=anchors)
+    network, x, g = case.operands(torch.float32)
+    method = network.method(case.solver, anchors)
+    if n == 0:
+        x[3, 35] = value
+    else:
+        network.bias_out[n - 1, 35] = value
+    states = triton_passes.forward(network, method, x)
+    squares = triton_passes.adjoint(network, method, g, states, Wanted(parameters=True)).squares
+    assert not squares[n:].isfinite().all()
+    if n == 0:
+        rows = [row for row in range(case.rows) if row != 3]
+        assert states.stored.companions[:, rows].isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
+def test_companions_come_back_to_the_last_bit_over_many_steps(bits):
+    case = Case(reverse=Reverse("stored", bits=bits), dim=40, steps=30, rows=17, activation="tanh")
+    network, x, g = case.operands(torch.float32)
+    method = network.method(case.solver)
+    states = triton_passes.forward(network, method, x)
+    found = triton_passes.adjoint(network, method, g, states, Wanted(parameters=False, input=True)).x
+    unit = states.stored.units[0].repeat_interleave(stored.GROUP, 1)[:, :40]
+    assert torch.equal(found, (x / unit).round() * unit)
+
+
 class Wide:
     """The backend for wide layers, at sizes that are not."""
 
@@ -130,6 +175,8 @@ WIDE = [
     *(Case(activation=activation, bias=activation != "tanh") for activation in ("relu", "gelu", "gelu_tanh", "tanh")),
     Case(reverse=Reverse("step", corrections=2), anchors=(0, 2), rows=75),
     Case(reverse="extrapolated", anchors=(0, 2, 4), steps=5, rows=1),
+    Case("heun", reverse="stored", norm="rms", dim=40),
+    Case(reverse=Reverse("stored", bits=(8, 4, 2, 1, 3), rounded_forward=True), anchors=(0, 3), steps=5, dim=40),
 ]
 
 
@@ -141,7 +188,7 @@ def test_wide_layers(monkeypatch, case, dtype):
     check(Wide, case, dtype)
 
 
-@pytest.mark.parametrize(("reverse", "products"), [("extrapolated", 8), ("corrected", 10), ("paper", 9)])
+@pytest.mark.parametrize(("reverse", "products"), [("extrapolated", 8), ("corrected", 10), ("paper", 9), ("stored", 8)])
 def test_products_of_wide_layers(reverse, products):
     """Products of an Euler step, forward pass included; the first and the last steps differ and cancel."""
 

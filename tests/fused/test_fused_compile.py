@@ -48,19 +48,21 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize(
     ("gradient", "solver", "with_squares"),
     [
-        ("adjoint", ("step", 0, False, False, []), False),
-        ("adjoint", ("extrapolate", 2, True, True, [0]), False),
-        ("adjoint", ("step", 0, True, False, []), True),
-        ("checkpoint", ("step", 0, True, False, []), False),
+        ("adjoint", ("step", 0, False, False, [], False, []), False),
+        ("adjoint", ("extrapolate", 2, True, True, [], False, [0]), False),
+        ("adjoint", ("step", 0, True, False, [], False, []), True),
+        ("adjoint", ("stored", 0, False, False, [4], False, [1]), False),
+        ("adjoint", ("stored", 0, False, False, [4, 3], True, []), True),
+        ("checkpoint", ("step", 0, True, False, [], False, []), False),
     ],
-    ids=["paper", "anchors", "squares", "checkpoint"],
+    ids=["paper", "anchors", "squares", "stored", "rounded", "checkpoint"],
 )
 def test_opcheck_of_the_forward_op(dtype, bias, gradient, solver, with_squares):
     net = network("heun", norm="rms", bias=bias, steps=2, dtype=dtype)
     x = state(net, 4)
     squares = torch.zeros(2, 2, dtype=torch.float64) if with_squares else None
     # Which differentiates every result, and increments and anchored states have no gradient.
-    differentiable = {} if not solver[4] else {"test_utils": TESTS_WITHOUT_GRADIENTS}
+    differentiable = {} if not (solver[4] or solver[6]) else {"test_utils": TESTS_WITHOUT_GRADIENTS}
     values = x, *fields(net), *solver, gradient, "torch", squares
     torch.library.opcheck(torch.ops.resode.mlp_stack, values, **differentiable)
 
@@ -71,11 +73,11 @@ def test_opcheck_of_the_adjoints(dtype, bias, asked):
     net = network("euler", bias=bias, steps=2, dtype=dtype)
     net = net.with_parameters([None if p is None else p.detach() for p in net.parameters])
     x = state(net, 4).detach()
-    solver = "extrapolate", 1, True, False, [1]
-    x_last, *kept = torch.ops.resode.mlp_stack(x, *fields(net), *solver, "adjoint", "torch", None)
     g = torch.randn_like(x)
-    values = g, x_last, *kept, *fields(net), *solver, *asked, "torch"
-    torch.library.opcheck(torch.ops.resode.mlp_stack_adjoint, values)
+    for solver in (("extrapolate", 1, True, False, [], False, [1]), ("stored", 0, False, False, [3], False, [0])):
+        *kept, _ = torch.ops.resode.mlp_stack(x, *fields(net), *solver, "adjoint", "torch", None)
+        values = g, *kept, *fields(net), *solver, *asked, "torch"
+        torch.library.opcheck(torch.ops.resode.mlp_stack_adjoint, values)
     torch.library.opcheck(torch.ops.resode.mlp_stack_exact_adjoint, (g, x, *fields(net), asked[0], "torch"))
 
 
@@ -87,6 +89,8 @@ MODES = [
     {"reverse": "extrapolated", "anchors": 2},
     {"reverse": "corrected", "anchors": (1,)},
     {"reverse": Reverse("step", corrections=2)},
+    {"reverse": "stored", "anchors": 2},
+    {"reverse": Reverse("stored", bits=4, rounded_forward=True)},
     {"gradient": "checkpoint"},
     {"gradient": "backprop"},
 ]
@@ -118,7 +122,7 @@ def recorder(graphs):
     return backend
 
 
-@pytest.mark.parametrize("options", MODES[1:5], ids=str)
+@pytest.mark.parametrize("options", MODES[1:7], ids=str)
 def test_one_graph_of_a_module_serves_every_batch_size(float64, scheme, options):
     mlp = ResidualMLP(6, 10, 3, scheme, norm="rms", on_drift="ignore", **options)
     graphs, counts = [], []

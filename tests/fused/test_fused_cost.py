@@ -45,6 +45,8 @@ PRODUCTS = {
     Reverse("step", reuse=False): (9, 19),  # Heun's first stage is needed for its second
     Reverse("step"): (10, 20),
     Reverse("extrapolate", 1): (10, 20),
+    Reverse("stored"): (8, 16),
+    Reverse("stored", bits=3, rounded_forward=True): (8, 16),
     Reverse("step", 2): (14, 28),
 }
 
@@ -126,6 +128,20 @@ def test_memory_does_not_grow_with_depth(scheme, depths, limit, options):
         assert deep == pytest.approx(shallow, rel=0.01)
 
 
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_memory_of_stored_increments(scheme, bits):
+    """A companion, a unit for each group of it, b + 1/4 bits a value and step, and x_N, which the loss keeps."""
+    reverse = Reverse("stored", bits=bits)
+    (shallow, held), (deep, deep_held) = (memory(scheme, steps, reverse=reverse) for steps in (8, 32))
+    a_step = (bits + 0.25) / 32
+    assert held == pytest.approx(2 + 1 / 32 + 8 * a_step, rel=0.01)
+    assert deep_held - held == pytest.approx(24 * a_step, rel=0.01)
+    assert deep - shallow <= 1.02 * 24 * a_step
+    assert shallow - held <= 14
+    anchored = memory(scheme, 8, reverse=reverse, anchors=(0, 4))[1]
+    assert anchored == pytest.approx(3 + 2 * (1 + 1 / 32) + 6 * a_step, rel=0.01)
+
+
 @pytest.mark.parametrize("options", MODES, ids=lambda options: next(iter(options.values())))
 def test_a_last_tile_of_fewer_rows_takes_no_memory_of_its_own(scheme, options):
     assert memory(scheme, 8, ROWS - 96, **options)[0] <= memory(scheme, 8, **options)[0]
@@ -137,7 +153,7 @@ def test_without_gradients_nothing_is_held(scheme):
         out = mlp(x)
         kept = torch.ops.resode.mlp_stack(
             x, mlp.weight_in, None, mlp.weight_out, None, "gelu", None, scheme, mlp.steps,
-            "step", 0, True, False, [0, 4], "checkpoint", "torch", None,
+            "stored", 0, False, False, [8], False, [0, 4], "checkpoint", "torch", None,
         )  # fmt: skip
     assert out.grad_fn is None
-    assert [tensor.numel() for tensor in kept] == [x.numel(), 0, 0]
+    assert [tensor.numel() for tensor in kept] == [x.numel(), *[0] * 7]

@@ -11,8 +11,17 @@ from resode_cuda.fused import slabs
 from resode_cuda.fused.reference import passes as reference
 from resode_cuda.fused.reference import tile
 from resode_cuda.fused.signature import SavedStates, Wanted
+from resode_cuda.fused.storage import unfilled
 from resode_cuda.fused.triton import passes as triton_passes
-from tests.support.fused_cases import CASES, Case, check, check_that_gradients_are_repeated, moved, prefer_one_pass
+from tests.support.fused_cases import (
+    CASES,
+    STORED_CASES,
+    Case,
+    check,
+    check_that_gradients_are_repeated,
+    moved,
+    prefer_one_pass,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,14 +38,14 @@ def _one_pass_where_it_can_be(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *STORED_CASES], ids=str)
 def test_matches_the_specification(case, dtype):
     check(triton_passes, case, dtype, "cuda")
 
 
 @pytest.mark.parametrize("two_passes", [False, True])
 @pytest.mark.parametrize(("dim", "hidden"), [(16, 16), (32, 100), (64, 128), (100, 300), (128, 512), (256, 512)])
-@pytest.mark.parametrize("reverse", ["paper", "corrected", "extrapolated"])
+@pytest.mark.parametrize("reverse", ["paper", "corrected", "extrapolated", "stored"])
 def test_sizes_and_presets(reverse, dim, hidden, two_passes):
     case = Case(
         reverse=reverse, dim=dim, hidden=hidden, rows=1000, steps=6, activation="gelu_tanh", two_passes=two_passes
@@ -52,6 +61,7 @@ def test_wide_layers(scheme, norm, dtype):
     case = Case(scheme, norm=norm, reverse="extrapolated", dim=300, hidden=520, rows=1100)
     check(triton_passes, case, dtype, "cuda")
     check(triton_passes, replace(case, reverse=Reverse("step", corrections=2), anchors=(0, 2)), dtype, "cuda")
+    check(triton_passes, replace(case, reverse="stored", anchors=(1,)), dtype, "cuda")
 
 
 def test_products_in_16_bits_are_added_to_wider_sums_by_the_product_itself():
@@ -72,6 +82,7 @@ def test_sanitize(dim):
                 scheme, reverse="extrapolated", norm="layer", dim=dim, hidden=70, rows=133, two_passes=two_passes
             )
             check(triton_passes, case, torch.bfloat16, "cuda")
+            check(triton_passes, replace(case, reverse="stored", anchors=(1,)), torch.bfloat16, "cuda")
 
 
 @pytest.mark.parametrize("scheme", ["euler", "heun"])
@@ -192,6 +203,7 @@ def test_offsets_beyond_32_bits():
     expected = reference.forward(network, method, x[tail].contiguous())
     torch.testing.assert_close(states.x_last[tail], expected.x_last, rtol=1e-2, atol=1e-2)
     g_first = triton_passes.adjoint(network, method, x, states, wanted).g
-    end = SavedStates(states.x_last[tail].contiguous(), states.increments[:, tail], states.anchored[:, tail])
+    of_tail = states.increments[:, tail], states.anchored[:, tail], unfilled(method, x[tail])
+    end = SavedStates(states.x_last[tail].contiguous(), *of_tail)
     expected = reference.adjoint(network, method, x[tail].contiguous(), end, wanted)
     torch.testing.assert_close(g_first[tail], expected.g, rtol=1e-2, atol=1e-2)

@@ -7,7 +7,10 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
-from resode_cuda.fused.signature import StackOperands
+from resode_cuda.fused.signature import KEPT, StackAdjointOperands, StackOperands
+from resode_cuda.fused.storage import unfilled
+from resode_cuda.method import Method
+from resode_cuda.schemes import Euler
 from tests.support.fused_networks import (
     TIGHT,
     network,
@@ -19,17 +22,23 @@ from tests.support.fused_networks import (
 
 
 def arguments(net, x, predictor="step", anchors=()):
-    solver = predictor, 0, True, False, list(anchors)
+    solver = predictor, 0, True, False, [], False, list(anchors)
     fields = net.activation, net.norm, net.scheme, list(net.steps)
     return StackOperands(x, *net.parameters, *fields, *solver, "adjoint", "torch", None)
 
 
+def nothing_stored(x):
+    return unfilled(Method(Euler, (0.2,) * 5), x)
+
+
 def test_increments_and_anchored_states_have_no_gradients():
     net = network()
-    x_last, increments, anchored = torch.ops.resode.mlp_stack(*arguments(net, state(net, 7), "extrapolate", (0, 2, 4)))
+    x_last, increments, anchored, *_ = torch.ops.resode.mlp_stack(
+        *arguments(net, state(net, 7), "extrapolate", (0, 2, 4))
+    )
     assert increments.shape == (2, 7, 6)
     assert anchored.shape == (3, 7, 6)
-    with pytest.raises(RuntimeError, match="mlp_stack: only x_last has a gradient, got one for increments or anchored"):
+    with pytest.raises(RuntimeError, match="mlp_stack: only x_last has a gradient, got one for another result"):
         (x_last.sum() + increments.sum()).backward()
 
 
@@ -41,9 +50,9 @@ def test_the_adjoint_returns_what_it_is_asked_for(scheme, wants_parameters, want
     with torch.no_grad():
         x_last = run(net, x)
         fields = *net.parameters, net.activation, net.norm, net.scheme, list(net.steps)
-        solver, empty = ("step", 30, True, True, []), x.new_empty(0, 7, 6)
+        solver, empty = ("step", 30, True, True, [], False, []), x.new_empty(0, 7, 6)
         g, *found, squares, x_first = torch.ops.resode.mlp_stack_adjoint(
-            x_last, x_last, empty, empty, *fields, *solver, wants_parameters, wants_input, "torch"
+            x_last, x_last, empty, empty, *nothing_stored(x), *fields, *solver, wants_parameters, wants_input, "torch"
         )
     exact = plain_gradients(net, x.requires_grad_())
     assert worst_error([g], exact[:1]) < TIGHT
@@ -112,14 +121,42 @@ def test_operands_of_the_backward_ops_must_fit(mode, change, error, message):
     x, g = state(net, 7).detach(), state(net, 7).detach()
     layers = *net.parameters, net.activation, net.norm, net.scheme, list(net.steps)
     states = torch.ops.resode.mlp_stack(*arguments(net, x, "extrapolate", (2,)))
-    given = {**dict(zip(("g", "x_last", "increments", "anchored"), (g, *states), strict=True)), **change}
-    calls = [("mlp_stack_adjoint", (*given.values(), *layers, "extrapolate", 0, True, False, [2], True, True, "torch"))]
+    given = {"g": g, **dict(zip(KEPT, states[:-1], strict=True)), **change}
+    solver = "extrapolate", 0, True, False, [], False, [2]
+    calls = [("mlp_stack_adjoint", (*given.values(), *layers, *solver, True, True, "torch"))]
     if "g" in change:
         calls.append(("mlp_stack_exact_adjoint", (given["g"], x, *layers, True, "torch")))
     for name, operands in calls:
         where = nullcontext() if mode == "real" else FakeTensorMode(allow_non_fake_inputs=True)
         with where, pytest.raises(error, match=f"^{name}: {message}"):
             getattr(torch.ops.resode, name)(*operands)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake"])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"companions": torch.zeros(1, 7, 6).double()}, ValueError, r"companions must have shape \[2, 7, 6\]"),
+        ({"units": torch.zeros(2, 7, 1)}, TypeError, "units must be float64, got float32; convert it"),
+        ({"scales": torch.zeros(4, 7, 1).double()}, TypeError, "scales must be uint8, got float64"),
+        ({"packed": torch.zeros(7, dtype=torch.uint8)}, ValueError, r"packed must have shape \[448\] .*, got \[7\]"),
+        ({"predictor": "step"}, ValueError, "x_last must be given unless increments are stored, got None; pass x_N"),
+    ],
+    ids=str,
+)
+def test_what_is_stored_must_fit(mode, change, error, message):
+    net = network()
+    net = net.with_parameters([p.detach() for p in net.parameters])
+    x = state(net, 7).detach()
+    o = arguments(net, x, "stored", (2,))._replace(bits=[4])
+    kept = dict(zip(KEPT, torch.ops.resode.mlp_stack(*o)[:-1], strict=True))
+    shared = {name: value for name, value in o._asdict().items() if name in StackAdjointOperands._fields}
+    given = {**shared, **kept, "g": x, "x_last": None, "wants_parameters": True, "wants_input": True, **change}
+    if "predictor" in change:
+        given["bits"] = []
+    where = nullcontext() if mode == "real" else FakeTensorMode(allow_non_fake_inputs=True)
+    with where, pytest.raises(error, match=f"^mlp_stack_adjoint: {message}"):
+        torch.ops.resode.mlp_stack_adjoint(*StackAdjointOperands(**given))
 
 
 def dual(f, x):
@@ -144,11 +181,11 @@ def test_derivatives_that_the_ops_lack_are_not_lost_in_silence(name, transform, 
     if not wants_parameters:
         net = net.with_parameters([p.detach() for p in net.parameters])
     layers = *net.parameters, net.activation, net.norm, net.scheme, list(net.steps)
-    solver = "step", 0, True, False, []
+    solver = "step", 0, True, False, [], False, []
     run_op = {
         "mlp_stack": lambda x: torch.ops.resode.mlp_stack(*arguments(net, x)),
         "mlp_stack_adjoint": lambda g: torch.ops.resode.mlp_stack_adjoint(
-            g, x, empty, empty, *layers, *solver, True, True, "torch"
+            g, x, empty, empty, *nothing_stored(x), *layers, *solver, True, True, "torch"
         ),
         "mlp_stack_exact_adjoint": lambda g: torch.ops.resode.mlp_stack_exact_adjoint(g, x, *layers, True, "torch"),
     }[name]

@@ -39,6 +39,7 @@ if HAS_TRITON:
         Configuration(90, 64, "extrapolated"),
         Configuration(80, 64, "checkpoint", scheme="heun", norm="rms"),
         Configuration(90, 2048, "extrapolated", norm="layer"),
+        Configuration(90, 64, "stored"),
     ]
 else:
     TESTED = EVERY_KERNEL = []
@@ -100,6 +101,7 @@ def test_every_program_fits_in_shared_memory():
         (Configuration(90, 128, "corrected"), ["forward", "adjoint", "weight_gradient"]),
         (Configuration(90, 64, "extrapolated", deterministic=True), ["forward", "adjoint", "weight_gradient"]),
         (Configuration(90, 64, "checkpoint"), ["exact", "weight_gradient"]),
+        (Configuration(90, 64, "stored"), ["storing_forward", "stored_adjoint", "weight_gradient"]),
     ]
     if HAS_TRITON
     else [],
@@ -145,8 +147,9 @@ def test_two_passes_have_no_atomics_where_they_must_repeat():
 
 
 @needs_triton
-def test_addresses_of_tiles_have_64_bits():
-    for name, kernel in fused_compiled.compiled(Configuration(90, 64, "extrapolated", deterministic=True)):
+@pytest.mark.parametrize("reverse", ["extrapolated", "stored"])
+def test_addresses_of_tiles_have_64_bits(reverse):
+    for name, kernel in fused_compiled.compiled(Configuration(90, 64, reverse, deterministic=True)):
         assert re.search(r"arith\.muli %\w+, %\w+ : i64", kernel.asm["ttir"]), name
 
 
@@ -226,6 +229,13 @@ def test_what_triton_cannot_compute_is_told(monkeypatch):
     assert "float64" in reason_on_cuda(Case(), torch.float64, monkeypatch)
     assert reason_on_cuda(Case(dim=257), torch.float32, monkeypatch) is None
     assert "capability 8.0, got 7.5" in reason_on_cuda(Case(), torch.float32, monkeypatch, (7, 5))
+    several = Reverse("stored", bits=(8, 4, 4))
+    assert reason_on_cuda(Case(), torch.float32, monkeypatch, solver=several) == (
+        "Triton's kernels store all steps' increments in one number of bits, got [4, 8]"
+    )
+    assert reason_on_cuda(Case(dim=257), torch.bfloat16, monkeypatch, solver=several) is None
+    for bits in (4, (4, 4, 4)):
+        assert reason_on_cuda(Case(), torch.float32, monkeypatch, solver=Reverse("stored", bits=bits)) is None
     accelerated = Reverse("step", corrections=2)
     assert "accelerate" in reason_on_cuda(Case(), torch.float32, monkeypatch, solver=accelerated)
     assert reason_on_cuda(Case(), torch.float32, monkeypatch, solver=replace(accelerated, accelerate=False)) is None
@@ -263,6 +273,13 @@ def test_the_schedule_has_the_places_of_the_anchored_states():
     method, here = Method(Euler, (0.2,) * 5), torch.device("cpu")
     assert schedule(method, here)[:, 3].tolist() == [-1] * 5
     assert schedule(replace(method, anchors=(0, 1, 4)), here)[:, 3].tolist() == [0, 1, -1, -1, 2]
+
+
+def test_the_schedule_has_the_segments_and_places_of_stored_increments():
+    method, here = Method(Euler, (0.2,) * 5, Reverse("stored")), torch.device("cpu")
+    assert schedule(method, here)[:, 1:].tolist() == [[0, n, -1] for n in range(5)]
+    found = schedule(replace(method, anchors=(0, 3, 4)), here)[:, 1:].tolist()
+    assert found == [[0, -1, 0], [0, 0, -1], [0, 1, -1], [-1, -1, 1], [-1, -1, 2]]
 
 
 def test_schedules_are_kept_for_a_while_and_those_of_captured_graphs_for_ever(monkeypatch):

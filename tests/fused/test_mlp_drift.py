@@ -16,8 +16,8 @@ def train(module, x=None):
 
 
 def drifting(**options):
-    """Ordinary ResNet steps with weights four times too large."""
-    module = ResidualMLP(6, 12, 6, activation="tanh", step=1.0, **options)
+    """Ordinary ResNet steps with weights four times too large, rebuilt."""
+    module = ResidualMLP(6, 12, 6, activation="tanh", step=1.0, **{"reverse": "corrected", **options})
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(4)

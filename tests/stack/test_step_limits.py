@@ -83,13 +83,13 @@ def test_a_wider_stream_holds_them():
         narrow(x.detach().half())
 
 
-@pytest.mark.filterwarnings("ignore:ResidualStack. block.* changed its increment")  # a step of 1e3 can't be undone
+# A step of 1e3 can't be undone, and states outgrow the first ones.
+@pytest.mark.filterwarnings("ignore:ResidualStack. block.* changed its increment")
+@pytest.mark.filterwarnings("ignore:ResidualMLP. the increment of step 1 could not be stored in its bits")
 @pytest.mark.parametrize("reverse", PRESETS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", MAKERS)
 def test_steps_within_the_limits_have_finite_gradients(name, scheme, reverse):
-    if reverse == "stored" and name != "ResidualStack":
-        pytest.skip("a ResidualStack alone stores increments")
     for step in (4e-38, [1e-3, 1e3, 1e-6, 1e-3]):
         x = torch.randn(3, 6, requires_grad=True)
         module = MAKERS[name](torch.float32, scheme, step=step, reverse=reverse, gradient="adjoint")

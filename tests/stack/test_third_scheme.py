@@ -57,9 +57,10 @@ def test_the_depth_fused_formulas_refuse_what_they_do_not_have():
     network, method = Network(*weights, "relu", None), Method(Midpoint, (0.3,) * 3, Reverse())
     with pytest.raises(ValueError, match=r"^here: scheme must be one of \('euler', 'heun'\), got 'midpoint'"):
         network.check("here", method, x)
+    solver = "step", 0, True, False, [], False, []
     with pytest.raises(ValueError, match=r"^mlp_stack: scheme must be one of \('euler', 'heun'\), got 'midpoint'"):
         torch.ops.resode.mlp_stack(
-            x, *weights, "relu", None, "midpoint", method.steps, "step", 0, True, False, [], "adjoint", "auto", None
+            x, *weights, "relu", None, "midpoint", method.steps, *solver, "adjoint", "auto", None
         )
     with pytest.raises(ValueError, match=r"got 'midpoint'"):
         ResidualMLP.from_blocks(ResidualStack(ResidualMLP(6, 10, 4).to_blocks(), "midpoint"))

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from bench.harness.failed_kernels import ONE_PASS_FAMILY, failed_kernels
+from resode_cuda import stored
 from resode_cuda.fused.op import PARAMETERS
 from resode_cuda.fused.reference import passes as reference
 from resode_cuda.fused.signature import SavedStates, Wanted
+from resode_cuda.fused.storage import StoredIncrements
 from resode_cuda.fused.triton import passes as triton_passes
 from resode_cuda.reverse import PRESETS, Reverse
 from tests.support.stepped_network import SteppedNetwork
@@ -67,8 +69,9 @@ class Case:
         return network, x, g
 
 
+REBUILDING = [name for name, solver in PRESETS.items() if not solver.is_stored]
 CASES = [
-    *(Case(scheme, reverse=reverse) for scheme, reverse in itertools.product(("euler", "heun"), PRESETS)),
+    *(Case(scheme, reverse=reverse) for scheme, reverse in itertools.product(("euler", "heun"), REBUILDING)),
     *(Case(scheme, reverse="extrapolated", two_passes=True) for scheme in ("euler", "heun")),
     *(Case(activation=activation, bias=False) for activation in ("identity", "relu", "gelu", "gelu_tanh", "tanh")),
     *(Case(norm=norm, dim=24) for norm in ("rms", "layer")),
@@ -82,6 +85,19 @@ CASES = [
     *(Case(rows=rows, two_passes=two_passes) for rows in (0, 1, 16) for two_passes in (False, True)),
     Case(dim=5, hidden=3, norm="layer"),
     Case(bias=False, two_passes=True),
+]
+
+STORED_CASES = [
+    *(Case(scheme, reverse="stored", dim=dim) for scheme in ("euler", "heun") for dim in (16, 32, 65)),
+    *(Case(reverse=Reverse("stored", bits=bits), dim=40, two_passes=True) for bits in (1, 2, 3, 4, 6)),
+    *(
+        Case(scheme, reverse=Reverse("stored", bits=3, rounded_forward=True), norm=norm, dim=33, two_passes=True)
+        for scheme, norm in (("euler", "rms"), ("heun", "layer"))
+    ),
+    *(Case(reverse="stored", anchors=anchors, steps=5) for anchors in ((0,), (0, 1, 4), (2,), (4,), tuple(range(5)))),
+    Case("heun", reverse=Reverse("stored", bits=4, rounded_forward=True), anchors=(0, 2), steps=4, two_passes=True),
+    *(Case(reverse="stored", rows=rows) for rows in (0, 1, 16)),
+    Case(reverse="stored", dim=1, hidden=3, steps=1, bias=False),
 ]
 
 
@@ -103,11 +119,22 @@ def moved(network, dtype, device):
     return network.with_parameters(cast)
 
 
+def mapped(states, function):
+    """What a forward pass gave, with the function of each tensor."""
+    stored = StoredIncrements(*map(function, states.stored))
+    return SavedStates(*map(function, states[:3]), stored, function(states.rounding))
+
+
 def results_of(backend, case, network, x, g, states):
     """All that the ops give: by name, tensors on the CPU. `states`: what the forward pass gave."""
     method = network.method(case.solver, case.anchors)
-    named = backend.forward(network, method, x)._asdict()
-    del named["sample_rows"]
+    forward = backend.forward(network, method, x)
+    named = dict(zip(("x_last", "increments", "anchored"), forward, strict=False))
+    if case.solver.is_stored:
+        _check_what_is_stored(network, method, x, forward, reference.forward(network, method, x))
+    if case.solver.rounded_forward:
+        # A state that is rounded otherwise by its last bit is rounded to another whole number.
+        named = {}
     found = backend.adjoint(network, method, g, states, Wanted(parameters=True, input=True))
     exact_g, exact_gradients = backend.exact_adjoint(network, network.method(), g, x, True)
     frozen = backend.adjoint(network, method, g, states, Wanted(parameters=False))
@@ -130,17 +157,18 @@ def check(backend, case, dtype, device="cpu"):
     wide = moved(network, torch.float64, where)
     # All start the way back from the same states, as they would be kept.
     states = reference.forward(network, network.method(case.solver, case.anchors), x)
-    in_float64 = SavedStates(*(state.double() for state in states[:3]))
+    in_float64 = mapped(states, lambda state: state.double() if state.is_floating_point() else state)
     exact = results_of(reference, case, wide, x.double(), g.double(), in_float64)
     own = results_of(reference, case, network, x, g, states)
-    inputs = [tensor.to(device) for tensor in (x, g, *states[:3])]
+    x_there, g_there, states_there = x.to(device), g.to(device), mapped(states, lambda state: state.to(device))
+    inputs = [x_there, g_there, *states_there[:3], *states_there.stored]
     copies = [tensor.clone() for tensor in inputs]
     there = moved(network, dtype, device)
     before = torch.are_deterministic_algorithms_enabled()
     # Besides choosing two passes, it fills memory that is not initialised with NaN.
     torch.use_deterministic_algorithms(case.two_passes)
     try:
-        results = results_of(backend, case, there, *inputs[:2], SavedStates(*inputs[2:]))
+        results = results_of(backend, case, there, x_there, g_there, states_there)
     finally:
         torch.use_deterministic_algorithms(before)
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(inputs, copies, strict=True)), "an operand was written"
@@ -157,6 +185,25 @@ def check(backend, case, dtype, device="cpu"):
         assert error <= 2 * (own_error + eps * scale), (
             f"{name}: error {error:.2e}, the specification's own {own_error:.2e}, norm {scale:.2e}"
         )
+
+
+def _check_what_is_stored(network, method, x, found, expected):
+    """The companion comes back to where it started, and nearly all that is stored is the specification's: roundings of
+    states decide between neighbouring numbers, in 16 bits of many."""
+    zeros = torch.zeros_like(x)
+    found, expected = (mapped(states, lambda state: state.to(x.device)) for states in (found, expected))
+    for one, other in zip(found.stored, expected.stored, strict=True):
+        assert one.dtype == other.dtype
+        assert one.shape == other.shape
+        if one.numel() and network.dtype == torch.float32:
+            assert (one == other).double().mean() > 0.97
+    torch.testing.assert_close(found.rounding, expected.rounding, rtol=0.02, atol=1e-12)
+    back = reference.adjoint(network, method, zeros, found, Wanted(parameters=False, input=True)).x
+    if method.is_anchored(0):
+        assert torch.equal(back, x)
+    elif x.numel():
+        unit = found.stored.units[0].repeat_interleave(stored.GROUP, 1)[:, : x.shape[1]]
+        assert ((back - x).abs() <= unit / 2).all()
 
 
 def _check_squares(case, squares, expected, eps):

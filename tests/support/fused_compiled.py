@@ -152,10 +152,14 @@ def _tested():
         yield Configuration(gpu, dim, "checkpoint")
     for gpu, dim in itertools.product(GPUS[1:], (16, 64)):
         yield Configuration(gpu, dim, "extrapolated", gradient_form="one_pass")
+    for gpu, dim in itertools.product((*GPUS, 120), (64, 128, 256)):
+        yield Configuration(gpu, dim, "stored")
+    for gpu in GPUS[1:]:
+        yield Configuration(gpu, 64, "stored", gradient_form="one_pass")
     for dim in (64, 128):
         yield Configuration(120, dim, "extrapolated")
     for gpu in (86, 120):  # with the least shared memory
-        for reverse in ("extrapolated", "checkpoint"):
+        for reverse in ("extrapolated", "checkpoint", "stored"):
             yield Configuration(gpu, 128, reverse, scheme="heun", norm="layer", dtype=torch.float32)
             yield Configuration(gpu, 256, reverse, scheme="heun", norm="layer")
     for gpu in GPUS[1:]:
@@ -166,6 +170,8 @@ def _tested():
     for dim in (64, 128):
         for reverse in ("corrected", "paper"):
             yield Configuration(90, dim, reverse)
+        yield Configuration(90, dim, "stored", dtype=torch.float32)
+        yield Configuration(90, dim, "stored", scheme="heun", norm="rms")
         yield Configuration(90, dim, "extrapolated", activation="gelu_tanh")
         yield Configuration(90, dim, "extrapolated", deterministic=True, activation="gelu", norm="layer")
         yield Configuration(90, dim, "corrected", scheme="heun", norm="rms")

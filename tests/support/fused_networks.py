@@ -82,7 +82,8 @@ def run(
     """x_N by the op on plain torch; a solver "checkpoint" is the exact adjoint."""
     gradient = "checkpoint" if solver == "checkpoint" else "adjoint"
     solver = solver if isinstance(solver, Reverse) else EXACT
-    return fused.mlp_stack(x, net, net.method(solver, anchors), gradient, "torch", squares)
+    x_last, _ = fused.mlp_stack(x, net, net.method(solver, anchors), gradient, "torch", squares)
+    return x_last
 
 
 def fused_gradients(net: SteppedNetwork, x: Tensor, *args, **kwargs) -> tuple[Tensor, ...]:

@@ -36,12 +36,14 @@ from ...harness.mlp_networks import (
     fused_step,
     peak_bytes,
 )
-from ...harness.modes import BASELINE, MODES
+from ...harness.modes import BASELINE, MODES, STORED
 from ...harness.timing import clock_of, ratios
 from ...options import Options
 from .jobs import Job, jobs
 
 FUSED = ("extrapolated", "checkpoint", "corrected", "paper")
+TIMED = (*FUSED, *STORED)
+"""Modes whose steps are timed: with stored increments too, whose memory grows with depth."""
 STEPS_AT_A_TIME = {"cuda": 2, "cpu": 1}
 """Steps between two readings of the clock, so that a GPU's queue does not run dry."""
 SHALLOW = 16
@@ -119,8 +121,8 @@ def _arms(job: Job, mlp: ResidualMLP, batches: Batches, compiler: str, size: int
     """Everything that takes turns: the op in each mode, its peers, the bare products, and one large product."""
     on_current = batches.on_current
     layers = Layers(mlp)
-    taken = {mode: taken_by_auto(mlp, mode, job.rows) for mode in FUSED}
-    arms = [Arm("fused", mode, on_current(fused_step(mlp, mode)), taken[mode]) for mode in FUSED]
+    taken = {mode: taken_by_auto(mlp, mode, job.rows) for mode in TIMED}
+    arms = [Arm("fused", mode, on_current(fused_step(mlp, mode)), taken[mode]) for mode in TIMED]
     if taken["extrapolated"].startswith("triton"):
         arms += [
             Arm("fused", f"extrapolated, {name}", on_current(step_by(mlp, "extrapolated", name)), name)

@@ -3,9 +3,9 @@
 A tile of rows goes through the whole depth before the next one is taken, so that on a CPU it stays in the cache, and
 scratch does not grow with the number of rows. The formulas are those of `tile.py`.
 
-Matrix products of an Euler step, forward pass included: 8 with extrapolation, 9 as in the paper, 10 corrected, 2 more
-for each correction; in the exact adjoint 8, or 10 where the states of a tile are kept for a segment of the depth at a
-time. A Heun step takes twice as many, or 19 as in the paper.
+Matrix products of an Euler step, forward pass included: 8 with extrapolation and with stored increments, 9 as in the
+paper, 10 corrected, 2 more for each correction; in the exact adjoint 8, or 10 where the states of a tile are kept for a
+segment of the depth at a time. A Heun step takes twice as many, or 19 as in the paper.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from ...reverse import corrected
 from ...squares import square_dtype, squared_norm
 from ..network import Network
 from ..signature import AdjointResult, ParameterGradients, SavedStates, Wanted
+from ..storage import defect_squares, unfilled, unmeasured
+from .companion import StoringSweep, TakingBackSweep
 from .tile import RowTile, extrapolate_, zero_gradients
 
 TILE_BYTES = {"cpu": 2**20}
@@ -40,7 +42,7 @@ def reason(network: Network, method: Method, device: torch.device) -> str | None
 
 
 def forward(network: Network, method: Method, x: Tensor, *, kind: type[RowTile] = RowTile) -> SavedStates:
-    """x_N, the last increments, newest first, and the starting states of anchored steps.
+    """x_N, the last increments, newest first, the starting states of anchored steps, and what is stored.
 
     Args:
         x: [rows, dim], contiguous, in the stream's dtype.
@@ -50,20 +52,25 @@ def forward(network: Network, method: Method, x: Tensor, *, kind: type[RowTile] 
     x_last = x.clone()
     increments = x.new_empty((saved, *x.shape), dtype=network.dtype)
     anchored = x.new_empty((method.anchor_count, *x.shape))
+    stored, rounding = unfilled(method, x), unmeasured(method, x)
+    packed = stored.steps(method)
     for rows, tile in _tiles(kind, network, method, x, points=1):
         state = x_last[rows]
+        storing = StoringSweep(tile, stored, packed, rounding, rows) if method.solver.is_stored else None
         for n in range(count):
             place = method.anchor_place(n)
             if place is not None:
                 anchored[place, rows] = state
-            if n < count - saved:
+            if storing is not None:
+                storing.step(n, state)
+            elif n < count - saved:
                 tile.add_increment(state, state, n)
             else:
                 d = torch.zeros_like(state)
                 tile.add_increment(d, state, n)
                 state += d
                 increments[count - 1 - n, rows] = d
-    return SavedStates(x_last, increments, anchored)
+    return SavedStates(x_last, increments, anchored, stored, rounding.numbers(len(x)))
 
 
 def adjoint(
@@ -76,21 +83,26 @@ def adjoint(
     kind: type[RowTile] = RowTile,
 ) -> AdjointResult:
     """The backward pass from g_N and what `forward` gave, all of which is left as it is."""
-    x_last = states.x_last
     g_first = g.clone()
-    x_first = torch.empty_like(x_last) if wanted.input else None
+    x_first = torch.empty_like(g) if wanted.input else None
     gradients = zero_gradients(network) if wanted.parameters else None
-    squares = g.new_zeros(len(method), 2, dtype=square_dtype(g.device))
-    tile_rows, sample_rows = _tile_rows(network, g), states.sample_rows
+    squares = g.new_zeros(len(method), 3 if method.solver.is_stored else 2, dtype=square_dtype(g.device))
+    packed = states.stored.steps(method)
+    tile_rows = _tile_rows(network, g)
     if method.solver.accelerate:  # whose coefficients take whole samples
-        tile_rows = max(1, tile_rows // sample_rows) * sample_rows
+        tile_rows = max(1, tile_rows // states.sample_rows) * states.sample_rows
     for rows, tile in _tiles(kind, network, method, g, method.scheme.blocks_per_step, tile_rows=tile_rows):
-        x = _copied(x_last[rows], None if x_first is None else x_first[rows])
-        sweep = ReverseSweep(tile, SavedStates(x, states.increments[:, rows], states.anchored[:, rows], sample_rows))
+        sweep: TakingBackSweep | ReverseSweep
+        if method.solver.is_stored:
+            sweep = TakingBackSweep(tile, states, packed, rows)
+        else:
+            sweep = ReverseSweep(tile, states, rows, None if x_first is None else x_first[rows])
         for n in reversed(range(len(method))):
             sweep.step_back(n, g_first[rows], gradients, squares[n])
-        del x, sweep  # or the next tile's would be made beside them
-    return AdjointResult(g_first, gradients, squares, x_first)
+        if x_first is not None and isinstance(sweep, TakingBackSweep):
+            x_first[rows] = sweep.y
+        del sweep  # or the next tile's would be made beside it
+    return AdjointResult(g_first, gradients, defect_squares(squares), x_first)
 
 
 def exact_adjoint(
@@ -138,12 +150,16 @@ class ReverseSweep:
     """A tile's way back through the depth: the rebuilt state, and what is known of the next step.
 
     Args:
-        states: of the tile; x_last is overwritten.
+        states: of the whole batch.
+        rows: of the tile.
+        x: memory for the rebuilt state, if that is wanted.
     """
 
-    def __init__(self, tile: RowTile, states: SavedStates) -> None:
-        self.tile, self.method = tile, tile.method
-        self.x, increments, self.anchored, self.sample_rows = states
+    def __init__(self, tile: RowTile, states: SavedStates, rows: slice, x: Tensor | None) -> None:
+        assert states.x_last is not None, "what is rebuilt starts there"
+        self.tile, self.method, self.sample_rows = tile, tile.method, states.sample_rows
+        increments, self.anchored = states.increments[:, rows], states.anchored[:, rows]
+        self.x = states.x_last[rows].clone() if x is None else x.copy_(states.x_last[rows])
         self.y = torch.empty_like(self.x)
         if self.method.extrapolates:
             torch.sub(self.x, increments[0], out=self.y)
@@ -194,10 +210,6 @@ class ReverseSweep:
         back = self.x.clone()
         self.tile.add_increment(back, y.view(back.shape), n, -1.0)
         return back.view(y.shape)
-
-
-def _copied(x: Tensor, out: Tensor | None) -> Tensor:
-    return x.clone() if out is None else out.copy_(x)
 
 
 def _tiles(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ... import stored
 from ...method import Method
 from ...schemes import Heun
 from ...squares import squared_norm
@@ -215,6 +216,14 @@ class RowTile:
         self.activation.backward(cotangent, point.z, point.a)
         if bias is not None:
             bias.add_(cotangent.sum(0, dtype=bias.dtype), alpha=scale)
+
+    def store(self, x: Tensor, companion: Tensor, unit: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+        """As `stored.store`."""
+        return stored.store(x, companion, unit, bits)
+
+    def take_back(self, companion: Tensor, packed: Tensor, scales: Tensor, unit: Tensor, bits: int) -> Tensor:
+        """As `stored.take_back`."""
+        return stored.take_back(companion, packed, scales, unit, bits)
 
     def rebuild(
         self, x: Tensor, y: Tensor, d: Tensor, d_next: Tensor, weights: tuple[float, float] | None, squares: Tensor

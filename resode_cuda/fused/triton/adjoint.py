@@ -14,8 +14,9 @@ import triton.language as tl
 from ..driver import Boundary, Scratch
 from .arguments import Gradients, Weights
 from .forward import add_increment
-from .layer import add_layer, layer_vjp, normalize, rounded
-from .memory import anchor_place, inside_of, load_tile, store_scratch, store_tile
+from .layer import add_layer, rounded
+from .memory import anchor_place, inside_of, load_tile, store_tile
+from .step_product import step_vjp
 
 
 @triton.jit(do_not_specialize=["count", "anchored_rows", "increments_rows", "scratch_rows", "first", "last", "steps"])
@@ -81,33 +82,10 @@ def adjoint_kernel(
         # Rows beyond the end must stay finite: their cotangents are zero.
         y = tl.where(inside, y, 0)
 
-        p = tl.zeros_like(x)
-        if CONFIG.is_heun:
-            middle = add_layer(y, y, h, n, weights, CONFIG)
-            if SOLVER.reuse:
-                p = 0.5 * (middle - y)
-            u, r = normalize(middle, CONFIG)
-            u, c = rounded(u, weights), rounded(g, weights)
-            if scratch.layer_inputs is not None:
-                store_scratch(scratch.layer_inputs, u, 2 * (n - first) + 1, row, scratch_rows, CONFIG)
-                store_scratch(scratch.cotangents, c, 2 * (n - first) + 1, row, scratch_rows, CONFIG)
-            # (h/2) (df_{n+1}/dx)^T g
-            through, p = layer_vjp(
-                tl.zeros_like(g), p, u, r, c, 0.5 * h, n + 1, weights, gradients, SOLVER.reuse, CONFIG
-            )
-            u, r = normalize(y, CONFIG)
-            u, c = rounded(u, weights), rounded(g + 2 * through, weights)
-            if scratch.layer_inputs is not None:
-                store_scratch(scratch.layer_inputs, u, 2 * (n - first), row, scratch_rows, CONFIG)
-                store_scratch(scratch.cotangents, c, 2 * (n - first), row, scratch_rows, CONFIG)
-            g, p = layer_vjp(g + through, p, u, r, c, 0.5 * h, n, weights, gradients, False, CONFIG)
-        else:
-            u, r = normalize(y, CONFIG)
-            u, c = rounded(u, weights), rounded(g, weights)
-            if scratch.layer_inputs is not None:
-                store_scratch(scratch.layer_inputs, u, n - first, row, scratch_rows, CONFIG)
-                store_scratch(scratch.cotangents, c, n - first, row, scratch_rows, CONFIG)
-            g, p = layer_vjp(g, p, u, r, c, h, n, weights, gradients, SOLVER.reuse, CONFIG)
+        g, p = step_vjp(
+            *(g, tl.zeros_like(x), y, h, n, first, row, scratch_rows),
+            *(scratch, weights, gradients, SOLVER.reuse, CONFIG),
+        )
 
         if SOLVER.reuse:
             x = x - p

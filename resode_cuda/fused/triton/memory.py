@@ -13,8 +13,9 @@ with Heun its first (2 i) or second (2 i + 1).
 Memory: states [rows, DIM] float32, increments [2, rows, DIM] in the parameters' dtype; schedule [steps, 4] float32 with
 h, a, b of each step and the place of its starting state among the anchored ones, -1 where it is not kept; gradients of
 W1 (transposed) and W2 [layers D, HIDDEN] float32; squares [tiles, steps, 2] float32, each tile's |y - x_n|^2 and
-|x_n|^2. Addresses are int64 up to a tile's first row, with 32 bits within the tile. Capital letters are of a
-`KernelConfig`: ROWS its rows, DIM its dim, D its padded_dim, C its chunk.
+|x_n|^2. Where increments are stored, `schedule.py` says what a and b are, and `storage.py` how they lie in memory; all
+steps have as many bits. Addresses are int64 up to a tile's first row, with 32 bits within the tile. Capital letters are
+of a `KernelConfig`: ROWS its rows, DIM its dim, D its padded_dim, C its chunk.
 
 Importing these modules needs Triton.
 """
@@ -43,6 +44,24 @@ def anchor_place(schedule: tl.tensor, n: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def segment_of(schedule: tl.tensor, n: tl.tensor) -> tl.tensor:
+    """Segment of step n, or the one that begins after it where its starting state is kept; -1 if none does."""
+    return tl.load(schedule + 4 * n + 1).to(tl.int32)
+
+
+@triton.jit
+def stored_place(schedule: tl.tensor, n: tl.tensor) -> tl.tensor:
+    """Place of step n among those whose increments are stored; -1 where its starting state is kept."""
+    return tl.load(schedule + 4 * n + 2).to(tl.int32)
+
+
+@triton.jit
+def ends_segment(schedule: tl.tensor, n: tl.tensor, steps: tl.tensor) -> tl.tensor:
+    """Whether step n is the last, or the next one's starting state is kept."""
+    return tl.load(schedule + 4 * (n + 1) + 3, mask=n + 1 < steps, other=0) >= 0
+
+
+@triton.jit
 def load_tile(states: tl.tensor, start: tl.tensor, inside: tl.tensor, CONFIG: tl.constexpr) -> tl.tensor:
     return tl.load(states + offsets(start, CONFIG.dim, CONFIG), mask=inside, other=0).to(tl.float32)
 
@@ -50,6 +69,13 @@ def load_tile(states: tl.tensor, start: tl.tensor, inside: tl.tensor, CONFIG: tl
 @triton.jit
 def store_tile(states: tl.tensor, values: tl.tensor, start: tl.tensor, inside: tl.tensor, CONFIG: tl.constexpr) -> None:
     tl.store(states + offsets(start, CONFIG.dim, CONFIG), values.to(states.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def square_of_rows(values: tl.tensor, rows: tl.tensor) -> tl.tensor:
+    """The square of a tile's first rows."""
+    of_rows = tl.sum(values * values, 1)
+    return tl.sum(tl.where(tl.arange(0, values.shape[0]) < rows, of_rows, 0))
 
 
 @triton.jit

@@ -19,14 +19,17 @@ from ...devices import capability_of
 from ...method import Method
 from ...ops import triton as triton_ops
 from ...schemes import Euler, Heun
+from ...stored import largest_companion
 from .. import requirements, timings
 from ..driver import NetworkKernels, Scratch, SlabDriver, StatePass, padded_dim, rows_apart
 from ..network import Network
 from ..norms import EPSILON
 from ..reference import passes as reference
 from ..signature import AdjointResult, ParameterGradients, SavedStates, Wanted
+from ..storage import RoundingSquares, StoredIncrements
 from . import arguments
 from .arguments import Gradients, KernelConfig, Weights
+from .stored_tiles import storing
 from .tiles import LARGEST_ONE_PASS_DIM, Tile, tiles_for
 from .wide import WideTile
 
@@ -44,9 +47,17 @@ def reason(network: Network, method: Method, device: torch.device) -> str | None
     """Why Triton's kernels can't compute this; None if they can."""
     return (
         requirements.reason("Triton's kernels", network, method, device, accelerates=is_wide(network))
+        or _reason_against_bits(network, method)
         or arguments.reason_against(method.scheme.name, network.activation, network.norm)
         or triton_ops.reason(device)
     )
+
+
+def _reason_against_bits(network: Network, method: Method) -> str | None:
+    bits = {method.solver.bits_of(n) for n in method.stored_steps}
+    if len(bits) > 1 and not is_wide(network):
+        return f"Triton's kernels store all steps' increments in one number of bits, got {sorted(bits)}"
+    return None
 
 
 def is_wide(network: Network) -> bool:
@@ -108,7 +119,10 @@ class TritonKernels(NetworkKernels):
     def __init__(self, network: Network, method: Method) -> None:
         is_plain = network.norm is None and method.scheme is Euler
         dim, capability = padded_dim(network.dim), capability_of(network.weight_in.device)
-        self.tiles = tiles_for(capability, dim, network.weight_in.itemsize, is_plain)
+        served = capability, dim, network.weight_in.itemsize, is_plain
+        self.tiles = tiles_for(*served)
+        if method.solver.is_stored:
+            self.tiles = storing(self.tiles, *served)
         super().__init__(network, method, self.tiles.chunk, max(tile.rows for tile in self.tiles))
 
     def takes_two_passes(self, rows: int) -> bool:
@@ -117,7 +131,8 @@ class TritonKernels(NetworkKernels):
     def squares(self, rows: int) -> Tensor:
         # A part for each tile, in either form.
         tile_rows = min(self.tiles.two_pass.rows, self.tiles.one_pass.rows)
-        return self.schedule.new_zeros(self.whole(rows) // tile_rows, len(self.schedule), 2)
+        columns = 3 if self.method.solver.is_stored else 2
+        return self.schedule.new_zeros(self.whole(rows) // tile_rows, len(self.schedule), columns)
 
     def forward(
         self, x: Tensor, x_last: Tensor | None, increments: Tensor | None, anchored: Tensor | None, steps: int
@@ -134,10 +149,38 @@ class TritonKernels(NetworkKernels):
             SAVED_INCREMENTS=0 if increments is None else len(increments),
         )
 
+    def storing_forward(
+        self, x: Tensor, x_last: Tensor, anchored: Tensor | None, stored: StoredIncrements, rounding: RoundingSquares
+    ) -> None:
+        from .storing_forward import storing_forward_kernel
+
+        tile, programs = self.tiles.forward, -(-len(x) // self.tiles.forward.rows)
+        parts = self.schedule.new_zeros(programs, len(self.method), 2)
+        self._launch(
+            storing_forward_kernel,
+            (programs,),
+            tile,
+            *(x, x_last, anchored, stored, parts, rounding.sample, self.schedule, *self._weights(tile)),
+            *(len(x), rounding.shift, len(self.method)),
+            LARGEST=float(largest_companion(x.dtype, self._bits)),
+            BITS=self._bits,
+            ROUNDED=self.method.solver.rounded_forward,
+        )
+        if len(rounding.squares):
+            rounding.squares.add_(parts.sum(0, dtype=rounding.squares.dtype))
+
+    @property
+    def _bits(self) -> int:
+        """Bits a value of all stored increments; those of the first step where none is stored."""
+        return self.method.solver.bits_of((*self.method.stored_steps, 0)[0])
+
     def adjoint(self, state_pass: StatePass) -> None:
+        if state_pass.stored is not None:
+            self._stored_adjoint(state_pass, state_pass.stored)
+            return
         from .adjoint import adjoint_kernel
 
-        start, end, anchored, squares, scratch, steps, adds_gradients = state_pass
+        start, end, anchored, _, squares, scratch, steps, adds_gradients = state_pass
         tile = self.tiles.one_pass if adds_gradients else self.tiles.two_pass
         rows = len(start.g)
         self._launch(
@@ -150,6 +193,23 @@ class TritonKernels(NetworkKernels):
             *(rows, rows_apart(anchored), rows_apart(start.increments)),
             *(scratch.rows, steps.start, steps.stop, len(self.method)),
             SOLVER=self.method.solver,
+        )
+
+    def _stored_adjoint(self, state_pass: StatePass, stored: StoredIncrements) -> None:
+        from .stored_adjoint import stored_adjoint_kernel
+
+        start, end, anchored, _, squares, scratch, steps, adds_gradients = state_pass
+        tile, rows = self.tiles.one_pass if adds_gradients else self.tiles.two_pass, len(start.g)
+        self._launch(
+            stored_adjoint_kernel,
+            (self.whole(rows) // tile.rows,),
+            tile,
+            *(start, end, anchored, stored, squares, scratch),
+            *(self._reduced(tile) if adds_gradients else Gradients(None, None, None, None)),
+            *(self.schedule, *self._weights(tile)),
+            *(rows, rows_apart(anchored), rows_apart(stored.scales)),
+            *(scratch.rows, steps.start, steps.stop, len(self.method)),
+            BITS=self._bits,
         )
 
     def exact(self, x: Tensor, g_last: Tensor, g_first: Tensor, scratch: Scratch, steps: range) -> None:

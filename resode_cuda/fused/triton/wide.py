@@ -49,6 +49,14 @@ class WideTile(RowTile):
         if bias is not None and sums is not None:
             bias.add_(sums.sum(0), alpha=scale)
 
+    def store(self, x: Tensor, companion: Tensor, unit: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+        found: tuple[Tensor, Tensor, Tensor] = ops.store(x, companion, unit, bits)
+        return found
+
+    def take_back(self, companion: Tensor, packed: Tensor, scales: Tensor, unit: Tensor, bits: int) -> Tensor:
+        found: Tensor = ops.stored_step(companion, packed, scales, unit, bits)
+        return found
+
     def rebuild(
         self, x: Tensor, y: Tensor, d: Tensor, d_next: Tensor, weights: tuple[float, float] | None, squares: Tensor
     ) -> tuple[Tensor, Tensor]:
