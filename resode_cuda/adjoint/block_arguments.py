@@ -98,9 +98,19 @@ class Arguments:
         self.tensors: list[Tensor] = list(by_identity.values())
         self.kinds = [Kind.of(tensor) for tensor in self.tensors]
         self.count = len(self.tensors)
+        self._cut_off: list[Tensor] | None = None
         self._numbers = {identity: number for number, identity in enumerate(by_identity)}
         self.has_containers = not all(isinstance(value, ATOMS) for value in (*args, *kwargs.values()))
         self._unchanging = None if self.has_containers else self._now()
+
+    def cut_off(self) -> list[Tensor]:
+        """The tensors, with leaves in the place of those whose gradients go on to others, or pass hooks.
+
+        They are the same for all blocks, and share the attributes of the caller's own.
+        """
+        if self._cut_off is None:
+            self._cut_off = [_leaf(tensor) for tensor in self.tensors]
+        return self._cut_off
 
     def refuse_iterators(self) -> None:
         """Raise if one of the arguments, of which every block sees the next entry, can't be gone through again."""
@@ -117,7 +127,7 @@ class Arguments:
 
     def release(self) -> None:
         """All blocks have run. What re-evaluations need was copied."""
-        self.call, self.tensors = None, []
+        self.call, self.tensors, self._cut_off = None, [], None
 
     def name_of(self, tensor: Tensor) -> str:
         """An argument as a user would name it."""
@@ -131,6 +141,16 @@ class Arguments:
         for place, _ in places:
             leaves[place] = None
         return Given(leaves, spec, places, self.has_containers)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    if not tensor.requires_grad or (tensor.is_leaf and not tensor._backward_hooks):
+        return tensor
+    leaf = tensor.detach().requires_grad_()
+    leaf.__class__ = type(tensor)
+    if hasattr(tensor, "__dict__"):
+        leaf.__dict__ = tensor.__dict__
+    return leaf
 
 
 def left_in(call: Call) -> bool:

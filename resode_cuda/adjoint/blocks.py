@@ -63,12 +63,13 @@ class Block:
         return self._last
 
     @property
-    def differentiates_inside(self) -> bool:
-        """Whether it has been seen to ask for gradients itself, which takes its tensors while it runs."""
-        return self.index in self._inventories.differentiating
+    def needs_its_tensors(self) -> bool:
+        """Whether it has been seen to run only where its tensors are saved, as when it differentiates inside."""
+        return self.index in self._inventories.needing_tensors
 
-    def seen_to_differentiate(self) -> None:
-        self._inventories.differentiating.add(self.index)
+    @needs_its_tensors.setter
+    def needs_its_tensors(self, needs: bool) -> None:
+        (self._inventories.needing_tensors.add if needs else self._inventories.needing_tensors.discard)(self.index)
 
     @property
     def has_fast_path(self) -> bool:

@@ -32,7 +32,7 @@ def propagate(
     arguments.refuse_iterators()
     generators = Generators(x.device)
     outputs = Outputs(x, [], {0: x})
-    compared = monitor.turn()
+    compared = monitor.recomputed()
     for n in range(len(method)):
         used = blocks[method.blocks_of(n)]
         calls = [BlockCall(block, x.device, generators, stage) for stage, block in enumerate(used)]

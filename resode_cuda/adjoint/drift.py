@@ -83,8 +83,7 @@ class DriftMonitor:
         self.fallback_requested = False
         """Whether on_drift="checkpoint" has found reason to."""
         self._passes = itertools.count()
-        self._has_measured_all = False
-        self._steps = steps
+        self._steps, self._unmeasured, self._turn = steps, set(range(steps)), 0
         # [steps + 1, 2]: |y - x_n|^2, |x_n|^2, and at the end the same of the input.
         self._squares: Tensor | None = None
         self._rows: tuple[Tensor, ...] = ()
@@ -114,10 +113,10 @@ class DriftMonitor:
     def settings_changed(self) -> None:
         """What was measured holds for the module as it was."""
         self.gradient_error_per_defect = None
-        self._has_measured_all = False
+        self._unmeasured = set(range(self._steps))
 
-    def turn(self) -> int:
-        """The step whose turn it is to be looked at in the forward pass that begins, and in its backward pass."""
+    def recomputed(self) -> int:
+        """The step that is recomputed to its end, and compared, under "checkpoint" in the pass that begins."""
         return next(self._passes) % self._steps
 
     def measured(self, method: Method) -> Collection[int]:
@@ -126,10 +125,15 @@ class DriftMonitor:
         Where increments are stored that alone takes an evaluation of blocks to their ends. So once all steps have been
         measured it is one in turn, except with on_drift="raise".
         """
-        is_free = not method.solver.is_stored
-        if is_free or not self._has_measured_all or self.on_drift == "raise" or is_capturing():
+        if not method.solver.is_stored or self.on_drift == "raise" or is_capturing():
             return range(self._steps)
-        return (self.turn(),)
+        return {*self._unmeasured} or {self._turn}
+
+    def was_measured(self, n: int) -> None:
+        """Step n was evaluated to its end in a backward pass."""
+        self._unmeasured.discard(n)
+        if n == self._turn:
+            self._turn = (n + 1) % self._steps
 
     def begin(self, stream: Tensor, measures: bool, increments: Increments | StoredRounding | None = None) -> None:
         """A backward pass starts; it measures defects, or looks for NaN and Inf alone.
@@ -274,7 +278,6 @@ class DriftMonitor:
         rows = torch.cat([first, increments.again], 1)
         if increments.are_all_measured:
             kept.copy_(rows)
-            self._has_measured_all = True
         else:
             for n in increments.measured:
                 kept[n].copy_(rows[n])

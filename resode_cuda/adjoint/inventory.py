@@ -134,6 +134,11 @@ class Inventory:
             return True
         return any(module._forward_hooks or module._forward_pre_hooks for module in self.modules)
 
+    @property
+    def has_forward_hooks(self) -> bool:
+        """Whether something is called after one of the modules has run."""
+        return bool(torch.nn.modules.module._global_forward_hooks) or any(m._forward_hooks for m in self.modules)
+
     def is_current(self) -> bool:
         """Whether the modules have the same classes, attributes, parameters, buffers and modules now."""
         are_same = all(map(operator.is_, map(type, self.modules), self._classes))
@@ -145,8 +150,8 @@ class Inventories:
 
     def __init__(self) -> None:
         self._last: dict[int, Inventory] = {}
-        self.differentiating: set[int] = set()
-        """The blocks that have been seen to differentiate inside."""
+        self.needing_tensors: set[int] = set()
+        """The blocks that have been seen to run only where their tensors are saved."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Inventories, ()

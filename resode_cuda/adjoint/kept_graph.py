@@ -9,12 +9,14 @@ differentiates inside, which needs its tensors at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
+from torch.utils.checkpoint import CheckpointError
 
 from ..schemes import BlockFunction, Vjp
 from .blocks import Auxiliaries, BlockCall
@@ -34,16 +36,27 @@ class _UsedTooEarlyError(RuntimeError):
     """A tensor was asked for that has not been computed again."""
 
 
+Format = tuple[torch.Size, torch.dtype, torch.device, int]
+"""The last is the address of a leaf, and 0 for other tensors."""
+
+
 class _SavedTensors:
     """What autograd saves of an evaluation: in the forward pass the formats alone, in a backward pass the tensors.
 
     The graph holds this by its hooks. So it must not hold the graph.
+
+    Args:
+        known: addresses of the leaves, which are told from each other.
     """
 
-    def __init__(self) -> None:
-        self._formats: list[tuple[torch.Size, torch.dtype, torch.device]] = []
+    def __init__(self, known: Set[int]) -> None:
+        self._known = known
+        self._formats: list[Format] = []
         self._tensors: list[Tensor] = []
         self._versions: list[int] = []
+        self._stops = False
+        self.ending: _AllSaved | _OtherSaved | None = None
+        """What has ended the evaluation, whatever became of it on its way through the block."""
 
     def __len__(self) -> int:
         return len(self._formats)
@@ -55,17 +68,20 @@ class _SavedTensors:
     def collecting(self, stops: bool) -> saved_tensors_hooks:
         """Have the evaluation inside leave its tensors here; `_AllSaved` ends it with the last of them."""
         self.clear()
+        self._stops, self.ending = stops, None
+        return saved_tensors_hooks(self._collect, self._give)
 
-        def collect(tensor: Tensor) -> None:
-            place = len(self._tensors)
-            if place == len(self) or self._formats[place] != _format(tensor):
-                raise _OtherSaved
-            self._tensors.append(tensor.detach())
-            self._versions.append(_version(tensor))
-            if stops and place + 1 == len(self):
-                raise _AllSaved
-
-        return saved_tensors_hooks(collect, self._give)
+    @torch._disable_dynamo
+    def _collect(self, tensor: Tensor) -> None:
+        place = len(self._tensors)
+        if place == len(self) or self._formats[place] != self._format(tensor):
+            self.ending = _OtherSaved()
+            raise self.ending
+        self._tensors.append(tensor.detach())
+        self._versions.append(_version(tensor))
+        if self._stops and place + 1 == len(self):
+            self.ending = _AllSaved()
+            raise self.ending
 
     @property
     def are_complete(self) -> bool:
@@ -74,10 +90,16 @@ class _SavedTensors:
     def clear(self) -> None:
         self._tensors, self._versions = [], []
 
+    @torch._disable_dynamo
     def _note(self, tensor: Tensor) -> int:
-        self._formats.append(_format(tensor))
+        self._formats.append(self._format(tensor))
         return len(self) - 1
 
+    def _format(self, tensor: Tensor) -> Format:
+        address = tensor.data_ptr() if tensor.layout == torch.strided else 0
+        return tensor.shape, tensor.dtype, tensor.device, address if address in self._known else 0
+
+    @torch._disable_dynamo
     def _give(self, place: int) -> Tensor:
         if not self._tensors:
             raise _UsedTooEarlyError(
@@ -92,10 +114,6 @@ class _SavedTensors:
                 f"tensor of shape {list(tensor.shape)} was; use an operation that is not in place"
             )
         return tensor
-
-
-def _format(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    return tensor.shape, tensor.dtype, tensor.device
 
 
 def _version(tensor: Tensor) -> int:
@@ -121,17 +139,23 @@ _ANYTHING = torch.empty(0, requires_grad=True)
 class BlockGraph:
     """The graph of one evaluation of a block.
 
+    Args:
+        known: addresses of the leaves.
+
     Attributes:
+        holds_input: whether something in it, or the block, holds the state itself.
+        can_stop: whether the block may stop where nothing more is saved.
         start: where the gradient of the block's input is found; None where it has none.
         root: of the block's output, auxiliary_root of what it returned beside it; None where these have no gradient.
     """
 
-    def __init__(self) -> None:
-        self._saved = _SavedTensors()
+    def __init__(self, known: Set[int]) -> None:
+        self._saved = _SavedTensors(known)
         self.start: GradientEdge | None = None
         self.root: GradientEdge | None = None
         self.auxiliary_root: GradientEdge | None = None
         self.dtype: torch.dtype | None = None
+        self.holds_input, self.can_stop = False, True
 
     def record(self, f: BlockFunction, x: Tensor, needs_x: bool, auxiliaries: Auxiliaries) -> Tensor:
         """f(x), without gradients: the graph is kept here."""
@@ -146,7 +170,10 @@ class BlockGraph:
         if len(auxiliaries) > count and auxiliaries[-1] is not None:
             self.auxiliary_root = _edge(auxiliaries[-1])
             auxiliaries[-1] = auxiliaries[-1].detach()
-        return out.detach()
+        out, input_before = out.detach(), weakref.ref(start)
+        del start
+        self.holds_input = needs_x and input_before() is not None
+        return out
 
     def again(self, f: BlockFunction, point: Tensor, stops: bool) -> Tensor | None:
         """Save what the forward pass saved, but at this point.
@@ -160,15 +187,22 @@ class BlockGraph:
         Raises:
             _OtherSaved: if f saves something else.
         """
+        stops = stops and self.can_stop
         if stops and not len(self._saved):
             return None
         out = None
         try:
             with torch.enable_grad(), self._saved.collecting(stops):
                 out = f(point)
-        except _AllSaved:
+        except BaseException as error:
+            # TorchScript's interpreter makes another error of it.
+            ending = self._saved.ending if isinstance(error, Exception) else None
+            if not isinstance(ending, _AllSaved):
+                self.clear()
+                raise (ending or error) from None
             return None
-        if not self._saved.are_complete:
+        if self._saved.ending is not None or not self._saved.are_complete:
+            self.clear()
             raise _OtherSaved
         return out.detach()
 
@@ -196,6 +230,7 @@ class StepGraph:
     def __init__(self, calls: Sequence[BlockCall], tensors: Sequence[Tensor], needs_x: bool) -> None:
         self._needs_x = needs_x
         self._known = set(map(id, tensors))
+        self._addresses = {tensor.data_ptr() for tensor in tensors if tensor.layout == torch.strided}
         self.leaves = [_edge(tensor) for tensor in tensors]
         self.blocks: list[BlockGraph | None] = []
         """None for one whose graph is not kept."""
@@ -210,24 +245,36 @@ class StepGraph:
         return [kept(call, f) for call, f in zip(self._calls, functions, strict=True)]
 
     def _record(self, call: BlockCall, f: BlockFunction, x: Tensor, auxiliaries: Auxiliaries) -> Tensor:
-        if not call.block.differentiates_inside:
-            graph, count = BlockGraph(), len(auxiliaries)
-            try:
-                out = graph.record(f, x, self._needs_x, auxiliaries)
-            except RuntimeError as error:
-                if not (isinstance(error, _UsedTooEarlyError) or "saved tensor hooks" in str(error)):
-                    raise
-                call.block.seen_to_differentiate()
-                call.rewind()
-                del auxiliaries[count:]
-            else:
-                # The next block's input depends on this one's output.
-                self._needs_x = self._needs_x or graph.root is not None
-                self.blocks.append(None if self._has_strangers(call, graph) else graph)
-                return out
+        graph, out = None, None
+        if not call.block.needs_its_tensors:
+            graph, out = self._kept(call, f, x, auxiliaries)
+        if out is None:
+            out = f(x)
+            # If the first try was to blame, and not the block.
+            call.block.needs_its_tensors = True
+        self.blocks.append(graph)
+        # The next block's input depends on this one's output.
         self._needs_x = True
-        self.blocks.append(None)
-        return f(x)
+        return out
+
+    def _kept(
+        self, call: BlockCall, f: BlockFunction, x: Tensor, auxiliaries: Auxiliaries
+    ) -> tuple[BlockGraph | None, Tensor | None]:
+        """f(x) and its graph, None where that can't be kept.
+
+        A block that fails, which it may do since its tensors are not saved, is as if it had not run.
+        """
+        graph, count = BlockGraph(self._addresses), len(auxiliaries)
+        try:
+            out = graph.record(f, x, self._needs_x, auxiliaries)
+        except Exception:  # if the block is to blame, it fails again without a graph
+            call.rewind()
+            del auxiliaries[count:]
+            return None, None
+        # Hooks come in pairs: those after a module's forward pass must run too.
+        graph.can_stop = not call.inventory.has_forward_hooks
+        is_kept = not (graph.holds_input or self._has_strangers(call, graph))
+        return graph if is_kept else None, out
 
     def _has_strangers(self, call: BlockCall, graph: BlockGraph) -> bool:
         """Whether the block uses tensors with gradients that are not known here; the backward pass looks at them."""
@@ -279,14 +326,24 @@ class KeptVjps(BlockVjps):
             return super().linearize(f, x)
         refuse_hooks(self._n, point)
         g_auxiliary = self._auxiliary_cotangents.pop(0) if self._auxiliary_cotangents else None
-        start = graph.start if self._is_point_wanted else None
+        start, was_point_wanted = graph.start if self._is_point_wanted else None, self._is_point_wanted
+
+        def evaluated_anew() -> Vjp:
+            self._is_point_wanted = was_point_wanted
+            return super(KeptVjps, self).linearize(f, x)[1]
+
         self._is_point_wanted = self._is_point_wanted or graph.root is not None
 
         def vjp(cotangent: Tensor) -> Tensor | None:
             roots = [(graph.root, cotangent.to(graph.dtype)), (graph.auxiliary_root, g_auxiliary)]
-            product = self._through([(root, g) for root, g in roots if root is not None and g is not None], start)
-            graph.clear()
-            return product
+            try:
+                return self._through([(root, g) for root, g in roots if root is not None and g is not None], start)
+            except CheckpointError:  # a checkpoint inside, which saves other tensors at y
+                if g_auxiliary is not None or graph.auxiliary_root is not None:
+                    self._auxiliary_cotangents.insert(0, g_auxiliary)
+                return evaluated_anew()(cotangent)
+            finally:
+                graph.clear()
 
         return out, vjp
 

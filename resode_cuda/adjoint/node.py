@@ -126,9 +126,7 @@ class Evaluation:
         arguments = self.arguments
         if not may_keep(self.calls, self.parameters, arguments.has_containers):
             return None, self.first(auxiliaries)
-        parameters = [parameter.tensor for parameter in self.parameters]
-        needs = [tensor.requires_grad for tensor in arguments.tensors]
-        tensors = argument_leaves(arguments.tensors, arguments.kinds, needs, {id(own): own for own in parameters})
+        tensors, parameters = arguments.cut_off(), [parameter.tensor for parameter in self.parameters]
         graph = StepGraph(self.calls, [*tensors, *parameters], needs_x)
         return graph, graph.keeping(self.first(auxiliaries, tensors), auxiliaries)
 
@@ -254,13 +252,17 @@ def _backward(
     may_use_strangers = any(call.inventory.may_use_strangers for call in evaluation.calls)
     is_measured = step.n in evaluation.increments.measured
     of_step = step.n, used, needs_x, auxiliaries, auxiliary_cotangents, may_use_strangers
-    vjps = BlockVjps(*of_step) if ctx.graph is None else KeptVjps(ctx.graph, is_measured, *of_step)
+    # Hooks that leaves have by now are called by the engine around this, once.
+    is_kept = ctx.graph is not None and not any(map(_has_hooks, tensors))
+    vjps = KeptVjps(ctx.graph, is_measured, *of_step) if is_kept else BlockVjps(*of_step)
     evaluated = step.scheme.vjp(functions, y.to(g.dtype), step.h, gamma, vjps.linearize)
 
     weights = step.weights_before if needs_state else None
     needed_gamma = gamma if needs_x else None
     if evaluated.stages is not None and is_measured:
         evaluation.increments.compare(step.n, evaluated.stages, y, trajectory.x_next)
+        if monitor is not None:
+            monitor.was_measured(step.n)
     evaluation.monitor.warn_of_left_behind(
         {name: call.block.index for call in evaluation.calls for name in call.left_behind}
     )

@@ -118,7 +118,8 @@ class Network:
             keep_input=recipe.keeps_input,
             on_drift=recipe.on_drift,
         )
-        stack._monitor._has_measured_all = recipe.is_measured
+        if recipe.is_measured:
+            stack._monitor._unmeasured.clear()
         return stack
 
     def loss(self, out: Tensor) -> Tensor:
