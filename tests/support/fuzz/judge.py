@@ -60,8 +60,9 @@ UNSERVABLE = {
 """Features that no library sees before it runs a block again: there the library's warning or error is an answer."""
 
 MEANINGLESS = [
-    # Two numbers a step miss small changes and, seldom, large ones; under "checkpoint" one step in turn is compared.
-    # tests/stack/test_reevaluation.py has these.
+    # Two numbers a step miss small changes and, seldom, large ones; under "checkpoint", and of stored increments after
+    # the first pass, one step in turn is compared. tests/stack/test_reevaluation.py has these.
+    *({feature, "reverse=stored", "is_measured=True"} for feature in UNSERVABLE),
     {"block=own_generator"},
     {"block=looks_at_grad_mode", "gradient=adjoint"},
     # torch's checkpointing keeps its own random numbers alone, and stops where it has what it needs.

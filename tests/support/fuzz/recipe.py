@@ -158,6 +158,8 @@ class Recipe:
             rounding = 1e-4 if self.input_dtype == torch.float32 else 1e-10
         if self.anchors == 1:
             return rounding
+        if self.solver.is_stored and self.input_dtype == torch.float32:
+            rounding = max(rounding, 1e-3)  # companions are multiples of 2^-13 of a state
         return rounding + 300 * self.step_count * self.contraction**self.order
 
     @property
