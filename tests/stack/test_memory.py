@@ -6,10 +6,10 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from resode_cuda import ResidualStack, Reverse
 from resode_cuda.schemes import SCHEMES
+from tests.support.memory import allocations, held, peak
 from tests.support.networks import block_count, half_square, mlp, mlps
 from tests.support.stateful import Outside
 
@@ -17,37 +17,6 @@ ROWS, DIM = 512, 64
 STATE = ROWS * DIM * 4
 PER_STEP = 2 * 8
 """Bytes of the two numbers by which a re-evaluation is compared."""
-
-
-def allocations(run):
-    """Bytes that each allocator event of run() adds or, below zero, gives back, in order."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        kept = run()
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    del kept
-    return changes
-
-
-def held(stack, x):
-    """Bytes held between forward and backward, the output among them."""
-    stack(x)  # the signs of the re-evaluation check are made once
-    return sum(allocations(lambda: stack(x)))
-
-
-def peak(stack, x):
-    """Peak of a training step over what was resident before, parameter gradients among that."""
-
-    def step():
-        stack.zero_grad(set_to_none=False)
-        stack(x).square().mean().backward()
-
-    step()
-    now = highest = 0
-    for change in allocations(step):
-        now += change
-        highest = max(highest, now)
-    return highest
 
 
 class Conv(nn.Module):
