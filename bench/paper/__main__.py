@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 import traceback
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
     from rich.progress import Progress
+
+    from ..harness.tables import Target
 
 
 def main() -> int:
@@ -92,11 +95,17 @@ def _run(name: str, options: Options, device: torch.device, progress: Progress) 
     checks = experiment.checks(record["figures"])
     record["must_show"], record["notes"] = experiment.MUST_SHOW, experiment.notes(record["figures"])
     record["judged"] = not options.quick
-    record["checks"] = [{**asdict(check), "met": check.met, "shown": str(check)} for check in checks]
+    record["checks"] = [_recorded(check) for check in checks]
     experiment.draw(record["figures"], options.output / f"{name}.png")
     write_json(record, file)
     lab.clear()
     _show(name, record, was_there, progress.console)
+
+
+def _recorded(check: Target) -> dict[str, Any]:
+    # JSON has no infinity, which stands for a depth that there is none of.
+    finite = {name: value for name, value in asdict(check).items() if value not in (math.inf, -math.inf)}
+    return {**finite, "met": check.met, "shown": str(check)}
 
 
 def _finished(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:

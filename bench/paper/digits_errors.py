@@ -37,9 +37,7 @@ def errors(net: DigitsNet, data: Split, modes: Sequence[str]) -> dict[str, float
     return {mode: statistics.median(of_batch[mode] for of_batch in found) for mode in found[0]}
 
 
-def _gradients(
-    net: DigitsNet, mode: str, images: Tensor, labels: Tensor, autocast: bool = False
-) -> Sequence[Tensor]:
+def _gradients(net: DigitsNet, mode: str, images: Tensor, labels: Tensor, autocast: bool = False) -> Sequence[Tensor]:
     stack = net.stack[0]
     SOLVERS[mode].apply(stack)
     with torch.autocast(images.device.type, torch.bfloat16) if autocast else nullcontext():

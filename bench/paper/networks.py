@@ -44,8 +44,8 @@ class Architecture:
     """h; None is 1/N."""
     tied: bool = False
     """One function for all steps of a stage."""
-    zero_last: bool = True
-    """Scale and shift of each function's last norm start at 0."""
+    last_norm: str = "zero"
+    """The scale of each function's last norm at the start, "zero" or "one"; "none" leaves that norm out."""
     bottleneck: bool = False
     copies: int = 1
     """Networks side by side."""
@@ -100,29 +100,31 @@ def _stage(of: Architecture, width: int, steps: int) -> ResidualStack:
     function = bottleneck_function if of.bottleneck else residual_function
     count = block_count(of.scheme, steps)
     if of.tied:
-        blocks = [function(width, of.copies, of.zero_last)] * count
+        blocks = [function(width, of.copies, of.last_norm)] * count
     else:
-        blocks = [function(width, of.copies, of.zero_last) for _ in range(count)]
+        blocks = [function(width, of.copies, of.last_norm) for _ in range(count)]
     return ResidualStack(blocks, of.scheme, step=of.step, gradient="backprop", on_drift="ignore")
 
 
-def residual_function(width: int, copies: int = 1, zero_last: bool = False) -> nn.Sequential:
+def residual_function(width: int, copies: int = 1, last_norm: str = "one") -> nn.Sequential:
     """conv–BN–ReLU–conv–BN, the authors' for CIFAR-10."""
     up, down = (nn.Conv2d(width, width, 3, padding=1, groups=copies) for _ in range(2))
-    return _from_zero(nn.Sequential(up, nn.BatchNorm2d(width), nn.ReLU(), down, nn.BatchNorm2d(width)), zero_last)
+    return _ended(nn.Sequential(up, nn.BatchNorm2d(width), nn.ReLU(), down, nn.BatchNorm2d(width)), last_norm)
 
 
-def bottleneck_function(width: int, copies: int = 1, zero_last: bool = False) -> nn.Sequential:
+def bottleneck_function(width: int, copies: int = 1, last_norm: str = "one") -> nn.Sequential:
     """ReLU–conv 1×1–BN–ReLU–conv 3×3–BN–ReLU–conv 1×1–BN, the authors' for networks of several stages."""
     inner = width // EXPANSION
     layers: list[nn.Module] = []
     for before, after, kernel in ((width, inner, 1), (inner, inner, 3), (inner, width, 1)):
         conv = nn.Conv2d(before, after, kernel, padding=kernel // 2, bias=False, groups=copies)
         layers += [nn.ReLU(), conv, nn.BatchNorm2d(after)]
-    return _from_zero(nn.Sequential(*layers), zero_last)
+    return _ended(nn.Sequential(*layers), last_norm)
 
 
-def _from_zero(function: nn.Sequential, zero_last: bool) -> nn.Sequential:
-    if zero_last:
-        nn.init.zeros_(function[-1].weight)  # its shift is 0 already
+def _ended(function: nn.Sequential, last_norm: str) -> nn.Sequential:
+    if last_norm == "none":
+        return nn.Sequential(*list(function)[:-1])
+    if last_norm == "zero":
+        nn.init.zeros_(function.get_parameter(f"{len(function) - 1}.weight"))  # its shift is 0 already
     return function

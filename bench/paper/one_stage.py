@@ -1,4 +1,4 @@
-"""The network of one residual stage that the authors train on CIFAR-10 at many depths, and its small version on digits."""
+"""The one-stage network that the authors train on CIFAR-10 at many depths, and its small version on digits."""
 
 from __future__ import annotations
 

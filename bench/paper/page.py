@@ -1,4 +1,4 @@
-"""One self-contained HTML page of all experiments that have figures: what each must show, the picture, whether it did."""
+"""One self-contained HTML page: what each experiment must show, its picture, and whether it did."""
 
 from __future__ import annotations
 

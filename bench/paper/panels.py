@@ -61,6 +61,16 @@ def error_axis(axis: Axes, name: str = "") -> None:
         axis.set_ylabel(name, color=INK)
 
 
+def percent_axis(axis: Axes, name: str = "") -> None:
+    """Logarithmic, with few numbers: errors of a classifier lie between 1% and 90%."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(FixedLocator([0.5, 1, 2, 5, 10, 20, 50, 90]))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_locator(NullLocator())
+    if name:
+        axis.set_ylabel(name, color=INK)
+
+
 def line(axis: Axes, solver: str, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
     """A solver's figures, in its colour and with its marker."""
     of = SOLVERS[solver]
@@ -73,5 +83,11 @@ def slope(axis: Axes, depths: Sequence[int], start: float, order: float) -> None
     ends = [start, start * (depths[0] / depths[-1]) ** order]
     axis.plot([depths[0], depths[-1]], ends, color=INK, linestyle="--", linewidth=1)
     axis.annotate(
-        f"slope −{order:g}", (depths[-1], ends[-1]), (0, 4), textcoords="offset points", ha="right", color=INK, fontsize=9
+        f"slope −{order:g}",
+        (depths[-1], ends[-1]),
+        (0, 4),
+        textcoords="offset points",
+        ha="right",
+        color=INK,
+        fontsize=9,
     )

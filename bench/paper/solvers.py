@@ -29,7 +29,7 @@ SOLVERS = {
     "corrected": Solver(Reverse("step"), "#0072B2", "o"),
     "extrapolated": Solver(Reverse("extrapolate"), "#009E73", "v"),
     "extrapolated + 1": Solver(Reverse("extrapolate", 1), "#56B4E9", "<"),
-    "step + 2": Solver(Reverse("step", 2), "#E69F00", "P"),
+    "step + 2": Solver(Reverse("step", 2, accelerate=False), "#E69F00", "P"),
     "stored, 8 bits": Solver(Reverse("stored", bits=8), "#D55E00", "X"),
     "stored, 4 bits": Solver(Reverse("stored", bits=4), "#A0522D", "d"),
     "stored, 2 bits": Solver(Reverse("stored", bits=2), "#B8860B", "*"),

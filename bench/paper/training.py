@@ -1,4 +1,4 @@
-"""Trainings by stochastic gradient descent with momentum, as the authors' are, and test errors."""
+"""Trainings as the authors' are, by stochastic gradient descent with momentum, and test errors."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ class Recipe:
     """The rate falls to 0 instead."""
     weight_decay: float = 0.0
     momentum: float = 0.9
+    adam: bool = False
+    """AdamW instead, whose steps do not shrink with the gradients."""
     residual_rate: float | None = None
     """Factor of 1/h in the rate of the residual functions' parameters; None leaves their rate as the others'.
 
@@ -50,9 +52,12 @@ def train(
 
     Nets side by side have batches of their own, each in an order of its own.
     """
-    optimizer = torch.optim.SGD(
-        _groups(net, recipe), recipe.rate, recipe.momentum, weight_decay=recipe.weight_decay
-    )
+    groups = _groups(net, recipe)
+    optimizer: torch.optim.Optimizer
+    if recipe.adam:
+        optimizer = torch.optim.AdamW(groups, recipe.rate, weight_decay=recipe.weight_decay)
+    else:
+        optimizer = torch.optim.SGD(groups, recipe.rate, recipe.momentum, weight_decay=recipe.weight_decay)
     for epoch in range(recipe.epochs):
         for group in optimizer.param_groups:
             group["lr"] = group["factor"] * recipe.rate_in(epoch)

@@ -15,14 +15,14 @@ from ..experiment import Figures
 from ..lab import Lab
 from ..one_stage import OneStage, one_stage
 from ..options import Options
-from ..panels import INK, Panels, depth_axis, line
+from ..panels import INK, Panels, depth_axis, line, percent_axis
 from ..solvers import SOLVERS
 from ..training import test_errors, train
 
 TITLE = "Test error against depth, by backprop and by the adjoint"
 MUST_SHOW = (
-    "Trained by the paper's adjoint, shallow nets end worse than by backprop; from a depth N of about 16 to 64 on they end "
-    "alike, and Heun's from no larger N than Euler's."
+    "Trained by the paper's adjoint, shallow nets end worse than by backprop; from a depth N of about 16 to 64 on they "
+    "end alike, and Heun's from no larger N than Euler's."
 )
 MODES = ("backprop", "paper", "corrected")
 FAILS = 1.5
@@ -116,8 +116,6 @@ def draw(figures: Figures, path: Path) -> None:
             low, high = [q[0] for q in quartiles], [q[2] for q in quartiles]
             axis.fill_between(depths, low, high, color=SOLVERS[mode].colour, alpha=0.15, linewidth=0)
         depth_axis(axis, depths)
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
+        percent_axis(axis)
     panels.axes[0].set_ylabel("best test error, % (median, quartiles)", color=INK)
     panels.save(path)

@@ -7,6 +7,7 @@ nearest function before, n ↦ ⌊n · base / N⌋, as the authors' code does at
 from __future__ import annotations
 
 import copy
+import itertools
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,8 +109,10 @@ def checks(figures: Figures) -> list[Target]:
     found = []
     for scheme in SCHEMES:
         errors = _series(figures, scheme, "paper")
-        worst = max(b / a for a, b in zip(errors, errors[1:], strict=False))
-        found.append(Target(f"paper, {scheme.capitalize()}: error at twice the depth over that before, worst", worst, 1))
+        worst = max(b / a for a, b in itertools.pairwise(errors))
+        found.append(
+            Target(f"paper, {scheme.capitalize()}: error at twice the depth over that before, worst", worst, 1)
+        )
     ratios = [h / e for h, e in zip(*(_series(figures, s, "paper") for s in ("heun", "euler")), strict=True)]
     found.append(Target("paper: Heun's error over Euler's, worst depth", max(ratios), 1))
     for mode in MODES[1:]:
@@ -121,9 +124,9 @@ def checks(figures: Figures) -> list[Target]:
 
 def notes(figures: Figures) -> list[str]:
     return [
-        f"Trained at depth {figures['base']}; deeper nets are interpolated (deepen), shallower ones take every 2nd, 4th, … "
-        "function. Right: the authors' measure, the squared relative error of each weight tensor without biases, by the "
-        "paper's solver; a dot is a tensor, a bar the median."
+        f"Trained at depth {figures['base']}; deeper nets are interpolated (deepen), shallower ones take each 2nd, "
+        "4th or 8th function. Right: the authors' measure, the squared relative error of each weight tensor, biases "
+        "left out, by the paper's solver; a dot is a tensor, a bar the median."
     ]
 
 
@@ -141,10 +144,15 @@ def draw(figures: Figures, path: Path) -> None:
             if (row["scheme"], row["mode"]) == (scheme, "paper"):
                 squares = sorted(row["squares"])
                 # Spread to one side of the depth, which is logarithmic.
-                spread = [row["depth"] * 2 ** ((2 * side - 1) * (0.08 + 0.25 * n / len(squares))) for n in range(len(squares))]
+                spread = [
+                    row["depth"] * 2 ** ((2 * side - 1) * (0.08 + 0.25 * n / len(squares))) for n in range(len(squares))
+                ]
                 panels.axes[2].plot(spread, squares, ".", color=colour, markersize=3, alpha=0.6)
                 panels.axes[2].plot(
-                    [spread[0], spread[-1]], [statistics.median(squares)] * 2, color=colour, linewidth=2,
+                    [spread[0], spread[-1]],
+                    [statistics.median(squares)] * 2,
+                    color=colour,
+                    linewidth=2,
                     label=f"{scheme.capitalize()}, median tensor",
                 )
     panels.axes[0].set_ylabel("relative gradient error", color=INK)

@@ -1,6 +1,7 @@
 """Weights of a linear residual net along depth, while gradient descent fits the net to a matrix.
 
-x_{n+1} = x_n + x_n A_n / N, x_0 = I, with 2×2 matrices A_n that start at 0; loss: mean square of x_N − B, B = I + randn.
+x_{n+1} = x_n + x_n A_n / N, x_0 = I, with 2×2 matrices A_n that start at 0; loss: mean square of x_N − B, where
+B = I + randn.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from ..panels import INK, Panels
 
 TITLE = "Gradient descent keeps a linear net smooth in depth"
 MUST_SHOW = (
-    "Weights that start at 0 are a smooth function of depth at every moment of training, and N·max|θ(n+1) − θ(n)| is the "
-    "same at every N; weights that start rough stay rough."
+    "Weights that start at 0 are a smooth function of depth at every moment of training, and N·max|θ(n+1) − θ(n)| is "
+    "the same at every N; weights that start rough stay rough."
 )
 DIM = 2
 SHOWN = 100
 """The depth whose weights are drawn, which is the authors'."""
 JUDGED = (25, 200)
 MOMENTS = 4
-COLOURS = ("#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7")
+COLOURS = ("#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#0072B2", "#000000")
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,9 @@ def draw(figures: Figures, path: Path) -> None:
         low, high = axis.get_ylim()
         axis.set_ylim(low, high + 0.45 * (high - low))
     axis = panels.axes[2]
-    for colour, width, run in zip(COLOURS, (7, 5.5, 4, 2.5, 1), figures["smooth"], strict=False):
-        axis.plot(run["roughness"], color=colour, linewidth=width, label=f"N = {run['depth']}")
+    for place, (colour, run) in enumerate(zip(COLOURS, figures["smooth"], strict=False)):
+        # Thinner from one to the next, so that lines that coincide stay in sight.
+        axis.plot(run["roughness"], color=colour, linewidth=7 * 0.65**place, label=f"N = {run['depth']}")
     axis.set_xlabel("step of gradient descent", color=INK)
     axis.set_ylabel("N·max|θ(n+1) − θ(n)|", color=INK)
     axis.legend(fontsize=8, frameon=False, loc="lower right")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def _errors(weights: str, scheme: str, depth: int, rows: int, seed: int) -> dict
     return found
 
 
-def _functions(weights: str, count: int, seed: int) -> list[nn.Module]:
+def _functions(weights: str, count: int, seed: int) -> Sequence[nn.Module]:
     """conv–BN–ReLU–conv–BN; smooth and alternating weights are made of the same two samples A and B at every depth."""
     torch.manual_seed(seed)
     a, b, *others = (residual_function(CHANNELS) for _ in range(max(2, count)))
@@ -83,7 +84,7 @@ def _functions(weights: str, count: int, seed: int) -> list[nn.Module]:
     return found
 
 
-def _kernels(function: nn.Module) -> list[nn.Parameter]:
+def _kernels(function: nn.Module) -> list[Tensor]:
     return [module.weight for module in function.modules() if isinstance(module, nn.Conv2d)]
 
 
@@ -116,7 +117,9 @@ def checks(figures: Figures) -> list[Target]:
         ("independent", "heun"),
     ):
         order = _order(figures, weights, scheme)
-        found.append(Target(f"{weights}, {scheme.capitalize()}: order {order:.2f}, distance from 1", abs(order - 1), 0.1))
+        found.append(
+            Target(f"{weights}, {scheme.capitalize()}: order {order:.2f}, distance from 1", abs(order - 1), 0.1)
+        )
     return found
 
 
@@ -128,8 +131,8 @@ def notes(figures: Figures) -> list[str]:
     )
     return [
         f"Orders of “corrected”, which costs the same: {orders}.",
-        "Errors of independent weights partly cancel, as N random terms of size 1/N² do: they fall as N^-1.5, faster than "
-        "the bound 1/N. Alternating weights attain it.",
+        "Errors of independent weights partly cancel, as N random terms of size 1/N² do: they fall as N^-1.5, faster "
+        "than the bound 1/N. Alternating weights attain it.",
     ]
 
 

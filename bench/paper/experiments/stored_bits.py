@@ -1,4 +1,4 @@
-"""How many bits a value must be stored, against depth, for gradients as good as bfloat16 autocast leaves them anyway."""
+"""How many bits a value must be stored, against depth, for gradients as good as bfloat16 autocast leaves them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ..panels import INK, Panels, depth_axis, error_axis, line
 
 TITLE = "Beyond the paper: bits to store against depth, h = 1/N"
 MUST_SHOW = (
-    "Which solvers stay below the gradient error of bfloat16 autocast itself, at which depths, before and after training: "
-    "the deeper the net, the fewer bits it needs, down to none."
+    "Which solvers stay below the gradient error of bfloat16 autocast itself, at which depths, before and after "
+    "training: the deeper the net, the fewer bits it needs, down to none."
 )
 NOTHING = ("corrected", "extrapolated", "extrapolated + 1", "step + 2")
 BITS = ("stored, 2 bits", "stored, 4 bits", "stored, 8 bits")
