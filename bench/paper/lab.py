@@ -10,6 +10,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ class Lab:
     def clear(self) -> None:
         """Forget what was kept."""
         shutil.rmtree(self._folder, ignore_errors=True)
+        with suppress(OSError):  # other experiments have kept something
+            self._folder.parent.rmdir()
 
 
 def _keep(function: Callable[..., Any], job: tuple[Any, ...], file: Path) -> None:

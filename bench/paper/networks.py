@@ -61,9 +61,8 @@ class PaperNet(nn.Sequential):
     def __init__(self, of: Architecture) -> None:
         kernel, stride = of.stem
         widths = [of.copies * width for width in of.widths]
-        stem = nn.Conv2d(
-            of.copies * of.channels, widths[0], kernel, stride, max(1, kernel // 3), bias=False, groups=of.copies
-        )
+        padding = 1 if kernel == 5 else kernel // 2  # the authors' 5×5 of stride 3 has the smaller one
+        stem = nn.Conv2d(of.copies * of.channels, widths[0], kernel, stride, padding, bias=False, groups=of.copies)
         layers: list[nn.Module] = [stem, nn.BatchNorm2d(widths[0]), nn.ReLU()]
         if kernel == 7:  # ImageNet's stem
             layers.append(nn.MaxPool2d(3, 2, 1))

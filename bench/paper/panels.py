@@ -78,16 +78,8 @@ def line(axis: Axes, solver: str, x: Sequence[float], y: Sequence[float], **styl
     axis.plot(x, y, color=of.colour, marker=of.marker, **style)
 
 
-def slope(axis: Axes, depths: Sequence[int], start: float, order: float) -> None:
-    """A dashed line of error ~ N^-order from `start` on, with its slope written at its end."""
+def slope(axis: Axes, depths: Sequence[int], start: float, order: int) -> None:
+    """A line of error ~ N^-order from `start` on, to compare with; the legend names it."""
     ends = [start, start * (depths[0] / depths[-1]) ** order]
-    axis.plot([depths[0], depths[-1]], ends, color=INK, linestyle="--", linewidth=1)
-    axis.annotate(
-        f"slope −{order:g}",
-        (depths[-1], ends[-1]),
-        (0, 4),
-        textcoords="offset points",
-        ha="right",
-        color=INK,
-        fontsize=9,
-    )
+    dashes = (0, (6, 2 * order, 1, 2 * order))
+    axis.plot([depths[0], depths[-1]], ends, color=INK, linestyle=dashes, linewidth=1, label=f"slope −{order}")

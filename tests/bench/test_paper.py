@@ -75,11 +75,7 @@ def test_every_experiment_runs(quick_paper):
         assert record["environment"]["torch"] == torch.__version__
         assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert record["title"] in " ".join(done.stdout.split())
-    assert {file.name for file in output.iterdir() if file.suffix not in (".json", ".png")} == {
-        "index.html",
-        "unfinished",
-    }
-    assert list((output / "unfinished").iterdir()) == []
+    assert {file.name for file in output.iterdir() if file.suffix not in (".json", ".png")} == {page.NAME}
 
 
 class Tags(HTMLParser):

@@ -73,7 +73,7 @@ def _trained(settings: Settings, depth: int, scale: float) -> dict[str, Any]:
         loss = (stack(start) - target).square().mean()
         found["losses"].append(loss.item())
         found["roughness"].append(depth / (depth - 1) * roughness(stack)["weight"])  # which counts differences
-        entries.append([block.weight[0, 0].item() for block in blocks])
+        entries.append([round(block.weight[0, 0].item(), 5) for block in blocks])
         if not loss > settings.loss:
             break
         optimizer.zero_grad()

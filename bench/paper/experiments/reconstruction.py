@@ -148,4 +148,4 @@ def draw(figures: Figures, path: Path) -> None:
         slope(axis, depths, 2.0, 1)
         slope(axis, depths, 0.12, 2)
     panels.axes[0].set_ylabel("|x̂₀ − x₀| / |x₀|", color=INK)
-    panels.save(path, columns=4)
+    panels.save(path, columns=6)
