@@ -178,7 +178,7 @@ def draw(figures: Figures, path: Path) -> None:
         if any(run["gradient_errors"]):
             line(right, run["mode"], epochs, [error or math.nan for error in run["gradient_errors"]])
     right.axhline(1, color=INK, linestyle="--", linewidth=1)
-    right.annotate("as large as the gradient", (0, 1), (0, 4), textcoords="offset points", color=INK, fontsize=9)
+    right.annotate("as large as the gradient", (3, 1), (0, -12), textcoords="offset points", color=INK, fontsize=9)
     percent_axis(left, "test error, %")
     error_axis(right, "relative gradient error")
     for axis in panels.axes:
