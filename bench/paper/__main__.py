@@ -8,7 +8,6 @@ import sys
 import time
 import traceback
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..command_line import CommandError, end_with, writable_folder
@@ -73,6 +72,7 @@ def _run(name: str, options: Options, device: torch.device, progress: Progress) 
     from ..harness import environment
     from ..harness.results import write_json
     from .lab import Lab
+    from .page import record_in
 
     experiment, file = load(name), options.output / f"{name}.json"
     settings = experiment.settings(options)
@@ -80,9 +80,9 @@ def _run(name: str, options: Options, device: torch.device, progress: Progress) 
     if options.fresh:
         lab.clear()
     plain = json.loads(json.dumps(asdict(settings)))
-    record = None if options.fresh else _finished(file, plain)
-    was_there = record is not None
-    if record is None:
+    record = None if options.fresh else record_in(file)
+    was_there = record is not None and record["settings"] == plain
+    if record is None or not was_there:
         begin = time.perf_counter()
         figures = json.loads(json.dumps(experiment.measure(settings, lab)))
         record = {
@@ -103,18 +103,11 @@ def _run(name: str, options: Options, device: torch.device, progress: Progress) 
 
 
 def _recorded(check: Target) -> dict[str, Any]:
-    # JSON has no infinity, which stands for a depth that there is none of.
-    finite = {name: value for name, value in asdict(check).items() if value not in (math.inf, -math.inf)}
-    return {**finite, "met": check.met, "shown": str(check)}
-
-
-def _finished(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """What an earlier run measured with these settings."""
-    try:
-        record: dict[str, Any] = json.loads(file.read_text())
-        return record if record["settings"] == settings else None
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
+    # JSON has no infinity, which stands for a depth that there is none of, and no NaN.
+    plain = {
+        name: value for name, value in asdict(check).items() if not isinstance(value, float) or math.isfinite(value)
+    }
+    return {**plain, "met": check.met, "shown": str(check)}
 
 
 def _show(name: str, record: dict[str, Any], was_there: bool, console: Console) -> None:

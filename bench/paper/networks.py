@@ -29,7 +29,7 @@ class Architecture:
     """
 
     channels: int
-    """Of an image."""
+    """Channels of an image."""
     classes: int
     widths: tuple[int, ...]
     """Channels of each stage's state."""

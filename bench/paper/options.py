@@ -10,7 +10,7 @@ from pathlib import Path
 from ..command_line import integer
 from .experiment import EXPERIMENTS
 
-DEFAULT_OUTPUT = Path("bench/results/paper")
+DEFAULT_OUTPUT, QUICK_OUTPUT = Path("bench/results/paper"), Path("bench/results/latest/paper")
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,13 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU where there is one; default"
     )
     parser.add_argument(
-        "--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIRECTORY", help=f"default: {DEFAULT_OUTPUT}"
+        "--output", type=Path, metavar="DIRECTORY", help=f"default: {DEFAULT_OUTPUT}; with --quick {QUICK_OUTPUT}"
     )
     parser.add_argument("--seed", type=integer(0, 2**31), default=0, help="of weights, data and batches; default: 0")
     parser.add_argument(
         "--threads", type=integer(1, 1024), help="trainings at a time on a CPU; default: as many as torch has threads"
     )
     given = vars(parser.parse_args(arguments))
-    return Options(**{**given, "only": tuple(name for name in EXPERIMENTS if name in given["only"])})
+    # Figures of a quick run must not take the place of others.
+    output = given["output"] or (QUICK_OUTPUT if given["quick"] else DEFAULT_OUTPUT)
+    return Options(**{**given, "only": tuple(name for name in EXPERIMENTS if name in given["only"]), "output": output})

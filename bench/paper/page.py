@@ -30,12 +30,21 @@ def write(directory: Path) -> Path:
     """Write the page from the JSON files and pictures of a directory."""
     parts = [HEAD]
     for name in EXPERIMENTS:
-        file = directory / f"{name}.json"
-        if file.exists():
-            parts.append(_section(json.loads(file.read_text()), directory / f"{name}.png"))
+        record = record_in(directory / f"{name}.json")
+        if record is not None:
+            parts.append(_section(record, directory / f"{name}.png"))
     page = directory / NAME
     page.write_text("\n".join([*parts, "</body></html>\n"]))
     return page
+
+
+def record_in(file: Path) -> dict[str, Any] | None:
+    """What a run left of an experiment; None where there is nothing, or nothing that can be read."""
+    try:
+        record = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and {"settings", "figures", "checks"} <= record.keys() else None
 
 
 def _section(record: dict[str, Any], picture: Path) -> str:

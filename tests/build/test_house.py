@@ -64,7 +64,7 @@ LAYERS = [
     ["schemes", "reverse", "method"],
     ["adjoint", "fused"],
     ["module", "functional", "plan", "candidates", "calibration", "recalibration", "perceptron", "available"],
-    ["stack", "mlp", "initialize"],
+    ["stack", "mlp", "initialize", "smoothness"],
     ["__init__", "__main__"],
 ]
 """From the bottom to the top: what a file imports is on its own floor or below."""

@@ -43,7 +43,7 @@ class Settings:
 
 
 def settings(options: Options) -> Settings:
-    exponents = 3 if options.quick else 15 if options.full else 10
+    exponents = 5 if options.quick else 15 if options.full else 10
     return Settings(tuple(2**k for k in range(1, exponents + 1)), options.seed)
 
 
