@@ -49,11 +49,14 @@ class Source:
             data = digits.load(torch.device("cpu"))
             return InMemory((data.train_images, data.train_labels), (data.test_images, data.test_labels))
         try:
-            return _cifar10(self.folder) if self.name == "cifar10" else ImageFolders(self.folder)
-        except ImportError as error:
+            import torchvision.datasets  # noqa: F401
+        except (ImportError, RuntimeError) as error:  # the latter where it was built for another torch
             raise CommandError(
-                f"bench.paper: --{self.name} needs torchvision, which cannot be imported; install it: {error}"
+                f"bench.paper: --{self.name} needs torchvision, which cannot be imported; install the one that belongs "
+                f"to torch {torch.__version__}: {error}"
             ) from error
+        try:
+            return _cifar10(self.folder) if self.name == "cifar10" else ImageFolders(self.folder)
         except (OSError, RuntimeError) as error:  # torchvision's for files that are missing or not whole
             reason = str(error).partition("\n")[0]
             raise CommandError(
