@@ -1,5 +1,6 @@
 # make test    lint, types and tests
 # make bench   the main benchmark: table, plots and JSON under bench/results/latest
+# make paper   the paper's experiments in small: a page with pictures, bench/results/paper/index.html, in fifteen minutes
 # make fuzz    ten minutes of random networks against autograd; FUZZ_OPTIONS="--seed 7 --minutes 0" repeats one seed
 # All create .venv and install what they need on first use; PYTHON chooses the interpreter (>= 3.10).
 
@@ -7,15 +8,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BENCH_OPTIONS ?=
+PAPER_OPTIONS ?=
 FUZZ_OPTIONS ?= --minutes 10
 
-.PHONY: test bench fuzz lint format clean
+.PHONY: test bench paper fuzz lint format clean
 
 test: lint
 	$(BIN)/python -m pytest -n 2
 
 bench: $(VENV)/installed
 	$(BIN)/python -m bench $(BENCH_OPTIONS)
+
+paper: $(VENV)/installed
+	$(BIN)/python -m bench.paper $(PAPER_OPTIONS)
 
 fuzz: $(VENV)/installed
 	$(BIN)/python -m tests.support.fuzz $(FUZZ_OPTIONS)

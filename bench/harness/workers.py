@@ -29,7 +29,8 @@ def results(
 ) -> list[Result]:
     """What `function` returns for the arguments of each job, in order; `done` is told the index of each as it ends.
 
-    The function and its arguments are pickled. On a GPU the jobs run here, one after the other.
+    The function and its arguments are pickled. On a GPU the jobs run here, one after the other. Where one fails, or an
+    interrupt comes, no other begins.
     """
     if device.type != "cpu":
         found = []
@@ -44,9 +45,13 @@ def results(
         initargs=(1,),
     ) as pool:
         pending = {pool.submit(function, *job): index for index, job in enumerate(jobs)}
-        for future in as_completed(pending):
-            future.result()
-            done(pending[future])
+        try:
+            for future in as_completed(pending):
+                future.result()
+                done(pending[future])
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
         return [future.result() for future in pending]
 
 

@@ -6,7 +6,7 @@ Every mode of a scheme starts from the same weights and sees the same batches in
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -127,8 +127,19 @@ def load(device: torch.device, train_images: int | None = None) -> Split:
     return Split(images[0][:train_images], labels[0][:train_images], images[1], labels[1])
 
 
-def train(net: DigitsNet, mode: str, data: Split, epochs: int, seed: int) -> None:
-    """AdamW with a one-cycle rate. The rows left over when an epoch is cut into batches come again in another epoch."""
+def train(
+    net: DigitsNet,
+    mode: str,
+    data: Split,
+    epochs: int,
+    seed: int,
+    before_step: Callable[[], None] = lambda: None,
+) -> None:
+    """AdamW with a one-cycle rate. The rows left over when an epoch is cut into batches come again in another epoch.
+
+    Args:
+        before_step: called once gradients are there.
+    """
     set_mode(net.stack[0], mode)
     shuffle = torch.Generator().manual_seed(seed)
     count = len(data.train_images)
@@ -140,6 +151,7 @@ def train(net: DigitsNet, mode: str, data: Split, epochs: int, seed: int) -> Non
         for rows in order.split(BATCH_ROWS)[:batches]:
             optimizer.zero_grad(set_to_none=False)
             digits_loss(net(data.train_images[rows]), data.train_labels[rows]).backward()
+            before_step()
             optimizer.step()
             schedule.step()
 

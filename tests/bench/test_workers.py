@@ -7,14 +7,30 @@ import subprocess
 import time
 
 import pytest
+import torch
 
-from bench.harness.workers import run_within
+from bench.harness.workers import results, run_within
 
 
 def test_every_job_runs_and_one_that_fails_costs_no_other(tmp_path):
     (tmp_path / "b").mkdir()
     run_within(60, os.mkdir, [(tmp_path / name,) for name in "abc"], count=2)  # of which b is there already
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
+
+
+def test_after_a_job_that_fails_no_other_begins(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    jobs = [(tmp_path,), *((tmp_path / str(index),) for index in range(40))]  # the first is there already
+    ended = []
+    with pytest.raises(FileExistsError):
+        results(make_slowly, jobs, torch.device("cpu"), ended.append)
+    assert ended == []
+    assert not (tmp_path / "39").exists()
+
+
+def make_slowly(folder):
+    time.sleep(0.05)
+    folder.mkdir()
 
 
 def test_what_runs_too_long_is_ended(tmp_path):
