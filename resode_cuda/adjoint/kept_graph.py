@@ -55,8 +55,9 @@ class _SavedTensors:
         self._tensors: list[Tensor] = []
         self._versions: list[int] = []
         self._stops = False
-        self.ending: _AllSaved | _OtherSaved | None = None
-        """What has ended the evaluation, whatever became of it on its way through the block."""
+        self.ending: type[Exception] | None = None
+        """What has ended the evaluation, whatever became of it on its way through the block. (The exception itself
+        would hold the block's frames, and their tensors.)"""
 
     def __len__(self) -> int:
         return len(self._formats)
@@ -75,13 +76,13 @@ class _SavedTensors:
     def _collect(self, tensor: Tensor) -> None:
         place = len(self._tensors)
         if place == len(self) or self._formats[place] != self._format(tensor):
-            self.ending = _OtherSaved()
-            raise self.ending
+            self.ending = _OtherSaved
+            raise _OtherSaved
         self._tensors.append(tensor.detach())
         self._versions.append(_version(tensor))
         if self._stops and place + 1 == len(self):
-            self.ending = _AllSaved()
-            raise self.ending
+            self.ending = _AllSaved
+            raise _AllSaved
 
     @property
     def are_complete(self) -> bool:
@@ -197,7 +198,7 @@ class BlockGraph:
         except BaseException as error:
             # TorchScript's interpreter makes another error of it.
             ending = self._saved.ending if isinstance(error, Exception) else None
-            if not isinstance(ending, _AllSaved):
+            if ending is not _AllSaved:
                 self.clear()
                 raise (ending or error) from None
             return None

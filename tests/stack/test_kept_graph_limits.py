@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.support.memory import held
+from tests.support.memory import held, peak
 from tests.support.networks import mlp
 from tests.support.stored_networks import DIM, SCHEMES, ordinary
 
@@ -147,6 +147,16 @@ def test_checkpoints_inside_hold_no_state(way):
 
     assert (of_depth(12) - of_depth(4)) / 8 < 0.3  # of a state, for each step more
     assert_exact(stack_of(way), points())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_peak_grows_by_what_is_stored_alone(scheme):
+    def of_depth(steps):
+        blocks = [mlp(DIM, DIM) for _ in range(steps + (scheme == "heun"))]
+        return peak(ordinary(blocks, scheme, reverse="stored"), torch.randn(256, DIM)) / (256 * DIM * 4)
+
+    # 8.25 bits a value of 32, groups of 32 in rows of 40 values: 0.41 of a state for each step more.
+    assert (of_depth(40) - of_depth(8)) / 32 < 0.7
 
 
 def test_torchscript_functions_at_the_end_of_a_block():
