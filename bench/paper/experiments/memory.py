@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from resode_cuda import ResidualStack
 
-from ...harness import memory
 from ...harness.tables import MIB, Target
 from ..experiment import Figures
 from ..lab import Lab
 from ..options import Options
 from ..panels import INK, Panels, line
-from ..solvers import SOLVERS
+from ..stack_memory import memories
 
 TITLE = "Memory: flat in depth by the adjoint, linear by backprop"
 MUST_SHOW = (
@@ -51,19 +49,7 @@ def _memories(settings: Settings, depth: int, device: str) -> list[dict[str, Any
     block = nn.Sequential(nn.Linear(settings.dim, settings.hidden), nn.Tanh(), nn.Linear(settings.hidden, settings.dim))
     stack = ResidualStack([block] * depth, on_drift="ignore").to(device)
     x = torch.rand(settings.rows, settings.dim, device=device)
-    found = []
-    for mode in MODES:
-        SOLVERS[mode].apply(stack)
-        forward = partial(_loss, stack, x)
-        forward().backward()  # so that gradients have their memory
-        used = memory.measure(forward, torch.device(device))
-        found.append({"depth": depth, "mode": mode, "peak_bytes": used.peak, "held_bytes": used.held})
-    return found
-
-
-def _loss(stack: ResidualStack, x: Tensor) -> Tensor:
-    loss: Tensor = stack(x).square().mean()
-    return loss
+    return memories(stack, x, MODES, depth)
 
 
 def _peaks(figures: Figures, mode: str) -> list[int]:

@@ -10,11 +10,8 @@ from typing import Any
 
 import torch
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor, nn
+from torch import nn
 
-from resode_cuda import ResidualStack
-
-from ...harness import memory
 from ...harness.tables import MIB, Target
 from ..data import Source
 from ..experiment import Figures
@@ -23,6 +20,7 @@ from ..networks import Architecture, PaperNet
 from ..options import Options
 from ..panels import INK, Panels, depth_axis, line, percent_axis
 from ..solvers import SOLVERS
+from ..stack_memory import memories
 from ..training import Recipe, test_errors, train
 
 TITLE = "Untie and refine: a deep stage fine-tuned without its states"
@@ -104,19 +102,7 @@ def _memories(architecture: Architecture, stage: int, depth: int, device: str) -
     steps = tuple(depth if at == stage else 1 for at in range(len(architecture.steps)))
     stack = replace(architecture, steps=steps).build(0).untie(stage).to(torch.device(device))
     x = torch.randn(ROWS, architecture.widths[stage], SIDE, SIDE, device=device)
-    found = []
-    for mode in MODES:
-        SOLVERS[mode].apply(stack)
-        forward = partial(_loss, stack, x)
-        forward().backward()  # so that gradients have their memory
-        used = memory.measure(forward, torch.device(device))
-        found.append({"depth": depth, "mode": mode, "peak_bytes": used.peak, "held_bytes": used.held})
-    return found
-
-
-def _loss(stack: ResidualStack, x: Tensor) -> Tensor:
-    loss: Tensor = stack(x).square().mean()
-    return loss
+    return memories(stack, x, MODES, depth)
 
 
 def _bytes(figures: Figures, mode: str, kind: str) -> list[int]:
