@@ -70,7 +70,13 @@ class _SavedTensors:
         """Have the evaluation inside leave its tensors here; `_AllSaved` ends it with the last of them."""
         self.clear()
         self._stops, self.ending = stops, None
-        return saved_tensors_hooks(self._collect, self._give)
+        return saved_tensors_hooks(self._collect, self._refuse)
+
+    @torch._disable_dynamo
+    def _refuse(self, _: None) -> Tensor:
+        """The block differentiates inside, which it did not in the forward pass."""
+        self.ending = _OtherSaved
+        raise _OtherSaved
 
     @torch._disable_dynamo
     def _collect(self, tensor: Tensor) -> None:

@@ -208,6 +208,26 @@ def _without_hooks(block, x):
         return perceptron(block, x)
 
 
+def test_a_block_that_differentiates_inside_at_another_state_alone():
+    runs = []
+
+    def sometimes(block, x):
+        runs.append(1)
+        h = block.inner(x)
+        if len(runs) % (2 * STEPS) >= STEPS + 1:  # in re-evaluations
+            torch.autograd.grad(h.tanh().sum(), block.inner.weight, retain_graph=True)
+        return block.outer(h.tanh())
+
+    stack, x = stack_of(sometimes), points()
+    expected = gradients_of(exact_of(stack_of(sometimes)), x)
+    assert all(g is not None for g in expected)
+    runs.clear()
+    first = gradients_of(stack, x)
+    runs.clear()
+    for a, b in zip(gradients_of(stack, x), first, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
 def test_inputs_made_in_inference_mode():
     stack = stack_of(perceptron, anchors=None)
     with torch.inference_mode():
