@@ -43,7 +43,7 @@ def smooth_gradients_(stack: ResidualStack | ResidualMLP, alpha: float) -> None:
     if not 0 <= alpha < math.inf:
         raise ValueError(f"smooth_gradients_: alpha must be finite and >= 0, got {alpha}")
     places = _block_count("smooth_gradients_", stack) - 1
-    for name, gradients in _profiles(stack, lambda parameter: parameter.grad):
+    for name, gradients in profiles(stack, lambda parameter: parameter.grad):
         if any(gradient.layout != torch.strided for gradient in gradients):
             raise TypeError(
                 f"smooth_gradients_: gradients must be dense, got one of {name!r} that is not; use sparse=False"
@@ -64,7 +64,7 @@ def roughness(stack: ResidualStack | ResidualMLP) -> dict[str, float]:
     """
     places = _block_count("roughness", stack) - 1
     found: dict[str, float] = {}
-    for name, values in _profiles(stack, lambda parameter: parameter.detach()):
+    for name, values in profiles(stack, lambda parameter: parameter.detach()):
         for before, after in itertools.pairwise(values):
             found[name] = max(found.get(name, 0.0), places * (after - before).norm().item())
     return found
@@ -97,10 +97,13 @@ def _block_count(where: str, stack: ResidualStack | ResidualMLP) -> int:
     return len(stack)
 
 
-def _profiles(
+def profiles(
     stack: ResidualStack | ResidualMLP, value: Callable[[Tensor], Tensor | None]
 ) -> Iterator[tuple[str, list[Tensor]]]:
-    """A value of each parameter, in those successive blocks that have one of its name, shape and kind."""
+    """A value of each parameter, in those successive blocks that have one of its name, shape and kind.
+
+    A parameter that successive blocks share comes once.
+    """
     if isinstance(stack, ResidualMLP):
         for name, parameter in stack.named_parameters():
             stacked = value(parameter)

@@ -26,6 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefer", choices=("memory", "time"), default="memory", help="default: memory")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="write a picture, as .png, .pdf or .svg")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    parser.add_argument(
+        "--earlier",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="what --json wrote at earlier moments of the same training, the oldest first: shows what became of the "
+        "weights' smoothness in depth",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -42,7 +51,11 @@ def run(options: argparse.Namespace) -> None:
             f"{options.factory} must return (stack, x) or a dictionary with both, got {type(given).__name__}"
         )
     others = {name: value for name, value in given.items() if name not in ("stack", "x")}
-    asked = {"tolerance": options.tolerance, "prefer": options.prefer}
+    try:
+        earlier = [json.loads(file.read_text()) for file in options.earlier]
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--earlier must name files that --json wrote, got {error}") from error
+    asked = {"tolerance": options.tolerance, "prefer": options.prefer, "earlier": earlier}
     diagnosis = diagnose(given["stack"], given["x"], **{**asked, **others})
     print(diagnosis)
     if options.json:

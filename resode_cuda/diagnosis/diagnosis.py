@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..calibration import calibrate
 from ..plan import Plan
-from ..smoothness import roughness
 from ..stack import ResidualStack
 from ..text_table import aligned
 from .flow import FlowFacts, follow_flow
@@ -19,6 +18,7 @@ from .probe import Probe
 from .reconstruction import Reconstruction, reconstructions
 from .steps import StepFacts, facts_of_steps
 from .verdict import verdict
+from .weights import Smoothness, smoothness_in, smoothness_of, table_of_weights
 
 MOST_ROWS = 24
 """Steps that the table shows, those that move the state most."""
@@ -28,9 +28,10 @@ MOST_ROWS = 24
 class Diagnosis:
     """What `diagnose` found. `print(diagnosis)` shows it as tables; `figure()` draws it; `to_dict()` is for JSON."""
 
+    scheme: str
     steps: list[StepFacts]
-    roughness: dict[str, float]
-    """N max |theta_{n+1} - theta_n| of each parameter by name."""
+    smoothness: list[Smoothness]
+    """Of the weights in depth, at the earlier moments that were given, and now."""
     flow: FlowFacts | None
     """The network beside its differential equation; None where there is none to solve."""
     no_flow: str | None
@@ -46,16 +47,22 @@ class Diagnosis:
         return chosen is not None and not chosen.is_stored
 
     @property
+    def rebuilt(self) -> dict[str, float]:
+        """|rebuilt x_0 - x_0| / |x_0| of each solver by name, in the stack's own scheme, from x_N alone."""
+        return {found.solver: found.error for found in self.reconstructions if found.scheme == self.scheme}
+
+    @property
     def verdict(self) -> list[str]:
         """What to do, and why, in sentences."""
-        return verdict(self.steps, self.flow, self.no_flow, self.plan)
+        return verdict(self.steps, self.smoothness, self.flow, self.no_flow, self.rebuilt, self.plan)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; infinities as strings."""
         return _plain(
             {
+                "scheme": self.scheme,
                 "steps": [step._asdict() for step in self.steps],
-                "roughness": self.roughness,
+                "smoothness": [moment._asdict() for moment in self.smoothness],
                 "flow": None if self.flow is None else self.flow._asdict(),
                 "no_flow": self.no_flow,
                 "reconstructions": [found._asdict() for found in self.reconstructions],
@@ -73,14 +80,11 @@ class Diagnosis:
         """
         from .figure import drawn
 
-        return drawn(self.steps, self.flow, self.no_flow, self.reconstructions, self.plan)
+        return drawn(self.steps, self.smoothness, self.flow, self.no_flow, self.reconstructions, self.plan)
 
     def __str__(self) -> str:
         parts = [*_table_of_steps(self.steps), "", *_table_of_reconstructions(self.reconstructions)]
-        if self.roughness:
-            name = max(self.roughness, key=self.roughness.__getitem__)
-            parts += ["", f"N max |theta_(n+1) - theta_n|: {self.roughness[name]:.3g} at most, of {name}"]
-        parts += ["", str(self.plan), "", *self.verdict]
+        parts += ["", *table_of_weights(self.smoothness), "", str(self.plan), "", *self.verdict]
         return "\n".join(parts)
 
 
@@ -92,37 +96,42 @@ def diagnose(
     tolerance: float | str = 1e-2,
     loss: Callable[[Any], Tensor] | None = None,
     prefer: str = "memory",
+    earlier: Sequence[Diagnosis | Mapping[str, Any]] = (),
     **kwargs: Any,
 ) -> Diagnosis:
     """Measure what decides how a network can be trained without its states, and say what follows.
 
-    Each step's size |d_n| / |x_n| and steepness (the spectral norm of its Jacobian, h L, by power iteration), how its
+    Each step's size |d_n| / |x_n| and steepness (the spectral norm of its Jacobian, h L, by Lanczos' method), how its
     increment differs from the one before, and how far the reverse step's guess is from x_n; the distance between the
     network's states and the trajectory of its differential equation, beside the bound of Sander, Ablin and Peyré; what
     each scheme and solver rebuilds of x_0 from x_N; how smooth the parameters are in depth; and the plan of
     `calibrate`, the cheapest way to get gradients within the tolerance.
 
     A copy of the stack in float64 is looked at, so it takes twice the memory of its parameters (four times that of
-    16-bit ones), and about 40 evaluations of each block, a hundred for the differential equation. Random numbers are
+    16-bit ones), and about 80 evaluations of each block, a hundred for the differential equation. Random numbers are
     the same in all evaluations of a step; what is rebuilt of networks that draw some says little: use eval mode.
 
     Args:
         stack: in the mode (train or eval) in which it is looked at.
         x, *args, **kwargs: as for the stack's forward pass. A small batch does.
         tolerance, loss, prefer: as of `calibrate`.
+        earlier: diagnoses of the same stack at earlier moments of its training, the oldest first, or what their
+            `to_dict()` gave. The smoothness of the weights is shown beside theirs.
 
     Raises:
         TypeError: for a stack that is none.
-        ValueError: as `calibrate`.
+        ValueError: as `calibrate`, or if `earlier` holds something else.
     """
     if not isinstance(stack, ResidualStack):
         raise TypeError(f"diagnose: stack must be a ResidualStack, got {type(stack).__name__}; use to_blocks()")
+    before = [found.smoothness[-1] if isinstance(found, Diagnosis) else smoothness_in(found) for found in earlier]
     probe = Probe(stack, x, args, kwargs)
     steps = facts_of_steps(probe)
     flow, no_flow = _flow(probe, steps)
     return Diagnosis(
+        stack.scheme,
         steps,
-        roughness(stack),
+        [*before, smoothness_of(stack)],
         flow,
         no_flow,
         reconstructions(probe),

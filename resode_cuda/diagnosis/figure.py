@@ -9,23 +9,32 @@ from .flow import FlowFacts
 from .reconstruction import Reconstruction
 from .steps import StepFacts
 from .verdict import LARGEST_BOUND
+from .weights import MOST_NAMES, Smoothness
 
 LEAST = 1e-17
 """The height of zeros on logarithmic axes."""
 
 
 def drawn(
-    steps: list[StepFacts], flow: FlowFacts | None, no_flow: str | None, found: list[Reconstruction], plan: Plan
+    steps: list[StepFacts],
+    smoothness: list[Smoothness],
+    flow: FlowFacts | None,
+    no_flow: str | None,
+    found: list[Reconstruction],
+    plan: Plan,
 ) -> Any:
-    """Four panels: the steps, the distance from the flow, what is rebuilt of x_0, and the plan's candidates."""
+    """Five panels: the steps, the distance from the flow, the weights, what is rebuilt of x_0, and the candidates."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    panels = figure.subplots(2, 2)
-    _draw_steps(panels[0, 0], steps)
-    _draw_flow(panels[0, 1], flow, no_flow)
-    _draw_reconstructions(panels[1, 0], found)
-    _draw_candidates(panels[1, 1], plan)
+    figure = Figure(figsize=(15, 7.5), layout="constrained")
+    above, below = figure.subfigures(2, 1)
+    panels = above.subplots(1, 3)
+    _draw_steps(panels[0], steps)
+    _draw_flow(panels[1], flow, no_flow)
+    _draw_weights(panels[2], smoothness)
+    panels = below.subplots(1, 2)
+    _draw_reconstructions(panels[0], found)
+    _draw_candidates(panels[1], plan)
     return figure
 
 
@@ -49,9 +58,28 @@ def _draw_flow(panel: Any, flow: FlowFacts | None, no_flow: str | None) -> None:
         return
     numbers, distances = range(1, len(flow.distances) + 1), [max(d, LEAST) for d in flow.distances]
     panel.semilogy(numbers, distances, ".-", label="measured")
-    if flow.bound is not None and flow.bound <= LARGEST_BOUND:
-        panel.axhline(flow.bound, color="C3", linestyle="--", label="bound, of |x_0|")
+    for bound, line, label in ((flow.bound, "--", "bound"), (flow.close_bound, ":", "bound, step by step")):
+        if bound is not None and bound <= LARGEST_BOUND:
+            panel.axhline(bound, color="C3", linestyle=line, label=f"{label}, of |x_0|")
     panel.legend(frameon=False)
+
+
+def _draw_weights(panel: Any, smoothness: list[Smoothness]) -> None:
+    panel.set(xlabel="N max |theta(n+1) - theta(n)|", title="Weights along depth: 0 where they are tied")
+    now = smoothness[-1].roughness
+    names = sorted(now, key=lambda name: -now[name])[:MOST_NAMES]
+    for place, moment in enumerate(smoothness):
+        label = "now" if moment is smoothness[-1] else f"earlier {place + 1}"
+        shade = {"color": str(0.75 * (1 - place / (len(smoothness) - 1)))} if len(smoothness) > 1 else {}
+        heights = [names.index(name) for name in names if name in moment.roughness]
+        panel.plot([moment.roughness[names[height]] for height in heights], heights, "o", label=label, **shade)
+    panel.set_xscale("symlog", linthresh=1e-2)
+    panel.set_xlim(left=0)
+    panel.set_yticks(range(len(names)), names)
+    panel.invert_yaxis()
+    panel.grid(axis="x", alpha=0.3)
+    if names:
+        panel.legend(frameon=False)
 
 
 def _draw_reconstructions(panel: Any, found: list[Reconstruction]) -> None:

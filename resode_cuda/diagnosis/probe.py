@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -18,11 +19,12 @@ from ..schemes import BlockFunction
 from ..schemes import step as take_step
 from ..squares import square_dtype
 from ..stack import ResidualStack
+from .spectrum import largest_eigenvalue
 
 T = TypeVar("T")
 
-ITERATIONS = 12
-"""Iterations of the power method: with a second singular value of 0.8 of the first it is 0.5% too low at most."""
+PRODUCTS = 12
+"""Products with a step's Jacobian, and with its transpose, that an eigenvalue is taken from."""
 NEARBY = 1e-5
 """Distance of the points of a difference quotient, relative to the state."""
 
@@ -87,30 +89,43 @@ class Probe:
         return self.with_blocks(n, lambda used: self.scheme.reverse_step(used, self.states[n + 1], h))
 
     def steepness(self, n: int) -> float:
-        """The spectral norm of the Jacobian of Phi_n at x_n, from below, by power iteration.
+        """The spectral norm of J, the Jacobian of Phi_n at x_n, from below."""
 
-        Its products with vectors are difference quotients over a short distance, those of its transpose autograd's.
+        def product(v: Tensor) -> Tensor:
+            return self._vjp(n, self._jvp(n, v))
+
+        return math.sqrt(max(0.0, largest_eigenvalue(product, _noise_like(self.states[n]), PRODUCTS)))
+
+    def growth(self, n: int) -> float:
+        """The spectral norm of I + J, what a step makes of an error at most, from below.
+
+        All eigenvalues of (I + J)^T (I + J) are near 1; those of J^T J + J^T + J, which is 1 less, are told apart.
         """
-        x, h = self.states[n], self.stack.steps[n]
 
-        def transposed(u: Tensor) -> Tensor:
-            def product(used: Sequence[BlockFunction]) -> Tensor:
-                point = x.detach().requires_grad_()
-                with torch.enable_grad():
-                    moved = take_step(self.scheme, used, point, h)[0]
-                    (g,) = torch.autograd.grad(moved, point, u)
-                return g - u
+        def product(v: Tensor) -> Tensor:
+            image = self._jvp(n, v)
+            return self._vjp(n, image + v) + image
 
-            return self.with_blocks(n, product)
+        return math.sqrt(max(0.0, 1 + largest_eigenvalue(product, _noise_like(self.states[n]), PRODUCTS)))
 
-        v, norm = _noise_like(x), 0.0
+    def _jvp(self, n: int, v: Tensor) -> Tensor:
+        """J v, as a difference quotient over a short distance."""
+        x = self.states[n]
         distance = NEARBY * max(x.norm().item(), torch.finfo(x.dtype).tiny)
-        for _ in range(ITERATIONS):
-            v = v / v.norm().clamp_min(torch.finfo(v.dtype).tiny) * distance
-            image = (self.increment(n, x + v) - self.increment(n, x - v)) / 2
-            norm = max(norm, (image.norm() / distance).item())
-            v = transposed(image)
-        return norm
+        return (self.increment(n, x + distance * v) - self.increment(n, x - distance * v)) / (2 * distance)
+
+    def _vjp(self, n: int, u: Tensor) -> Tensor:
+        """J^T u, by autograd."""
+        h = self.stack.steps[n]
+
+        def product(used: Sequence[BlockFunction]) -> Tensor:
+            point = self.states[n].detach().requires_grad_()
+            with torch.enable_grad():
+                moved = take_step(self.scheme, used, point, h)[0]
+                (g,) = torch.autograd.grad(moved, point, u)
+            return g - u
+
+        return self.with_blocks(n, product)
 
 
 def _in(leaf: Any, dtype: torch.dtype) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..plan import Candidate, Plan
 from .flow import FlowFacts
 from .steps import StepFacts
+from .weights import Smoothness, said_of_weights
 
 CLOSE = 0.05
 """Distance from the differential equation up to which a network counts as close to it."""
@@ -14,11 +15,21 @@ LARGEST_BOUND = 10.0
 """In sizes of x_0, above which the bound on the distance is not worth telling."""
 STEEP = 1.0
 """h L from which on the reverse iteration need not converge."""
+LOST = 0.3
+"""|rebuilt x_0 - x_0| / |x_0| from which on gradients taken on the way there are worth nothing."""
 
 
-def verdict(steps: list[StepFacts], flow: FlowFacts | None, no_flow: str | None, plan: Plan) -> list[str]:
+def verdict(
+    steps: list[StepFacts],
+    smoothness: list[Smoothness],
+    flow: FlowFacts | None,
+    no_flow: str | None,
+    rebuilt: dict[str, float],
+    plan: Plan,
+) -> list[str]:
     """What to do, and why."""
-    return [_of_flow(flow, no_flow), _of_steps(steps), *_of_plan(plan)]
+    of_weights = said_of_weights(smoothness)
+    return [_of_flow(flow, no_flow), *of_weights, _of_steps(steps), _of_rebuilding(rebuilt), *_of_plan(plan)]
 
 
 def _of_flow(flow: FlowFacts | None, no_flow: str | None) -> str:
@@ -29,11 +40,15 @@ def _of_flow(flow: FlowFacts | None, no_flow: str | None) -> str:
     said = (
         f"It is {close} its differential equation: states are {distance:.1e} of their size off its trajectory at most"
     )
-    if flow.bound is None:
+    if flow.bound is None or flow.close_bound is None:
         return f"{said}."
     if flow.bound > LARGEST_BOUND:
-        return f"{said}, and the bound says nothing (L = {flow.lipschitz:.2g})."
-    return f"{said}, where the bound (e^L - 1) C / (2 N L) allows {flow.bound:.1e} of |x_0| (L = {flow.lipschitz:.2g})."
+        allows = f"where the bound (e^L - 1) C / (2 N L) says nothing (L = {flow.lipschitz:.2g})"
+    else:
+        allows = f"where the bound (e^L - 1) C / (2 N L) allows {flow.bound:.1e} of |x_0| (L = {flow.lipschitz:.2g})"
+    return f"{said}, {allows}" + (
+        f", and step by step {flow.close_bound:.1e}." if flow.close_bound <= LARGEST_BOUND else "."
+    )
 
 
 def _of_steps(steps: list[StepFacts]) -> str:
@@ -50,6 +65,13 @@ def _of_steps(steps: list[StepFacts]) -> str:
     told = "; ".join(said)
     way_out = "nothing can be rebuilt across such steps; keep their states, or store increments"
     return f"{told[0].upper()}{told[1:]}: {way_out}."
+
+
+def _of_rebuilding(rebuilt: dict[str, float]) -> str:
+    paper, (best, least) = rebuilt["paper"], min(rebuilt.items(), key=lambda found: found[1])
+    told = f"From x_N alone the paper's solver rebuilds x_0 with an error of {paper:.1e} of its size"
+    warning = "; training by it is likely to fail" if not paper < LOST else ""
+    return f"{told}{warning}. The best of all solvers, {best}: {least:.1e}."
 
 
 def _of_plan(plan: Plan) -> list[str]:

@@ -68,6 +68,33 @@ def test_the_bound_holds_and_is_near_on_linear_networks(count, scale):
         d * state.norm().item() / x.item() for d, state in zip(flow.distances, probe.states[1:], strict=True)
     )
     assert distance <= flow.bound <= 5 * distance
+    assert distance <= flow.close_bound <= 1.5 * distance
+
+
+def fitted_to(target, count):
+    """The linear network x_N = B^T x_0, fitted to B by gradient descent from weights of 0."""
+    blocks = [Linear(torch.zeros(2, 2, dtype=torch.float64)) for _ in range(count)]
+    stack, start = ResidualStack(blocks, gradient="backprop"), torch.eye(2, dtype=torch.float64)
+    optimizer = torch.optim.SGD(stack.parameters(), lr=count)
+    for _ in range(200):
+        loss = (stack(start) - target).square().mean()
+        if loss < 1e-5:
+            return stack, start
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    raise AssertionError(f"not fitted: {loss}")
+
+
+@pytest.mark.parametrize("count", [25, 100])
+def test_the_bounds_on_a_trained_linear_network(count):
+    """The target turns by more than a right angle, which (e^L - 1) / 2L takes for growth."""
+    stack, x = fitted_to(torch.tensor([[-0.87, -0.99], [0.72, 0.30]], dtype=torch.float64), count)
+    flow, probe = diagnose(stack, x).flow, Probe(stack, x, (), {})
+    sizes = [state.norm().item() / x.norm().item() for state in probe.states[1:]]
+    distance = max(d * size for d, size in zip(flow.distances, sizes, strict=True))
+    assert distance <= flow.close_bound <= 1.5 * distance
+    assert flow.close_bound <= flow.bound <= 10 * distance
 
 
 def test_the_flow_of_a_linear_network_is_the_matrix_exponential():
@@ -84,10 +111,19 @@ def test_the_bound_holds_on_smooth_networks_and_stays_for_rough_ones():
     for weights in ("smooth", "independent"):
         for count in (8, 16, 32, 64):
             flow = diagnose(ResidualStack(reference_blocks(count, weights)), reference_input()).flow
-            assert max(flow.distances) <= flow.bound
+            assert max(flow.distances) <= flow.close_bound <= flow.bound
             bounds[weights, count] = flow.bound
     assert bounds["smooth", 64] < bounds["smooth", 8] / 6
     assert bounds["independent", 64] > bounds["independent", 8] / 2
+
+
+def test_growth_is_the_spectral_norm_of_a_step():
+    stack = linear_stack(4)
+    probe = Probe(stack, points(dim=2), (), {})
+    for n, block in enumerate(stack):
+        norm = torch.linalg.matrix_norm(torch.eye(2) + block.a / 4, 2).item()
+        assert probe.growth(n) == pytest.approx(norm, rel=1e-2)
+        assert probe.growth(n) <= norm * (1 + 1e-6)
 
 
 def test_a_smooth_network_is_rebuilt():
@@ -95,8 +131,10 @@ def test_a_smooth_network_is_rebuilt():
     found = diagnose(smooth_init_(ResidualStack([mlp(DIM) for _ in range(16)])), points().float())
     assert found.suits_rebuilding
     assert found.verdict[0].startswith("It is close to its differential equation")
-    assert "Rebuilding converges at every step" in found.verdict[1]
-    assert found.verdict[2].startswith("Rebuild the states")
+    assert found.verdict[1].startswith("Weights change by ")
+    assert "Rebuilding converges at every step" in found.verdict[2]
+    assert "likely to fail" not in found.verdict[3]
+    assert found.verdict[4].startswith("Rebuild the states")
     errors = {(one.scheme, one.solver): one.error for one in found.reconstructions}
     assert errors["euler", "corrected"] < errors["euler", "paper"] / 10
     assert errors["heun", "paper"] < errors["euler", "paper"] / 10
@@ -108,7 +146,7 @@ def test_a_wild_step_is_named():
     with torch.no_grad():
         stack[2][2].weight.mul_(200)
     found = diagnose(stack, points().float(), tolerance=1e-3)
-    assert "at step 2" in found.verdict[1]
+    assert "at step 2" in found.verdict[2]
     assert max(found.steps, key=lambda step: step.size).n == 2
     assert 2 in found.plan.chosen.anchors
 
@@ -119,7 +157,58 @@ def test_a_network_that_is_wild_throughout_is_not_rebuilt():
     found = diagnose(stack, points().float(), tolerance=3e-2)
     assert not found.suits_rebuilding
     assert found.verdict[0].startswith("It is far from")
-    assert "The best that rebuilding gave" in found.verdict[3]
+    assert "training by it is likely to fail" in found.verdict[3]
+    assert "The best that rebuilding gave" in found.verdict[5]
+
+
+@pytest.mark.parametrize("scheme", ["euler", "heun"])
+def test_what_is_rebuilt_is_told_in_the_scheme_of_the_stack(scheme):
+    torch.manual_seed(0)
+    found = diagnose(smooth_init_(ResidualStack([mlp(DIM) for _ in range(9)], scheme)), points().float())
+    errors = {one.solver: one.error for one in found.reconstructions if one.scheme == scheme}
+    assert found.rebuilt == errors
+    assert f"{errors['paper']:.1e} of its size" in found.verdict[3]
+
+
+def trained(stack, amount, smooth):
+    """The stack after a step by which its weights move by this amount, alike along depth or each on its own."""
+    generator = torch.Generator().manual_seed(3)
+    blocks, common = list(stack), {}
+    with torch.no_grad():
+        for place, block in enumerate(blocks):
+            for name, parameter in block.named_parameters():
+                drawn = torch.randn(parameter.shape, generator=generator)
+                common.setdefault(name, drawn)
+                parameter.add_(common[name] * place / len(blocks) if smooth else drawn, alpha=amount)
+    return stack
+
+
+def test_smoothness_over_training():
+    torch.manual_seed(0)
+    stack, x = smooth_init_(ResidualStack([mlp(DIM) for _ in range(12)])), points().float()
+    at_first = diagnose(stack, x)
+    later = diagnose(trained(stack, 0.2, smooth=True), x, earlier=[at_first])
+    assert later.smoothness[0] == at_first.smoothness[0]
+    assert later.verdict[1].endswith("training has kept them smooth in depth.")
+    assert "earlier 1" in str(later)
+    rough = diagnose(trained(stack, 1.0, smooth=False), x, earlier=[at_first.to_dict(), later])
+    assert len(rough.smoothness) == 3
+    assert "training has made them rough in depth; smooth_gradients_" in rough.verdict[1]
+    assert rough.smoothness[-1].change > 5 * rough.smoothness[0].change
+    left = diagnose(trained(stack, 0.1, smooth=False), x, earlier=[rough])
+    assert left.verdict[1].endswith("they started rough in depth, and training leaves them so.")
+    with pytest.raises(ValueError, match="earlier must hold diagnoses"):
+        diagnose(stack, x, earlier=[{"steps": []}])
+
+
+def test_smoothness_of_weights_that_are_tied_or_independent():
+    block = mlp(DIM)
+    tied = diagnose(ResidualStack([block] * 5), points().float())
+    assert not tied.smoothness[0].roughness
+    assert tied.smoothness[0].change == 0
+    independent = diagnose(ResidualStack([mlp(DIM) for _ in range(16)]), points().float())
+    assert independent.smoothness[0].change > 0.5
+    assert independent.verdict[1].endswith("they are rough in depth.")
 
 
 def test_units_that_switch_sides():
@@ -172,7 +261,7 @@ def test_it_is_shown_as_text_as_values_and_as_a_picture(tmp_path):
     values = json.loads(json.dumps(found.to_dict()))
     assert values["steps"][3]["steepness"] == found.steps[3].steepness
     assert values["plan"]["tolerance"] == 1e-2
-    assert all(math.isfinite(value) for value in values["roughness"].values())
+    assert all(math.isfinite(value) for value in values["smoothness"][-1]["roughness"].values())
     found.figure().savefig(tmp_path / "diagnosis.png")
     assert (tmp_path / "diagnosis.png").stat().st_size > 10_000
 
@@ -199,6 +288,11 @@ def test_the_command_line(tmp_path):
     assert "It is " in done.stdout
     assert json.loads((tmp_path / "found.json").read_text())["verdict"][0] in done.stdout
     assert (tmp_path / "found.png").exists()
+    done = run("mine:made", "--earlier", "found.json")
+    assert "where it was" in done.stdout
+    done = run("mine:made", "--earlier", "mine.py")
+    assert "files that --json wrote" in done.stderr
+    assert "Traceback" not in done.stderr
     for factory, told in (("mine:wrong", "got int"), ("mine:none", "imported"), ("mine", "module:function")):
         done = run(factory)
         assert done.returncode == 1
