@@ -62,13 +62,8 @@ def test_steepness_of_a_network_with_kinks():
 @pytest.mark.parametrize("scale", [0.5, 1.0])
 def test_the_bound_holds_and_is_near_on_linear_networks(count, scale):
     flow = diagnose(linear_stack(count, scale=scale), points(dim=2)).flow
-    x = torch.linalg.vector_norm(points(dim=2))
-    probe = Probe(linear_stack(count, scale=scale), points(dim=2), (), {})
-    distance = max(
-        d * state.norm().item() / x.item() for d, state in zip(flow.distances, probe.states[1:], strict=True)
-    )
-    assert distance <= flow.bound <= 5 * distance
-    assert distance <= flow.close_bound <= 1.5 * distance
+    assert flow.farthest <= flow.bound <= 5 * flow.farthest
+    assert flow.farthest <= flow.close_bound <= 1.5 * flow.farthest
 
 
 def fitted_to(target, count):
@@ -90,11 +85,9 @@ def fitted_to(target, count):
 def test_the_bounds_on_a_trained_linear_network(count):
     """The target turns by more than a right angle, which (e^L - 1) / 2L takes for growth."""
     stack, x = fitted_to(torch.tensor([[-0.87, -0.99], [0.72, 0.30]], dtype=torch.float64), count)
-    flow, probe = diagnose(stack, x).flow, Probe(stack, x, (), {})
-    sizes = [state.norm().item() / x.norm().item() for state in probe.states[1:]]
-    distance = max(d * size for d, size in zip(flow.distances, sizes, strict=True))
-    assert distance <= flow.close_bound <= 1.5 * distance
-    assert flow.close_bound <= flow.bound <= 10 * distance
+    flow = diagnose(stack, x).flow
+    assert flow.farthest <= flow.close_bound <= 1.5 * flow.farthest
+    assert flow.close_bound <= flow.bound <= 10 * flow.farthest
 
 
 def test_the_flow_of_a_linear_network_is_the_matrix_exponential():
@@ -111,7 +104,7 @@ def test_the_bound_holds_on_smooth_networks_and_stays_for_rough_ones():
     for weights in ("smooth", "independent"):
         for count in (8, 16, 32, 64):
             flow = diagnose(ResidualStack(reference_blocks(count, weights)), reference_input()).flow
-            assert max(flow.distances) <= flow.close_bound <= flow.bound
+            assert flow.farthest <= flow.close_bound <= flow.bound
             bounds[weights, count] = flow.bound
     assert bounds["smooth", 64] < bounds["smooth", 8] / 6
     assert bounds["independent", 64] > bounds["independent", 8] / 2

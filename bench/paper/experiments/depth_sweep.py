@@ -1,4 +1,5 @@
-"""Best test error against depth, Euler and Heun, by backprop, by the paper's adjoint and by the library's default."""
+"""Best test error against depth, Euler and Heun, by backprop, by the paper's adjoint and by the library's default; and
+what `diagnose` had said of each net before."""
 
 from __future__ import annotations
 
@@ -8,27 +9,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+
+from resode_cuda import diagnose
+from resode_cuda.diagnosis.verdict import LOST
 
 from ...harness.modes import SCHEMES
 from ...harness.tables import Target
 from ..experiment import Figures
 from ..lab import Lab
+from ..networks import PaperNet
 from ..one_stage import OneStage, one_stage
 from ..options import Options
 from ..panels import INK, Panels, depth_axis, line, percent_axis
 from ..solvers import SOLVERS
-from ..training import test_errors, train
+from ..training import side_by_side, test_errors, train
 
 TITLE = "Test error against depth, by backprop and by the adjoint"
 MUST_SHOW = (
     "Trained by the paper's adjoint, shallow nets end worse than by backprop; from a depth N of about 16 to 64 on they "
-    "end alike, and Heun's from no larger N than Euler's."
+    "end alike, and Heun's from no larger N than Euler's. diagnose, after one epoch by backprop, tells which will fail."
 )
 MODES = ("backprop", "paper", "corrected")
 FAILS = 1.5
 """Median error at the smallest depth, of backprop's, from which on a training counts as failed."""
 ALIKE = 0.5
 """Percentage points between medians that count as alike; of 719 digits one is 0.14."""
+DIAGNOSED_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -48,13 +55,19 @@ def measure(settings: Settings, lab: Lab) -> Figures:
     # The longest first, so that none is left alone at the end.
     runs = [(scheme, mode, depth) for depth in settings.depths[::-1] for scheme in SCHEMES[::-1] for mode in MODES]
     rows = lab.results(_trained, [(settings, *run, str(lab.device)) for run in runs])
-    return {"depths": settings.depths, "seeds": settings.seeds, "rows": rows[::-1]}
+    nets = [(scheme, depth) for depth in settings.depths[::-1] for scheme in SCHEMES[::-1]]
+    told = lab.results(_diagnosed, [(settings, *net, str(lab.device)) for net in nets])
+    return {"depths": settings.depths, "seeds": settings.seeds, "rows": rows[::-1], "told": told[::-1]}
+
+
+def _net(settings: Settings, scheme: str, depth: int, device: str) -> PaperNet:
+    architecture = replace(settings.net.architecture, scheme=scheme, steps=(depth,), copies=settings.seeds)
+    return architecture.build(settings.seed).to(torch.device(device))
 
 
 def _trained(settings: Settings, scheme: str, mode: str, depth: int, device: str) -> dict[str, Any]:
     """One training of all seeds side by side; the best error that each had after any epoch, in percent."""
-    architecture = replace(settings.net.architecture, scheme=scheme, steps=(depth,), copies=settings.seeds)
-    net, images = architecture.build(settings.seed).to(torch.device(device)), settings.net.source.load()
+    net, images = _net(settings, scheme, depth, device), settings.net.source.load()
     SOLVERS[mode].apply(net.stacks[0])
     best = [100.0] * settings.seeds
 
@@ -63,6 +76,19 @@ def _trained(settings: Settings, scheme: str, mode: str, depth: int, device: str
 
     train(net, images, settings.net.recipe, settings.seed, judge)
     return {"scheme": scheme, "mode": mode, "depth": depth, "errors": best}
+
+
+def _diagnosed(settings: Settings, scheme: str, depth: int, device: str) -> dict[str, Any]:
+    """What `diagnose` says of all seeds' stacks after one epoch by backprop. Fresh ones are 0, and all is well."""
+    net, images = _net(settings, scheme, depth, device), settings.net.source.load()
+    train(net, images, replace(settings.net.recipe, epochs=1), settings.seed)
+    batch = next(images.training(DIAGNOSED_ROWS, settings.seed))
+    inputs, _ = side_by_side((batch,) * net.copies, torch.device(device))
+    layers = list(net)
+    with torch.no_grad():
+        x = nn.Sequential(*layers[: layers.index(net.stacks[0])])(inputs)
+    diagnosis = diagnose(net.stacks[0], x)
+    return {"scheme": scheme, "depth": depth, "rebuilt": diagnosis.rebuilt, "verdict": diagnosis.verdict}
 
 
 def _errors(figures: Figures, scheme: str, mode: str) -> list[list[float]]:
@@ -94,7 +120,24 @@ def checks(figures: Figures) -> list[Target]:
         ),
         Target(f"Euler: depth from which on the paper's adjoint is within {ALIKE:g} points of backprop", euler, 64),
         Target("Heun: the same, no later than Euler's", heun, euler),
+        Target(
+            "where the paper's adjoint fails: least error of the rebuilt x_0 that diagnose told of",
+            min((told for _, _, told, failed in _warnings(figures) if failed), default=float("inf")),
+            LOST,
+            at_least=True,
+        ),
     ]
+
+
+def _warnings(figures: Figures) -> list[tuple[str, int, float, bool]]:
+    """For each net the error of x_0 that diagnose told of, and whether the paper's adjoint failed to train it."""
+    found = []
+    for scheme in SCHEMES:
+        told = {row["depth"]: row["rebuilt"]["paper"] for row in figures["told"] if row["scheme"] == scheme}
+        medians = zip(*(_medians(figures, scheme, mode) for mode in ("paper", "backprop")), strict=True)
+        for depth, (adjoint, exact) in zip(figures["depths"], medians, strict=True):
+            found.append((scheme, depth, told[depth], adjoint - exact > ALIKE))
+    return found
 
 
 def notes(figures: Figures) -> list[str]:
@@ -103,6 +146,12 @@ def notes(figures: Figures) -> list[str]:
         for mode in MODES:
             shown = ", ".join(f"{error:.1f}" for error in _medians(figures, scheme, mode))
             found.append(f"{scheme.capitalize()}, {mode}: median test error at N = 2, 4, …: {shown} %.")
+    for scheme in SCHEMES:
+        told = ", ".join(
+            f"{error:.2g}{' (failed)' if failed else ''}" for of, _, error, failed in _warnings(figures) if of == scheme
+        )
+        found.append(f"{scheme.capitalize()}: error of the rebuilt x_0 that diagnose told of before: {told}.")
+    found.append(f"From {LOST:g} on it says that training by the paper's solver is likely to fail.")
     return found
 
 
