@@ -46,6 +46,11 @@ def facts_of_steps(probe: Probe) -> list[StepFacts]:
     return found
 
 
+def has_kinks(probe: Probe) -> bool:
+    """Whether a block computes a ReLU or its like."""
+    return any(_sides(probe, n, probe.states[n]) for n in range(len(probe.stack.steps)))
+
+
 def _share(part: Tensor, whole: Tensor) -> float:
     size = whole.norm().item()
     return part.norm().item() / size if size else 0.0

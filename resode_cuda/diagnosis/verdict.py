@@ -62,9 +62,10 @@ def _of_steps(steps: list[StepFacts]) -> str:
         said.append(f"the state is moved by more than half its size at {_numbered(wild)}")
     if steep:
         said.append(f"h L is 1 or more at {_numbered(steep)}")
-    told = "; ".join(said)
-    way_out = "nothing can be rebuilt across such steps; keep their states, or store increments"
-    return f"{told[0].upper()}{told[1:]}: {way_out}."
+    return (
+        f"Rebuilding is in doubt where {' and '.join(said)}: keep those states, or store increments, unless the plan "
+        "shows that corrections suffice."
+    )
 
 
 def _of_rebuilding(rebuilt: dict[str, float]) -> str:
