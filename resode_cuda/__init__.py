@@ -12,10 +12,12 @@ from .plan import Candidate, Plan
 from .reverse import Reverse
 from .smoothness import roughness, smooth_gradients_
 from .stack import ResidualStack
+from .stages import Conversion, conversion, convert, unconvert
 
 __version__ = "0.1.0"
 __all__ = [
     "Candidate",
+    "Conversion",
     "Diagnosis",
     "Drift",
     "DriftError",
@@ -26,6 +28,8 @@ __all__ = [
     "Reverse",
     "backends",
     "calibrate",
+    "conversion",
+    "convert",
     "deepen",
     "diagnose",
     "functional",
@@ -33,4 +37,5 @@ __all__ = [
     "roughness",
     "smooth_gradients_",
     "smooth_init_",
+    "unconvert",
 ]

@@ -63,19 +63,24 @@ class Candidate:
         return self.error, self.input_error, self.layer_error
 
     def __str__(self) -> str:
-        if self.reverse is None:
-            return self.gradient
-        name = self.reverse.predictor
-        if self.reverse.is_stored:
-            name += f", {self.reverse.bits} bit" + ("" if self.reverse.bits == 1 else "s")
-        if self.reverse.corrections:
-            name += f" + {self.reverse.corrections}"
-        if self.reverse.accelerate:
-            name += " accelerated"
-        if self.anchors is None:
-            return name
-        shown = self.anchors if isinstance(self.anchors, int) else f"{{{', '.join(map(str, self.anchors))}}}"
-        return f"{name}, anchors {shown}"
+        return told(self.gradient, self.reverse, self.anchors)
+
+
+def told(gradient: str, reverse: Reverse | None, anchors: CheckedAnchors) -> str:
+    """A way of getting gradients in a few words; without a reverse solver it is the gradient's name."""
+    if reverse is None:
+        return gradient
+    name = reverse.predictor
+    if reverse.is_stored:
+        name += f", {reverse.bits} bit" + ("" if reverse.bits == 1 else "s")
+    if reverse.corrections:
+        name += f" + {reverse.corrections}"
+    if reverse.accelerate:
+        name += " accelerated"
+    if anchors is None:
+        return name
+    shown = anchors if isinstance(anchors, int) else f"{{{', '.join(map(str, anchors))}}}"
+    return f"{name}, anchors {shown}"
 
 
 @dataclass(frozen=True)

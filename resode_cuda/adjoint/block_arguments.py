@@ -121,6 +121,17 @@ class Arguments:
                     f'{type(leaf).__name__}; pass a list, or use gradient="backprop"'
                 )
 
+    def refuse_caches(self) -> None:
+        """Raise if one of the arguments is a key-value cache, to which a block that runs again would append again."""
+        call = self.call or NOTHING
+        for name, value in (*enumerate(call.args), *call.kwargs.items()):
+            if is_cache(value):
+                where = name if isinstance(name, str) else f"argument {name}"
+                raise TypeError(
+                    f"ResidualStack: {where} must not be a key-value cache in a pass with gradients, got a "
+                    f"{type(value).__name__}, to which blocks append again when they run again; pass use_cache=False"
+                )
+
     def given(self) -> Given:
         """What a block that is called now is given."""
         return self._unchanging or self._now()
@@ -141,6 +152,11 @@ class Arguments:
         for place, _ in places:
             leaves[place] = None
         return Given(leaves, spec, places, self.has_containers)
+
+
+def is_cache(value: Any) -> bool:
+    """Whether it is a key-value cache, such as those of transformers, whatever their class."""
+    return callable(getattr(value, "get_seq_length", None)) and callable(getattr(value, "update", None))
 
 
 def _leaf(tensor: Tensor) -> Tensor:

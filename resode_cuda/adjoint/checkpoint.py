@@ -30,6 +30,7 @@ def propagate(
     in turn is recomputed to its end, and compared; the others stop before the operations that gradients don't need.
     """
     arguments.refuse_iterators()
+    arguments.refuse_caches()
     generators = Generators(x.device)
     outputs = Outputs(x, [], {0: x})
     compared = monitor.recomputed()

@@ -62,6 +62,7 @@ def propagate(
         states: numbers of the states that are returned too, above 0 and below N. The backward pass starts afresh there.
     """
     arguments.refuse_iterators()
+    arguments.refuse_caches()
     if states:
         method = replace(method, anchors=tuple(sorted({*method.anchors, *states})))
     blank = x.new_zeros(())

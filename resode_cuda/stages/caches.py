@@ -1,0 +1,19 @@
+"""Key-value caches among a layer's arguments, to which one that runs again in the backward pass would append again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..adjoint.block_arguments import is_cache
+
+
+def holds_keys(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether one of the arguments is a cache that is not empty: the layers attend to it."""
+    return any(is_cache(value) and value.get_seq_length() > 0 for value in (*args, *kwargs.values()))
+
+
+def without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with None for each cache, and use_cache=False, which a training pass has no need of."""
+    args = tuple(None if is_cache(value) else value for value in args)
+    kwargs = {name: None if is_cache(value) else value for name, value in kwargs.items()}
+    return args, kwargs | ({"use_cache": False} if kwargs.get("use_cache") else {})

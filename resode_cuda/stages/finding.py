@@ -1,0 +1,125 @@
+"""Where the stages of a model are: runs of successive layers in a container that keep the shape of their state."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+from .families import facts_of, is_container
+from .stage import LayerForward, Stage
+
+
+class Found(NamedTuple):
+    """A run of layers."""
+
+    path: str
+    names: tuple[str, ...]
+    layers: tuple[nn.Module, ...]
+
+
+class LeftAlone(NamedTuple):
+    """What was not converted."""
+
+    path: str
+    reason: str
+
+
+def stages_in(model: nn.Module, paths: Sequence[str] | None, min_depth: int) -> tuple[list[Found], list[LeftAlone]]:
+    """The stages, and what was left alone with the reason and the way out.
+
+    Raises:
+        ValueError: for a path that the model does not have, or whose module has fewer layers.
+    """
+    if paths is not None:
+        found = [_named(model, path, min_depth) for path in paths]
+        return found, []
+    found, left = [], []
+    for path, module in model.named_modules():
+        if not is_container(module):
+            continue
+        runs, reasons = _runs(path, module, min_depth)
+        found += runs
+        left += reasons
+    return found, left
+
+
+def _named(model: nn.Module, path: str, min_depth: int) -> Found:
+    try:
+        container = model.get_submodule(path)
+    except AttributeError as error:
+        raise ValueError(f"convert: stages must name modules of the model, got {path!r}: {error}") from error
+    children = _children(container)
+    if len(children) < max(1, min_depth):
+        raise ValueError(
+            f"convert: a stage must have at least min_depth={min_depth} layers, got {len(children)} in {path!r}; name "
+            "the container of the layers, or pass a smaller min_depth"
+        )
+    if len(set(children.values())) < len(children):
+        raise ValueError(f"convert: the layers of a stage must be different modules, got one several times in {path!r}")
+    return Found(path, tuple(children), tuple(children.values()))
+
+
+def _runs(path: str, container: nn.Module, min_depth: int) -> tuple[list[Found], list[LeftAlone]]:
+    """Successive layers of one known class that keep their shape, and why others were left alone."""
+    children = list(_children(container).items())
+    found: list[Found] = []
+    left: list[LeftAlone] = []
+    for (kind, keeps), run in itertools.groupby(children, lambda child: _kind(child[1])):
+        names, layers = zip(*run, strict=True)
+        if kind is None:
+            if len(layers) >= min_depth and _is_a_layer(layers[0]):
+                left.append(LeftAlone(_spanned(path, names), _unknown(path, layers)))
+        elif not keeps:
+            left += [LeftAlone(f"{path}.{name}", "changes the shape of its state") for name in names]
+        elif len(set(layers)) < len(layers):
+            left.append(LeftAlone(_spanned(path, names), "one layer stands at several places"))
+        elif len(layers) < min_depth:
+            left.append(
+                LeftAlone(
+                    _spanned(path, names),
+                    f"{len(layers)} successive layers, fewer than min_depth={min_depth}; pass a smaller one",
+                )
+            )
+        else:
+            found.append(Found(path, names, layers))
+    return found, left
+
+
+def _children(container: nn.Module) -> dict[str, nn.Module]:
+    """By name, one that stands at several places at each of them."""
+    return {name: module for name, module in container._modules.items() if module is not None}
+
+
+def _kind(layer: nn.Module) -> tuple[type[nn.Module] | None, bool]:
+    facts = facts_of(layer)
+    if facts is None:
+        return None, True
+    return type(layer), facts.keeps_shape(layer)
+
+
+def _is_a_layer(module: nn.Module) -> bool:
+    """Whether it is of several modules, not an operation of its own."""
+    return any(True for _ in module.children()) and not is_container(module)
+
+
+def _unknown(path: str, layers: Sequence[nn.Module]) -> str:
+    if isinstance(layers[0].__dict__.get("forward"), LayerForward):
+        return "is converted already"
+    return f"layers of a class that is not known, {type(layers[0]).__name__}; name them: stages=[{path!r}]"
+
+
+def _spanned(path: str, names: Sequence[str]) -> str:
+    return f"{path}.{names[0]}" if len(names) == 1 else f"{path}.{names[0]} to {path}.{names[-1]}"
+
+
+def stages_of(model: nn.Module) -> list[Stage]:
+    """The stages that the model has been converted to, each once."""
+    found: dict[int, Stage] = {}
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, LayerForward):
+            found.setdefault(id(forward.stage), forward.stage)
+    return list(found.values())

@@ -1,0 +1,191 @@
+"""Successive layers of a model that train as one stack, while the model keeps calling them one after the other.
+
+Nothing of the model changes but the layers' attribute `forward`: containers, names, parameters and hooks stay. In a
+training pass each layer's `forward` notes what it was called with, and the last one runs the stack (`passes.py`). In
+every other pass, and wherever single layers are needed, it is the layer's own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adjoint.inventory import submodules
+from ..adjoint.replay import protect
+from ..adjoint.restoration import restoring
+from ..plan import told
+from ..stack import ResidualStack
+from .caches import holds_keys, without_caches
+from .passes import BY_LAYER, Pass
+from .pending import pass_of, value_of
+
+ASKS_FOR_MORE = ("output_attentions", "output_router_logits", "output_hidden_states")
+"""Keywords by which a layer is asked for more than its state."""
+
+
+class Step(nn.Module):
+    """A layer as a block of the stack: its own forward pass, from state to state."""
+
+    def __init__(self, layer: nn.Module, number: int) -> None:
+        super().__init__()
+        self.layer, self.number = layer, number
+        # Of a layer whose forward something else has replaced before.
+        self.replaced = layer.__dict__.get("forward")
+
+    @property
+    def own(self) -> Callable[..., Any]:
+        """The layer's own forward pass."""
+        return partial(type(self.layer).forward, self.layer) if self.replaced is None else self.replaced
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if BY_LAYER in kwargs:
+            distinct, numbers = kwargs[BY_LAYER]
+            args, kwargs = distinct[numbers[self.number]]
+        return state_in(self.own(x, *args, **kwargs))
+
+
+def state_in(returned: Any) -> Any:
+    """The state that a layer returns, alone or as the only entry of a tuple; anything else as it is."""
+    return returned[0] if isinstance(returned, tuple) and len(returned) == 1 else returned
+
+
+class Stage:
+    """Layers of a container that train as one stack.
+
+    Args:
+        path: the container's name in the model.
+        names: of the layers in it.
+        layers: successive ones that keep the shape of their state.
+        settings: of the stack, beside its form.
+
+    Attributes:
+        stack: the layers as the blocks of a `ResidualStack`, in the block form. It is no part of the model.
+        enabled: whether training passes run it.
+        last_pass: how the last training pass ran the layers.
+        bytes_a_sample: what autograd kept of the layers, and what is kept now; None where it was not measured.
+    """
+
+    def __init__(self, path: str, names: Sequence[str], layers: Sequence[nn.Module], **settings: Any) -> None:
+        self.path, self.names, self.layers = path, list(names), list(layers)
+        self.steps = [Step(layer, number) for number, layer in enumerate(layers)]
+        self.stack = ResidualStack(self.steps, form="block", **settings)
+        self.enabled = True
+        self.last_pass = "none yet"
+        self.bytes_a_sample: tuple[int, int] | None = None
+        self._returns_tuple: bool | None = None
+        self._state_dtype: torch.dtype | None = None  # of the states, where the first layer widens x_0
+
+    @property
+    def plan(self) -> str:
+        """How gradients are come by, in words."""
+        stack = self.stack
+        if not self.enabled:
+            return "switched off"
+        return told(stack.gradient, stack.reverse if stack.gradient == "adjoint" else None, stack.anchors)
+
+    def install(self) -> None:
+        """Put the stage's `forward` in the place of each layer's."""
+        for number, layer in enumerate(self.layers):
+            layer.forward = LayerForward(self, number)
+
+    def remove(self) -> None:
+        """Give the layers their own `forward` back."""
+        for step in self.steps:
+            if step.replaced is None:
+                del step.layer.forward
+            else:
+                step.layer.forward = step.replaced
+
+    def ran_by_layers(self, reason: str) -> None:
+        """A training pass ran the layers one by one, so that autograd kept their activations."""
+        self.last_pass = f"layer by layer: {reason}"
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass | None:
+        """A pass, for a call of the first layer; None where its layers have to run one by one."""
+        wants_training = self.enabled and torch.is_grad_enabled() and self.layers[0].training
+        if not wants_training or torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
+            return None
+        reason = self._reason(args, kwargs)
+        if reason is not None:
+            self.ran_by_layers(reason)
+            return None
+        self.last_pass = "as a stack"
+        return Pass(self, args[0] if self._state_dtype is None else args[0].to(self._state_dtype))
+
+    def _reason(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Why the layers must run one by one."""
+        if not (args and isinstance(args[0], Tensor) and args[0].is_floating_point()):
+            return "its first layer was not given a floating tensor first"
+        asked = [name for name in ASKS_FOR_MORE if kwargs.get(name)]
+        if asked:
+            return f"{asked[0]}=True asks single layers for more than their state"
+        if holds_keys(args, kwargs):
+            return "it was given a key-value cache that holds keys already"
+        if any(_has_hooks(layer) for layer in self.layers):
+            return "a layer has forward hooks, which see single layers' states"
+        if self._returns_tuple is None and not torch.compiler.is_compiling():
+            return self._look(args, kwargs)
+        return None
+
+    def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Run the first layer once, without a trace, to see what it returns."""
+        x = args[0]
+        out = self._first_layer(x, args[1:], kwargs)
+        state = state_in(out)
+        if not isinstance(state, Tensor):
+            return f"layers return {described(out)}, not their state alone"
+        if state.shape != x.shape:
+            shapes = f"{list(x.shape)} to {list(state.shape)}"
+            return f"layer {self.names[0]} changes the shape of its state, {shapes}"
+        if state.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            # Such as Mamba's, whose states are float32 between layers of 16 bits.
+            is_wider = torch.promote_types(state.dtype, x.dtype) == state.dtype
+            if not (is_wider and torch.equal(state_in(self._first_layer(x.to(state.dtype), args[1:], kwargs)), state)):
+                return f"layer {self.names[0]} changes the dtype of its state, {x.dtype} to {state.dtype}"
+            self._state_dtype = state.dtype
+        self._returns_tuple = isinstance(out, tuple)
+        return None
+
+    def _first_layer(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def evaluated() -> Any:
+            protect(submodules((self.layers[0],)), x.device)
+            return self.steps[0].own(x, *args, **kwargs)
+
+        with torch.no_grad():
+            return restoring(evaluated)
+
+    def returned(self, state: Any) -> Any:
+        """A state in the form in which layers return it."""
+        return (state,) if self._returns_tuple else state
+
+
+class LayerForward:
+    """The `forward` of a layer of a stage."""
+
+    def __init__(self, stage: Stage, number: int) -> None:
+        self.stage, self.number = stage, number
+        self.__signature__ = inspect.signature(stage.steps[number].own)
+        self._state = next(iter(self.__signature__.parameters), None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not args and self._state in kwargs:
+            args = (kwargs.pop(self._state),)
+        begun = self.stage.begin(args, kwargs) if self.number == 0 else pass_of(args, self.stage, self.number)
+        if begun is None:
+            return self.stage.steps[self.number].own(*map(value_of, args), **kwargs)
+        return self.stage.returned(begun.called(*without_caches(args[1:], kwargs)))
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def described(returned: Any) -> str:
+    if not isinstance(returned, tuple):
+        return f"a {type(returned).__name__}"
+    return f"a tuple of {', '.join(type(entry).__name__ for entry in returned)}"

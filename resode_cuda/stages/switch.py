@@ -1,0 +1,79 @@
+"""The trainer's own switch: where a model is told to checkpoint its activations, its stages run as stacks instead.
+
+transformers has `gradient_checkpointing_enable()` and `_disable()`, timm `set_grad_checkpointing(enable)`. On a
+converted model they select the stacks, and switch their own checkpointing of those layers off, which would run the
+layers once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from .finding import stages_of
+from .stage import Stage
+
+METHODS = {
+    "gradient_checkpointing_enable": True,
+    "gradient_checkpointing_disable": False,
+    "set_grad_checkpointing": True,
+}
+"""Methods by which models are told, and whether a call without arguments means to."""
+FLAGS = "gradient_checkpointing", "grad_checkpointing"
+"""Attributes by which their modules know."""
+
+
+class Switch:
+    """A model's method, in the place of its own."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.model, self.name = model, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = getattr(type(self.model), self.name)(self.model, *args, **kwargs)
+        wanted = METHODS[self.name]
+        if self.name == "set_grad_checkpointing":
+            wanted = bool([*args, *kwargs.values(), True][0])
+        stages = stages_of(self.model)
+        for stage in stages:
+            stage.enabled = wanted
+        without_checkpointing(self.model, stages)
+        return given
+
+
+def install(model: nn.Module) -> None:
+    """Put switches in the place of the methods of all modules that hold stages."""
+    stages = stages_of(model)
+    for module in _holders(model):
+        for name in METHODS:
+            if callable(getattr(type(module), name, None)):
+                module.__dict__[name] = Switch(module, name)
+    without_checkpointing(model, stages)
+
+
+def remove(model: nn.Module) -> None:
+    for module in model.modules():
+        for name in METHODS:
+            if isinstance(module.__dict__.get(name), Switch):
+                del module.__dict__[name]
+
+
+def without_checkpointing(model: nn.Module, stages: Sequence[Stage]) -> None:
+    """Switch the checkpointing of the stages' own layers off, in the layers and in what calls them."""
+    layers = {layer for stage in stages for layer in stage.layers}
+    for module in model.modules():
+        if module in layers or any(child in layers for child in _within(module)):
+            for flag in FLAGS:
+                if getattr(module, flag, None) is True:
+                    setattr(module, flag, False)
+
+
+def _within(module: nn.Module) -> list[nn.Module]:
+    """What a module calls itself: its children, and the entries of its containers."""
+    return [inner for child in module.children() for inner in (child, *child.children())]
+
+
+def _holders(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if stages_of(module)]
