@@ -12,7 +12,7 @@ from .plan import Candidate, Plan
 from .reverse import Reverse
 from .smoothness import roughness, smooth_gradients_
 from .stack import ResidualStack
-from .stages import Conversion, conversion, convert, unconvert
+from .stages import Conversion, conversion, convert, deepen_stage, tie_stage, unconvert, untie_stage
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,11 +31,14 @@ __all__ = [
     "conversion",
     "convert",
     "deepen",
+    "deepen_stage",
     "diagnose",
     "functional",
     "ops",
     "roughness",
     "smooth_gradients_",
     "smooth_init_",
+    "tie_stage",
     "unconvert",
+    "untie_stage",
 ]

@@ -10,14 +10,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .mlp import ResidualMLP
 from .stack import ResidualStack
+from .stages.finding import stages_of
 
 
 @torch.no_grad()
-def smooth_gradients_(stack: ResidualStack | ResidualMLP, alpha: float) -> None:
+def smooth_gradients_(stack: nn.Module, alpha: float) -> None:
     """Smooth the parameters' gradients along depth, in place: g <- (I - alpha^2 d^2/dt^2)^{-1} g.
 
     dg/dt is 0 at the ends. Call it after the backward pass, before gradients are clipped and the optimizer steps. It is
@@ -27,13 +28,14 @@ def smooth_gradients_(stack: ResidualStack | ResidualMLP, alpha: float) -> None:
     one by one have nothing smooth to keep, and gain nothing.
 
     Args:
-        stack: a `ResidualStack`, whose parameters are matched by name from block to block, or a `ResidualMLP`. Where a
-            block has no parameter of a name and shape, or no gradient, as where it is frozen, the blocks on either side
-            are smoothed apart. A parameter that successive blocks share counts once.
+        stack: a `ResidualStack`, whose parameters are matched by name from block to block, a `ResidualMLP`, or a model
+            that `convert` has converted, each of whose stages is smoothed. Where a block has no parameter of a name and
+            shape, or no gradient, as where it is frozen, the blocks on either side are smoothed apart. A parameter that
+            successive blocks share counts once.
         alpha: the distance in depth over which gradients are smoothed, where the whole stack is 1; 0 leaves them alone.
 
     Raises:
-        TypeError: if stack is neither of the two, alpha is no number, or a gradient is sparse.
+        TypeError: if stack is none of these, alpha is no number, or a gradient is sparse.
         ValueError: if alpha is negative or not finite.
 
     Source: Baravdish et al., arXiv:2202.05766, for neural ODEs whose parameters vary with depth.
@@ -42,14 +44,16 @@ def smooth_gradients_(stack: ResidualStack | ResidualMLP, alpha: float) -> None:
         raise TypeError(f"smooth_gradients_: alpha must be a number, got {alpha!r}")
     if not 0 <= alpha < math.inf:
         raise ValueError(f"smooth_gradients_: alpha must be finite and >= 0, got {alpha}")
-    places = _block_count("smooth_gradients_", stack) - 1
-    for name, gradients in profiles(stack, lambda parameter: parameter.grad):
-        if any(gradient.layout != torch.strided for gradient in gradients):
-            raise TypeError(
-                f"smooth_gradients_: gradients must be dense, got one of {name!r} that is not; use sparse=False"
-            )
-        if alpha and len(gradients) > 1:
-            _smooth_(gradients, (alpha * places) ** 2)
+    stacks: list[nn.Module] = [stage.stack for stage in stages_of(stack)]
+    for one in stacks or [stack]:
+        places = _block_count("smooth_gradients_", one) - 1
+        for name, gradients in profiles(one, lambda parameter: parameter.grad):
+            if any(gradient.layout != torch.strided for gradient in gradients):
+                raise TypeError(
+                    f"smooth_gradients_: gradients must be dense, got one of {name!r} that is not; use sparse=False"
+                )
+            if alpha and len(gradients) > 1:
+                _smooth_(gradients, (alpha * places) ** 2)
 
 
 @torch.no_grad()
@@ -89,17 +93,18 @@ def _smooth_(gradients: Sequence[Tensor], strength: float) -> None:
         gradient.copy_(smoothed)
 
 
-def _block_count(where: str, stack: ResidualStack | ResidualMLP) -> int:
+def _block_count(where: str, stack: nn.Module) -> int:
     if isinstance(stack, ResidualMLP):
         return stack.weight_in.shape[0]
     if not isinstance(stack, ResidualStack):
-        raise TypeError(f"{where}: stack must be a ResidualStack or a ResidualMLP, got {type(stack).__name__}")
+        raise TypeError(
+            f"{where}: stack must be a ResidualStack or a ResidualMLP, got {type(stack).__name__}; of another model "
+            "`convert` makes stages, whose gradients smooth_gradients_ takes"
+        )
     return len(stack)
 
 
-def profiles(
-    stack: ResidualStack | ResidualMLP, value: Callable[[Tensor], Tensor | None]
-) -> Iterator[tuple[str, list[Tensor]]]:
+def profiles(stack: nn.Module, value: Callable[[Tensor], Tensor | None]) -> Iterator[tuple[str, list[Tensor]]]:
     """A value of each parameter, in those successive blocks that have one of its name, shape and kind.
 
     A parameter that successive blocks share comes once.
@@ -110,6 +115,7 @@ def profiles(
             if stacked is not None:
                 yield name, list(stacked.unbind())
         return
+    assert isinstance(stack, ResidualStack)
     blocks = [dict(block.named_parameters(remove_duplicate=False)) for block in stack]
     for name in dict.fromkeys(itertools.chain(*blocks)):
         held = [next(shared) for _, shared in itertools.groupby((block.get(name) for block in blocks), id)]

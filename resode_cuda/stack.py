@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .adjoint import checkpoint, node, traced
 from .adjoint.block_arguments import Arguments, Call
@@ -23,6 +24,7 @@ from .calibration import Loss
 from .devices import is_capturing
 from .dtypes import DTYPES
 from .export import wants_plain
+from .handed_out import warn_of_training
 from .method import Anchors
 from .module import AdjointModule, checked_block_form, checked_steps, default_reverse
 from .plan import Plan
@@ -180,6 +182,8 @@ class ResidualStack(AdjointModule):
         self._inventories = Inventories()
         # By the training flags of all modules: whether blocks were functions of their arguments when they last ran.
         self._are_functions: dict[tuple[bool, ...], bool] = {}
+        self._has_run = False
+        self._watch: RemovableHandle | None = None  # of blocks handed out before
 
     def forward(self, x: Tensor, /, *args: Any, **kwargs: Any) -> Any:
         """x_N from x_0.
@@ -207,6 +211,8 @@ class ResidualStack(AdjointModule):
         """
         # Not in the signature: what exports a module would pass it on as one more argument of the blocks.
         return_states = kwargs.pop("return_states", None)
+        if self._watch is not None and not self._has_run:
+            self._has_run = True
         if torch.compiler.is_compiling():
             if return_states is None and self._is_traceable():
                 return self._forward_traced(x, args, kwargs)
@@ -217,6 +223,10 @@ class ResidualStack(AdjointModule):
         self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], return_states: Sequence[int] | None
     ) -> Any:
         undo_leftovers()
+        self._has_run = True
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
         # A checkpoint around the stack repeats a forward pass within a backward pass.
         is_repeated = torch._C._current_graph_task_id() != -1
         if not is_repeated and not is_capturing():
@@ -423,15 +433,29 @@ class ResidualStack(AdjointModule):
         """Number of blocks."""
         return self._block_count
 
-    def __getitem__(self, index: int) -> nn.Module:
-        """Block `index`."""
-        return self._modules[str(range(self._block_count)[operator.index(index)])]  # type: ignore[return-value]
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        """Block `index`; of a slice an `nn.ModuleList` of the blocks."""
+        if isinstance(index, slice):
+            return nn.ModuleList(self._handed_out(self._all_blocks()[index]))
+        return self._handed_out([self._block(range(self._block_count)[operator.index(index)])])[0]
 
     def __iter__(self) -> Iterator[nn.Module]:
-        return (self[index] for index in range(self._block_count))
+        return iter(self._handed_out(self._all_blocks()))
+
+    def _block(self, index: int) -> nn.Module:
+        return self._modules[str(index)]  # type: ignore[return-value]
+
+    def _all_blocks(self) -> list[nn.Module]:
+        return [self._block(index) for index in range(self._block_count)]
+
+    def _handed_out(self, blocks: list[nn.Module]) -> list[nn.Module]:
+        """The blocks, watched as long as the stack has not run itself: then whoever takes them knows what for."""
+        if not (self._has_run or self._watch or torch.compiler.is_compiling()):
+            self._watch = warn_of_training(self, blocks)
+        return blocks
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_recalibration": None}
+        return {**self.__dict__, "_recalibration": None, "_watch": None}
 
     def _replicate_for_data_parallel(self) -> ResidualStack:
         replica: ResidualStack = super()._replicate_for_data_parallel()  # type: ignore[assignment]
@@ -457,7 +481,7 @@ class ResidualStack(AdjointModule):
             kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
             raise TypeError(f"ResidualStack: x must be a dense tensor, got a {kind} one; pad it, or use x.to_dense()")
         returns = Returned(self.form == "block", self.auxiliary is not None)
-        return [Block(module, n, x.dtype, self._inventories, returns) for n, module in enumerate(self)]
+        return [Block(module, n, x.dtype, self._inventories, returns) for n, module in enumerate(self._all_blocks())]
 
     def _state_from(self, x: Tensor) -> Tensor:
         """x in the stream's dtype, in which there must be all that the steps multiply it by."""

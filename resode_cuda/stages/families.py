@@ -24,16 +24,24 @@ class Facts(NamedTuple):
     """Why such layers can't be rebuilt."""
 
 
-def _has_no_downsampling(layer: nn.Module) -> bool:
-    return getattr(layer, "downsample", None) is None and getattr(layer, "stride", 1) in (1, (1, 1))
-
-
 def _has_identity_shortcut(layer: nn.Module) -> bool:
-    return isinstance(getattr(layer, "shortcut", None), (nn.Identity, type(None)))
+    shortcuts = (getattr(layer, name, None) for name in ("downsample", "shortcut", "proj"))
+    is_identity = all(isinstance(shortcut, (nn.Identity, type(None))) for shortcut in shortcuts)
+    return is_identity and getattr(layer, "stride", 1) in (1, (1, 1))
+
+
+def _adds_its_input(layer: nn.Module) -> bool:
+    return bool(getattr(layer, "has_skip", False) or getattr(layer, "use_res_connect", False))
+
+
+def _has_one_width(layer: nn.Module) -> bool:
+    return not getattr(layer, "do_expand", False)
 
 
 PLAIN, POST_NORM = Facts(), Facts(note=NORM_AFTER)
-RESNET = Facts(_has_no_downsampling, AFTER_ADDITION)
+CONVOLUTIONS = Facts(_has_identity_shortcut)
+RESNET = Facts(_has_identity_shortcut, AFTER_ADDITION)
+INVERTED = Facts(_adds_its_input)
 
 FAMILIES: dict[str, dict[str, Facts]] = {
     "transformers": {
@@ -70,32 +78,54 @@ FAMILIES: dict[str, dict[str, Facts]] = {
                 "Block",
                 "ResPostBlock",
                 "ParallelScalingBlock",
+                "DiffParallelScalingBlock",
+                "ParallelThingsBlock",
+                "RelPosBlock",
+                "ResPostRelPosBlock",
+                "EvaBlock",
+                "EvaBlockPostNorm",
+                "LayerScaleBlock",
+                "XCABlock",
                 "MixerBlock",
                 "ResBlock",
                 "SpatialGatingBlock",
                 "SwinTransformerBlock",
-                "EvaBlock",
+                "SwinTransformerV2Block",
+                "SwinTransformerV2CrBlock",
+                "MetaFormerBlock",
+                "MetaNeXtBlock",
+                "FocalNetBlock",
+                "GatedConvBlock",
+                "TransformerLayer",
             ),
             PLAIN,
         ),
-        "ConvNeXtBlock": Facts(_has_identity_shortcut),
-        "BasicBlock": RESNET,
-        "Bottleneck": RESNET,
+        "HieraBlock": Facts(_has_one_width),
+        **dict.fromkeys(("ConvNeXtBlock", "PreActBasic", "PreActBottleneck", "NormFreeBlock"), CONVOLUTIONS),
+        **dict.fromkeys(("BasicBlock", "Bottleneck", "Bottle2neck", "SelectiveKernelBasic"), RESNET),
+        **dict.fromkeys(("InvertedResidual", "EdgeResidual", "UniversalInvertedResidual"), INVERTED),
     },
     "torchvision": {
         **dict.fromkeys(("CNBlock", "EncoderBlock", "SwinTransformerBlock", "SwinTransformerBlockV2"), PLAIN),
-        "BasicBlock": RESNET,
-        "Bottleneck": RESNET,
+        **dict.fromkeys(("BasicBlock", "Bottleneck", "ResBottleneckBlock"), RESNET),
+        **dict.fromkeys(("InvertedResidual", "MBConv", "FusedMBConv"), INVERTED),
     },
 }
+CONTAINERS = {"timm": ("RegStage",)}
+"""Classes of modules that call their children one after the other."""
 
 
 def facts_of(layer: nn.Module) -> Facts | None:
     """What is known of a layer's class; None of one that is not in the table."""
-    package = type(layer).__module__.partition(".")[0]
-    return FAMILIES.get(package, {}).get(type(layer).__name__)
+    return FAMILIES.get(_package(layer), {}).get(type(layer).__name__)
 
 
 def is_container(module: nn.Module) -> bool:
     """Whether the children are what the module is made of, one after the other."""
+    if type(module).__name__ in CONTAINERS.get(_package(module), ()):
+        return True
     return isinstance(module, (nn.ModuleList, nn.Sequential)) and not isinstance(module, ResidualStack)
+
+
+def _package(module: nn.Module) -> str:
+    return type(module).__module__.partition(".")[0]

@@ -70,19 +70,16 @@ def _runs(path: str, container: nn.Module, min_depth: int) -> tuple[list[Found],
     for (kind, keeps), run in itertools.groupby(children, lambda child: _kind(child[1])):
         names, layers = zip(*run, strict=True)
         if kind is None:
-            if len(layers) >= min_depth and _is_a_layer(layers[0]):
+            if len(layers) >= min_depth and _is_a_layer(layers[0]) and not _holds_known_layers(layers):
                 left.append(LeftAlone(_spanned(path, names), _unknown(path, layers)))
         elif not keeps:
             left += [LeftAlone(f"{path}.{name}", "changes the shape of its state") for name in names]
         elif len(set(layers)) < len(layers):
             left.append(LeftAlone(_spanned(path, names), "one layer stands at several places"))
         elif len(layers) < min_depth:
-            left.append(
-                LeftAlone(
-                    _spanned(path, names),
-                    f"{len(layers)} successive layers, fewer than min_depth={min_depth}; pass a smaller one",
-                )
-            )
+            count = "1 layer" if len(layers) == 1 else f"{len(layers)} successive layers"
+            reason = f"{count}, fewer than min_depth={min_depth}; pass a smaller one"
+            left.append(LeftAlone(_spanned(path, names), reason))
         else:
             found.append(Found(path, names, layers))
     return found, left
@@ -105,6 +102,11 @@ def _is_a_layer(module: nn.Module) -> bool:
     return any(True for _ in module.children()) and not is_container(module)
 
 
+def _holds_known_layers(modules: Sequence[nn.Module]) -> bool:
+    """Whether they are stages of their own, whose containers are looked at."""
+    return any(facts_of(inner) is not None for module in modules for inner in module.modules())
+
+
 def _unknown(path: str, layers: Sequence[nn.Module]) -> str:
     if isinstance(layers[0].__dict__.get("forward"), LayerForward):
         return "is converted already"
@@ -115,8 +117,10 @@ def _spanned(path: str, names: Sequence[str]) -> str:
     return f"{path}.{names[0]}" if len(names) == 1 else f"{path}.{names[0]} to {path}.{names[-1]}"
 
 
-def stages_of(model: nn.Module) -> list[Stage]:
-    """The stages that the model has been converted to, each once."""
+def stages_of(model: object) -> list[Stage]:
+    """The stages that the model has been converted to, each once; none of what is no module."""
+    if not isinstance(model, nn.Module):
+        return []
     found: dict[int, Stage] = {}
     for module in model.modules():
         forward = module.__dict__.get("forward")
