@@ -43,6 +43,7 @@ class AdjointModule(nn.Module):
         super().__init__()
         self._method = Method(scheme, tuple(steps))
         self._monitor = DriftMonitor(self._where, len(self._method))
+        self._switched_off: str | None = None  # what gradient_checkpointing = False has replaced
         self._recalibration: Any = None  # set by ResidualStack.recalibrate_every
         self.max_drift = max_drift
         self.on_drift = on_drift
@@ -78,6 +79,35 @@ class AdjointModule(nn.Module):
         self._gradient = gradient
         self._monitor.fallback_requested = False
         self._monitor.settings_changed()
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether gradients come without stored activations; the switch that trainers know.
+
+        Setting it to False is `gradient="backprop"`, setting it to True what `gradient` was before, or "adjoint".
+        transformers' `gradient_checkpointing_enable()` sets it in all modules of a model.
+        """
+        return self.gradient != "backprop"
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enable: bool) -> None:
+        if enable and self.gradient == "backprop":
+            self.gradient = self._switched_off or "adjoint"
+        elif not enable and self.gradient != "backprop":
+            self._switched_off, self.gradient = self.gradient, "backprop"
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Train without stored activations, as transformers' models are told to. The keywords are those of torch's
+        checkpointing, which is not used."""
+        self.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Train by backprop."""
+        self.gradient_checkpointing = False
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Train without stored activations or by backprop, as timm's models are told to."""
+        self.gradient_checkpointing = enable
 
     @property
     def reverse(self) -> Reverse:
