@@ -50,7 +50,9 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         "beside each other at many sizes, and beside plain backprop where rows are few or layers wide, takes two "
         "minutes), accuracy (gradient errors of trained digits nets under every solver, takes about twenty minutes), "
         "stored (increments stored in a few bits: gradient errors of trained networks, and whole trainings, takes "
-        "twenty minutes), overhead (backward passes beside torch.utils.checkpoint, on large and on tiny blocks); "
+        "twenty minutes), overhead (backward passes beside torch.utils.checkpoint, on large and on tiny blocks), "
+        "models (converted models of transformers and timm: what their layers hold and the time of a step, takes two "
+        "minutes); "
         "default: cost, digits and sweep",
     )
     parser.add_argument("--epochs", type=integer(1, 10_000), help="epochs of each training on the digits; default: 5")

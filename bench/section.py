@@ -91,6 +91,12 @@ def _overhead() -> Section:
     return overhead
 
 
+def _models() -> Section:
+    from .sections import models
+
+    return models
+
+
 SECTIONS: dict[str, Callable[[], Section]] = {
     "cost": _cost,  # first: a process in which torch's profiler ran is slower
     "digits": _digits,
@@ -101,6 +107,7 @@ SECTIONS: dict[str, Callable[[], Section]] = {
     "accuracy": _accuracy,
     "stored": _stored,
     "overhead": _overhead,
+    "models": _models,
 }
 """Each section by name, in the order in which they run; imported when it is asked for."""
 DEFAULT = ("cost", "digits", "sweep")

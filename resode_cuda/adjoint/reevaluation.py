@@ -73,7 +73,8 @@ class Increments:
         self.again: Tensor | None = None
         """In the last backward pass, shape [steps, 4]: the projections, |f_n|^2 and |y - (x_{n+1} - w f_n)|^2."""
         self._again_rows: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]] = (), (), ()
-        self.judge = Judge(weights, method.exactly_predicted, is_stored, finest_shares(method))
+        resolution = torch.finfo(like.dtype).eps if method.scheme.has_state_inside else 0.0
+        self.judge = Judge(weights, method.exactly_predicted, is_stored, finest_shares(method), resolution)
         self.slack = method.defect_slack
         self._blocks_per_step = method.scheme.blocks_per_step
 
@@ -90,9 +91,7 @@ class Increments:
         difference = self._sample.of(x_next, n).sub(self._sample.of(companion, n)).to(self.first.dtype)
         torch.dot(difference, difference, out=self._first_rows[1][n][0])
         if not self._is_typical_known and len(difference):
-            # The median: one value far above the others must not hide that these were rounded off.
-            typical = self._sample.of(x_next, n).abs().median().to(self.first.dtype)
-            self.first[:, 3] = typical * typical * len(difference)
+            self.first[:, 3] = _typical_square(self._sample.of(x_next, n).to(self.first.dtype))
             self._is_typical_known = True
 
     def begin(self) -> None:
@@ -158,6 +157,19 @@ class Sample:
         return torch.mv(self._signs, f, out=out)
 
 
+def _typical_square(values: Tensor) -> Tensor:
+    """|x|^2 of a vector if all its values but zeros were as large as a typical one.
+
+    The median: one value far above the others must not hide that these were rounded off. Of what is not zero: after a
+    ReLU half of the values are.
+    """
+    magnitude = values.abs()
+    is_zero = magnitude == 0
+    typical = magnitude.masked_fill(is_zero, torch.nan).nanmedian()
+    count = is_zero.logical_not().sum()
+    return torch.where(count == 0, 0.0, typical * typical * count)
+
+
 def changes(first: Numbers, again: Numbers) -> list[float]:
     """The relative change of each step's increment; NaN for a step that was not evaluated again."""
     return [_change(before, now) for before, now in zip(first, again, strict=True)]
@@ -181,12 +193,18 @@ class Judge(NamedTuple):
     """Whether the errors of the points are those of rounding, each step's own."""
     finest: Sequence[float] = ()
     """The share of each step's increment that its bits may round off, where increments are stored."""
+    resolution: float = 0.0
+    """Of the dtype of states, where increments are differences of them."""
 
     def unexplained(self, first: Numbers, again: Numbers) -> tuple[int, float] | None:
         """The step whose change is furthest above what is let pass, and its change; None where all are let pass."""
         explained = self._rounded(first, again) if self.is_stored else self._rebuilt(again)
         most = ALL if self.is_stored else LARGE
-        allowed = [ROUNDING if n in self.exact else min(most, UNEXPLAINED + e) for n, e in enumerate(explained)]
+        coarse = self._of_dtype(first, again)
+        allowed = [
+            ROUNDING if n in self.exact else math.inf if of_dtype > ALL else min(most, UNEXPLAINED + e + of_dtype)
+            for n, (e, of_dtype) in enumerate(zip(explained, coarse, strict=True))
+        ]
         found = enumerate(changes(first, again))
         above = [(change - allowed[n], n, change) for n, change in found if change > allowed[n]]
         return max(above)[1:] if above else None
@@ -199,6 +217,15 @@ class Judge(NamedTuple):
             roundings.append(Rounding(off, math.hypot(d, before), math.sqrt(first[n][3])))
             before = off
         return first_coarse(roundings, self.finest)
+
+    def _of_dtype(self, first: Numbers, again: Numbers) -> list[float]:
+        """What of each change the rounding of states to their dtype explains: at another point it is another."""
+        if not (self.resolution and self.is_stored):
+            return [0.0] * len(again)
+        squares = [max(now[2], (before[0] ** 2 + before[1] ** 2) / 2) for before, now in zip(first, again, strict=True)]
+        moved = (w * math.sqrt(square) for w, square in zip(self.weights, squares, strict=True))
+        sizes = (self.resolution * math.sqrt(numbers[3]) for numbers in first)
+        return [size / d if d else math.inf if size else 0.0 for size, d in zip(sizes, moved, strict=True)]
 
     def _rebuilt(self, again: Numbers) -> list[float]:
         """What of each change the errors of the points y explain.

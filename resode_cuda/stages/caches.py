@@ -9,7 +9,14 @@ from ..adjoint.block_arguments import is_cache
 
 def holds_keys(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether one of the arguments is a cache that is not empty: the layers attend to it."""
-    return any(is_cache(value) and value.get_seq_length() > 0 for value in (*args, *kwargs.values()))
+    return any(is_cache(value) and _is_filled(value) for value in (*args, *kwargs.values()))
+
+
+def _is_filled(cache: Any) -> bool:
+    try:
+        return bool(cache.get_seq_length() > 0)
+    except ValueError:  # It has no keys, but the states of layers such as Mamba's.
+        return bool(cache.has_previous_state())
 
 
 def without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

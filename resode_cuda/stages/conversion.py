@@ -157,7 +157,7 @@ def _described(stage: Stage) -> Converted:
     facts = facts_of(first)
     before, after = stage.bytes_a_sample or (None, None)
     return Converted(
-        path=f"{stage.path}.{stage.names[0]} to {stage.names[-1]}",
+        path=f"{stage.path}.{stage.names[0]} to {stage.names[-1]}".lstrip("."),
         layers=type(first).__name__,
         steps=len(stage.layers),
         plan=stage.plan,

@@ -73,7 +73,7 @@ def _runs(path: str, container: nn.Module, min_depth: int) -> tuple[list[Found],
             if len(layers) >= min_depth and _is_a_layer(layers[0]) and not _holds_known_layers(layers):
                 left.append(LeftAlone(_spanned(path, names), _unknown(path, layers)))
         elif not keeps:
-            left += [LeftAlone(f"{path}.{name}", "changes the shape of its state") for name in names]
+            left += [LeftAlone(_spanned(path, (name,)), "changes the shape of its state") for name in names]
         elif len(set(layers)) < len(layers):
             left.append(LeftAlone(_spanned(path, names), "one layer stands at several places"))
         elif len(layers) < min_depth:
@@ -114,7 +114,8 @@ def _unknown(path: str, layers: Sequence[nn.Module]) -> str:
 
 
 def _spanned(path: str, names: Sequence[str]) -> str:
-    return f"{path}.{names[0]}" if len(names) == 1 else f"{path}.{names[0]} to {path}.{names[-1]}"
+    first, last = (f"{path}.{name}".lstrip(".") for name in (names[0], names[-1]))
+    return first if len(names) == 1 else f"{first} to {last}"
 
 
 def stages_of(model: object) -> list[Stage]:

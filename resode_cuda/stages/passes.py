@@ -43,7 +43,7 @@ class Pass:
         self._states.append((lambda: None) if torch.compiler.is_compiling() else weakref.ref(state))
         return state
 
-    def compute(self, n: int) -> None:
+    def compute(self, n: int) -> Tensor:
         """State n, and those before it that something still holds, layer by layer."""
         if self._has_run:
             raise RuntimeError(
@@ -58,10 +58,15 @@ class Pass:
             state = self._states[number]()
             if state is not None:
                 state._value = x
+        return x
 
     def _run(self) -> Tensor:
         """x_N by the stack, and the states that the model's loop has collected, if it did."""
-        kept = {n + 1: state for n, get in enumerate(self._states) if (state := get()) is not None}
+        kept: dict[int, PendingState] = {}
+        for n, get in enumerate(self._states):
+            state = get()
+            if state is not None:
+                kept[n + 1] = state
         # The last layer's input is held by its caller, whether the loop collects states or not.
         wanted = sorted(kept) if len(kept) > 1 else []
         self._has_run = True

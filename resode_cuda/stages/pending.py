@@ -36,7 +36,8 @@ class PendingState:
     def __getattr__(self, name: str) -> Any:
         if name in OF_THE_INPUT:
             return getattr(self._pass.x, name)
-        if name.startswith("__"):  # what copies and pickles look for
+        # What copies and pickles look for; and what tells caches apart, which compilers ask of whatever is called.
+        if name.startswith("__") or not hasattr(Tensor, name):
             raise AttributeError(name)
         return getattr(value_of(self), name)
 
@@ -69,7 +70,7 @@ def value_of(state: Any) -> Any:
     if not isinstance(state, PendingState):
         return state
     if state._value is None:
-        state._pass.compute(state._n)
+        state._value = state._pass.compute(state._n)
     return state._value
 
 
@@ -93,10 +94,11 @@ def _delegated(name: str) -> Callable[..., Any]:
 
 
 # Operators are looked up on the class, past __getattr__.
-for _name in ("add", "sub", "mul", "truediv", "pow", "matmul"):
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"):
     for _operator in (f"__{_name}__", f"__r{_name}__"):
         setattr(PendingState, _operator, _delegated(_operator))
-for _operator in ("neg", "abs", "getitem", "iter", "lt", "le", "gt", "ge", "eq", "ne", "bool", "float", "int"):
+_OTHERS = "neg", "abs", "getitem", "setitem", "iter", "lt", "le", "gt", "ge", "eq", "ne", "bool", "float", "int"
+for _operator in (*_OTHERS, "reduce_ex"):
     setattr(PendingState, f"__{_operator}__", _delegated(f"__{_operator}__"))
 PendingState.__hash__ = object.__hash__  # type: ignore[method-assign]
-del _name, _operator
+del _name, _operator, _OTHERS

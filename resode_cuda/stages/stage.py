@@ -21,6 +21,7 @@ from ..adjoint.restoration import restoring
 from ..plan import told
 from ..stack import ResidualStack
 from .caches import holds_keys, without_caches
+from .hooks import has_hooks
 from .passes import BY_LAYER, Pass
 from .pending import pass_of, value_of
 
@@ -77,7 +78,8 @@ class Stage:
         self.enabled = True
         self.last_pass = "none yet"
         self.bytes_a_sample: tuple[int, int] | None = None
-        self._returns_tuple: bool | None = None
+        self._returns_tuple = False
+        self._looked_at: tuple[torch.dtype, bool] | None = None  # x_0's dtype and autocast, for which these hold
         self._state_dtype: torch.dtype | None = None  # of the states, where the first layer widens x_0
 
     @property
@@ -107,10 +109,10 @@ class Stage:
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass | None:
         """A pass, for a call of the first layer; None where its layers have to run one by one."""
-        wants_training = self.enabled and torch.is_grad_enabled() and self.layers[0].training
+        wants_training = torch.is_grad_enabled() and self.layers[0].training
         if not wants_training or torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
             return None
-        reason = self._reason(args, kwargs)
+        reason = self._reason(args, kwargs) if self.enabled else "switched off"
         if reason is not None:
             self.ran_by_layers(reason)
             return None
@@ -126,16 +128,21 @@ class Stage:
             return f"{asked[0]}=True asks single layers for more than their state"
         if holds_keys(args, kwargs):
             return "it was given a key-value cache that holds keys already"
-        if any(_has_hooks(layer) for layer in self.layers):
+        if any(map(has_hooks, self.layers)):
             return "a layer has forward hooks, which see single layers' states"
-        if self._returns_tuple is None and not torch.compiler.is_compiling():
-            return self._look(args, kwargs)
-        return None
-
-    def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Run the first layer once, without a trace, to see what it returns."""
         x = args[0]
-        out = self._first_layer(x, args[1:], kwargs)
+        now = x.dtype, torch.is_autocast_enabled(x.device.type)
+        if now == self._looked_at:
+            return None
+        reason = self._look(x, *without_caches(args[1:], kwargs))
+        self._looked_at = now if reason is None else None
+        return reason
+
+    @torch.compiler.disable
+    def _look(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Run the first layer once, without a trace, to see what it returns."""
+        self._state_dtype = None
+        out = self._first_layer(x, args, kwargs)
         state = state_in(out)
         if not isinstance(state, Tensor):
             return f"layers return {described(out)}, not their state alone"
@@ -145,7 +152,7 @@ class Stage:
         if state.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             # Such as Mamba's, whose states are float32 between layers of 16 bits.
             is_wider = torch.promote_types(state.dtype, x.dtype) == state.dtype
-            if not (is_wider and torch.equal(state_in(self._first_layer(x.to(state.dtype), args[1:], kwargs)), state)):
+            if not (is_wider and torch.equal(state_in(self._first_layer(x.to(state.dtype), args, kwargs)), state)):
                 return f"layer {self.names[0]} changes the dtype of its state, {x.dtype} to {state.dtype}"
             self._state_dtype = state.dtype
         self._returns_tuple = isinstance(out, tuple)
@@ -179,10 +186,6 @@ class LayerForward:
         if begun is None:
             return self.stage.steps[self.number].own(*map(value_of, args), **kwargs)
         return self.stage.returned(begun.called(*without_caches(args[1:], kwargs)))
-
-
-def _has_hooks(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def described(returned: Any) -> str:

@@ -23,6 +23,8 @@ METHODS = {
 """Methods by which models are told, and whether a call without arguments means to."""
 FLAGS = "gradient_checkpointing", "grad_checkpointing"
 """Attributes by which their modules know."""
+OFF = "_off_while_converted"
+"""Attribute of a module: which of its flags would be on without the stages."""
 
 
 class Switch:
@@ -58,6 +60,8 @@ def remove(model: nn.Module) -> None:
         for name in METHODS:
             if isinstance(module.__dict__.get(name), Switch):
                 del module.__dict__[name]
+        for flag in module.__dict__.pop(OFF, ()):
+            setattr(module, flag, True)
 
 
 def without_checkpointing(model: nn.Module, stages: Sequence[Stage]) -> None:
@@ -65,9 +69,10 @@ def without_checkpointing(model: nn.Module, stages: Sequence[Stage]) -> None:
     layers = {layer for stage in stages for layer in stage.layers}
     for module in model.modules():
         if module in layers or any(child in layers for child in _within(module)):
-            for flag in FLAGS:
-                if getattr(module, flag, None) is True:
-                    setattr(module, flag, False)
+            flags = tuple(flag for flag in FLAGS if getattr(module, flag, None) is True)
+            for flag in flags:
+                setattr(module, flag, False)
+            module.__dict__[OFF] = flags
 
 
 def _within(module: nn.Module) -> list[nn.Module]:

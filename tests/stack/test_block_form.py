@@ -237,3 +237,30 @@ def test_settings_make_a_stack_alike():
     other = ResidualStack(list(stack), **stack.settings())
     assert other.form == "block"
     assert other.settings() == stack.settings()
+
+
+def small(gain):
+    """A stack of layers whose increments are `gain["now"]` as large."""
+
+    class Small(Layer):
+        def forward(self, x):
+            return x + gain["now"] * self.body(self.norm(x))
+
+    return stack_of(Small, on_drift="raise").bfloat16(), torch.randn(64, DIM).bfloat16()
+
+
+@pytest.mark.parametrize("gain", [1e-6, 1e-4, 1e-2])
+def test_increments_that_16_bits_round_are_not_warned_of(gain):
+    """A new LayerScale makes them smaller than what the addition rounds off."""
+    stack, x = small({"now": gain})
+    half_square(stack(x)).backward()
+
+
+@pytest.mark.parametrize(("before", "after"), [(1e-3, 1.0), (1.0, 1e-3), (1.0, -1.0)])
+def test_layers_in_16_bits_that_became_another_function_are_told_of(before, after):
+    gain = {"now": before}
+    stack, x = small(gain)
+    out = stack(x)
+    gain["now"] = after
+    with pytest.raises(DriftError):
+        half_square(out).backward()

@@ -127,3 +127,21 @@ def test_steps_take_turns_in_the_samples_that_they_look_at():
     x = torch.randn(9, 64, DIM)
     with pytest.raises(DriftError):
         half_square(stack(x)).backward()
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.02])
+def test_increments_of_zero_beside_states_with_zeros_are_not_warned_of(kept):
+    """As the stages of ResNets begin, whose blocks' last norms are of zeros, and whose states come from a ReLU."""
+
+    class Beginning(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.gain = nn.Linear(DIM, DIM), nn.Parameter(torch.zeros(()))
+
+        def forward(self, x):
+            return torch.relu(x + self.gain * self.linear(x))
+
+    torch.manual_seed(0)
+    stack = ResidualStack([Beginning() for _ in range(4)], form="block", on_drift="raise")
+    x = torch.randn(16, DIM).abs()
+    half_square(stack(x * (torch.rand_like(x) < kept))).backward()
