@@ -52,7 +52,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         "stored (increments stored in a few bits: gradient errors of trained networks, and whole trainings, takes "
         "twenty minutes), overhead (backward passes beside torch.utils.checkpoint, on large and on tiny blocks), "
         "models (converted models of transformers and timm: what their layers hold and the time of a step, takes two "
-        "minutes); "
+        "minutes), finetuning (the same, trained: gradient errors and whole fine-tunings, takes three minutes); "
         "default: cost, digits and sweep",
     )
     parser.add_argument("--epochs", type=integer(1, 10_000), help="epochs of each training on the digits; default: 5")

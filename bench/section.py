@@ -97,6 +97,12 @@ def _models() -> Section:
     return models
 
 
+def _finetuning() -> Section:
+    from .sections import finetuning
+
+    return finetuning
+
+
 SECTIONS: dict[str, Callable[[], Section]] = {
     "cost": _cost,  # first: a process in which torch's profiler ran is slower
     "digits": _digits,
@@ -108,6 +114,7 @@ SECTIONS: dict[str, Callable[[], Section]] = {
     "stored": _stored,
     "overhead": _overhead,
     "models": _models,
+    "finetuning": _finetuning,
 }
 """Each section by name, in the order in which they run; imported when it is asked for."""
 DEFAULT = ("cost", "digits", "sweep")

@@ -6,10 +6,29 @@ from typing import Any
 
 from ..adjoint.block_arguments import is_cache
 
+LEFT_EMPTY = "_left_empty_by_convert"
+
 
 def holds_keys(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether one of the arguments is a cache that is not empty: the layers attend to it."""
     return any(is_cache(value) and _is_filled(value) for value in (*args, *kwargs.values()))
+
+
+def leave_empty(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Mark the caches of a training pass, which layers that run as a stack do not fill."""
+    for value in (*args, *kwargs.values()):
+        if is_cache(value):
+            setattr(value, LEFT_EMPTY, True)
+
+
+def refuse_left_empty(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise for a cache of an earlier training pass, which would be taken for one of no tokens."""
+    for value in (*args, *kwargs.values()):
+        if getattr(value, LEFT_EMPTY, False):
+            raise ValueError(
+                f"a converted model must not be given the {type(value).__name__} of an earlier training pass, which "
+                "left it empty; pass use_cache=False in training, and fill caches in eval mode or under no_grad"
+            )
 
 
 def _is_filled(cache: Any) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..initialize import deepen
 from ..stack import ResidualStack
 from .finding import stages_of
+from .hooks import watch_for_states
 from .stage import Stage, state_in
 
 NUMBERS = "layer_idx", "layer_id", "layer_index"
@@ -72,6 +73,7 @@ def deepen_stage(model: nn.Module, path: str, steps: int) -> nn.Module:
         deeper = deepen(old, steps)
     except BaseException:
         stage.install()
+        stage.handle = watch_for_states(model, stage)
         raise
     layers = list(deeper)
     for number, (layer, h) in enumerate(zip(layers, deeper.steps, strict=True)):
@@ -83,7 +85,9 @@ def deepen_stage(model: nn.Module, path: str, steps: int) -> nn.Module:
     for number, layer in enumerate(layers):
         container.add_module(str(number), layer)
     _tell_config(model, path, len(stage.layers), steps)
-    _renewed(stage, layers).install()
+    renewed = _renewed(stage, layers)
+    renewed.install()
+    renewed.handle = watch_for_states(model, renewed)
     return model
 
 

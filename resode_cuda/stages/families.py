@@ -58,7 +58,6 @@ FAMILIES: dict[str, dict[str, Facts]] = {
                 "PhiDecoderLayer",
                 "Phi3DecoderLayer",
                 "OPTDecoderLayer",
-                "BloomBlock",
                 "ViTLayer",
                 "DeiTLayer",
                 "Dinov2Layer",

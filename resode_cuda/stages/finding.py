@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from .families import facts_of, is_container
-from .stage import LayerForward, Stage
+from .stage import STAGE, Stage
 
 
 class Found(NamedTuple):
@@ -108,7 +108,7 @@ def _holds_known_layers(modules: Sequence[nn.Module]) -> bool:
 
 
 def _unknown(path: str, layers: Sequence[nn.Module]) -> str:
-    if isinstance(layers[0].__dict__.get("forward"), LayerForward):
+    if STAGE in layers[0].__dict__:
         return "is converted already"
     return f"layers of a class that is not known, {type(layers[0]).__name__}; name them: stages=[{path!r}]"
 
@@ -124,7 +124,7 @@ def stages_of(model: object) -> list[Stage]:
         return []
     found: dict[int, Stage] = {}
     for module in model.modules():
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, LayerForward):
-            found.setdefault(id(forward.stage), forward.stage)
+        stage = module.__dict__.get(STAGE)
+        if stage is not None:
+            found.setdefault(id(stage), stage)
     return list(found.values())

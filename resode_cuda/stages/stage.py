@@ -8,23 +8,27 @@ every other pass, and wherever single layers are needed, it is the layer's own.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..adjoint.inventory import submodules
 from ..adjoint.replay import protect
 from ..adjoint.restoration import restoring
 from ..plan import told
 from ..stack import ResidualStack
-from .caches import holds_keys, without_caches
+from .caches import holds_keys, leave_empty, refuse_left_empty, without_caches
 from .hooks import has_hooks
 from .passes import BY_LAYER, Pass
 from .pending import pass_of, value_of
 
+STAGE = "_stage"
+"""Attribute of a converted layer: its stage."""
 ASKS_FOR_MORE = ("output_attentions", "output_router_logits", "output_hidden_states")
 """Keywords by which a layer is asked for more than its state."""
 
@@ -69,6 +73,8 @@ class Stage:
         enabled: whether training passes run it.
         last_pass: how the last training pass ran the layers.
         bytes_a_sample: what autograd kept of the layers, and what is kept now; None where it was not measured.
+        states_wanted: whether the model was asked for the states between its layers.
+        handle: of the hook that finds that out.
     """
 
     def __init__(self, path: str, names: Sequence[str], layers: Sequence[nn.Module], **settings: Any) -> None:
@@ -78,8 +84,12 @@ class Stage:
         self.enabled = True
         self.last_pass = "none yet"
         self.bytes_a_sample: tuple[int, int] | None = None
-        self._returns_tuple = False
+        self.states_wanted = False
+        self.handle: RemovableHandle | None = None
+        self._has_warned = False
         self._looked_at: tuple[torch.dtype, bool] | None = None  # x_0's dtype and autocast, for which these hold
+        self._seen: str | None = None  # why the layers can't be a stack
+        self._returns_tuple = False
         self._state_dtype: torch.dtype | None = None  # of the states, where the first layer widens x_0
 
     @property
@@ -94,49 +104,81 @@ class Stage:
         """Put the stage's `forward` in the place of each layer's."""
         for number, layer in enumerate(self.layers):
             layer.forward = LayerForward(self, number)
+            layer.__dict__[STAGE] = self
 
     def remove(self) -> None:
-        """Give the layers their own `forward` back."""
+        """Give the layers their own `forward` back.
+
+        Raises:
+            RuntimeError: where something has wrapped a layer's `forward` since.
+        """
+        for name, layer in zip(self.names, self.layers, strict=True):
+            found = layer.__dict__.get("forward")
+            if not isinstance(found, LayerForward):
+                raise RuntimeError(
+                    f"unconvert: the forward of {self.path}.{name} must be as convert left it, but something has "
+                    f"replaced it by a {type(found).__name__}; take that off first"
+                )
+        if self.handle is not None:
+            self.handle.remove()
         for step in self.steps:
+            del step.layer.__dict__[STAGE]
             if step.replaced is None:
                 del step.layer.forward
             else:
                 step.layer.forward = step.replaced
 
     def ran_by_layers(self, reason: str) -> None:
-        """A training pass ran the layers one by one, so that autograd kept their activations."""
+        """A training pass ran the layers one by one, so that autograd kept their activations; warns of it once."""
         self.last_pass = f"layer by layer: {reason}"
+        if not self._has_warned and not torch.compiler.is_compiling():
+            self._has_warned = True
+            warnings.warn(
+                f"converted layers of {self.path or 'the model'} ran one by one in a training pass, and autograd kept "
+                f"all their activations: {reason}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass | None:
         """A pass, for a call of the first layer; None where its layers have to run one by one."""
         wants_training = torch.is_grad_enabled() and self.layers[0].training
         if not wants_training or torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
             return None
-        reason = self._reason(args, kwargs) if self.enabled else "switched off"
+        asked = self._asked(args, kwargs) if self.enabled else "switched off"
+        if asked is not None:
+            self.last_pass = f"layer by layer: {asked}"
+            return None
+        reason = self._reason(args, kwargs)
         if reason is not None:
             self.ran_by_layers(reason)
             return None
         self.last_pass = "as a stack"
+        leave_empty(args, kwargs)
         return Pass(self, args[0] if self._state_dtype is None else args[0].to(self._state_dtype))
 
-    def _reason(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Why the layers must run one by one."""
-        if not (args and isinstance(args[0], Tensor) and args[0].is_floating_point()):
-            return "its first layer was not given a floating tensor first"
+    def _asked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """By what the caller has asked for single layers."""
+        if self.states_wanted:
+            return "output_hidden_states=True asks for the states between its layers"
         asked = [name for name in ASKS_FOR_MORE if kwargs.get(name)]
         if asked:
             return f"{asked[0]}=True asks single layers for more than their state"
         if holds_keys(args, kwargs):
             return "it was given a key-value cache that holds keys already"
+        return None
+
+    def _reason(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Why the layers must run one by one, which the caller may not know."""
+        if not (args and isinstance(args[0], Tensor) and args[0].is_floating_point()):
+            return "its first layer was not given a floating tensor first"
         if any(map(has_hooks, self.layers)):
             return "a layer has forward hooks, which see single layers' states"
         x = args[0]
         now = x.dtype, torch.is_autocast_enabled(x.device.type)
-        if now == self._looked_at:
-            return None
-        reason = self._look(x, *without_caches(args[1:], kwargs))
-        self._looked_at = now if reason is None else None
-        return reason
+        if now != self._looked_at:
+            self._seen, self._looked_at = self._look(x, *without_caches(args[1:], kwargs)), now
+        return self._seen
 
     @torch.compiler.disable
     def _look(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
@@ -182,6 +224,8 @@ class LayerForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not args and self._state in kwargs:
             args = (kwargs.pop(self._state),)
+        if self.number == 0:
+            refuse_left_empty(args, kwargs)
         begun = self.stage.begin(args, kwargs) if self.number == 0 else pass_of(args, self.stage, self.number)
         if begun is None:
             return self.stage.steps[self.number].own(*map(value_of, args), **kwargs)

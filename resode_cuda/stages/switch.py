@@ -1,12 +1,13 @@
 """The trainer's own switch: where a model is told to checkpoint its activations, its stages run as stacks instead.
 
-transformers has `gradient_checkpointing_enable()` and `_disable()`, timm `set_grad_checkpointing(enable)`. On a
-converted model they select the stacks, and switch their own checkpointing of those layers off, which would run the
-layers once more.
+transformers has `gradient_checkpointing_enable()` and `_disable()`, from version 5 on by the name of
+`activation_checkpointing_enable()`, timm `set_grad_checkpointing(enable)`. On a converted model they select the stacks,
+and switch their own checkpointing of those layers off, which would run the layers once more.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from .finding import stages_of
 from .stage import Stage
 
 METHODS = {
+    "activation_checkpointing_enable": True,
+    "activation_checkpointing_disable": False,
     "gradient_checkpointing_enable": True,
     "gradient_checkpointing_disable": False,
     "set_grad_checkpointing": True,
@@ -32,9 +35,15 @@ class Switch:
 
     def __init__(self, model: nn.Module, name: str) -> None:
         self.model, self.name = model, name
+        self.__signature__ = inspect.signature(getattr(type(model), name).__get__(model))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = getattr(type(self.model), self.name)(self.model, *args, **kwargs)
+        # transformers looks whether a model has replaced its old names, and warns of them.
+        mine = {name: self.model.__dict__.pop(name) for name in METHODS if name in self.model.__dict__}
+        try:
+            given = getattr(self.model, self.name)(*args, **kwargs)
+        finally:
+            self.model.__dict__.update(mine)
         wanted = METHODS[self.name]
         if self.name == "set_grad_checkpointing":
             wanted = bool([*args, *kwargs.values(), True][0])

@@ -3,13 +3,15 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
+from bench.harness.foreign import define_torchvision_operators
 from resode_cuda import ResidualStack
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-EXAMPLE, CALIBRATION, PERCEPTRONS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+EXAMPLE, CALIBRATION, CONVERSION, PERCEPTRONS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_the_example_runs(capsys):
@@ -26,6 +28,14 @@ def test_the_calibration_runs(capsys):
     assert re.search(r"^tolerance 0\.\d+: ", capsys.readouterr().out, re.MULTILINE)
     assert stack.reverse == names["plan"].chosen.reverse
     assert stack.training_state()["recalibration"]["steps"] == 500
+
+
+def test_the_conversion_runs(capsys):
+    define_torchvision_operators()
+    timm = pytest.importorskip("timm")
+    model = timm.models.VisionTransformer(img_size=8, patch_size=4, embed_dim=16, depth=5, num_heads=2, num_classes=3)
+    exec(compile(CONVERSION, "README.md", "exec"), {"model": model})
+    assert re.search(r"blocks.0 to 4 +Block +5 +stored, 8 bits", capsys.readouterr().out)
 
 
 def test_the_perceptrons_run(capsys):

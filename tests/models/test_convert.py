@@ -216,6 +216,18 @@ def test_a_forward_that_was_replaced_before_is_kept():
     assert torch.equal(given(rows()), twin(rows()))
 
 
+def test_what_wrapped_a_layer_since_has_to_come_off_first():
+    given = convert(model(), ["layers"])
+    inner = given.layers[2].forward
+    given.layers[2].forward = lambda x: inner(x)
+    loss(given(rows())).backward()
+    assert conversion(given).stages[0].last_pass == "as a stack"
+    with pytest.raises(RuntimeError, match=r"forward of layers.2 must be as convert left it, .*by a function"):
+        unconvert(given)
+    given.layers[2].forward = inner
+    assert "forward" not in unconvert(given).layers[2].__dict__
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache:UserWarning")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

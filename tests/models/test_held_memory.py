@@ -6,9 +6,9 @@ All figures are a model's less those of the same model without layers: what embe
 import pytest
 import torch
 
+from bench.harness.foreign import define_torchvision_operators
 from resode_cuda import Reverse, convert
 from tests.support.memory import held
-from tests.support.peers import define_torchvision_operators
 
 define_torchvision_operators()
 transformers = pytest.importorskip("transformers", reason="needs transformers")

@@ -1,6 +1,7 @@
 """What a model's own loop may do with the states between converted layers: it gets what the layers alone give."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -148,11 +149,26 @@ def only_some(layers, x):
     return layers[3](x)
 
 
+QUIET = pytest.mark.filterwarnings("ignore:converted layers of layers ran one by one:RuntimeWarning")
+
+
+@QUIET
 @pytest.mark.parametrize("loop", [scaled_between, normed_between, written_between, left_early, one_left_out, printed])
 def test_loops_that_use_a_state_in_between_run_layer_by_layer(loop):
     check(loop, BY_LAYER, dropout=0.0 if loop is one_left_out else 0.2)
 
 
+def test_it_is_said_once_where_activations_are_kept():
+    torch.manual_seed(0)
+    model = convert(Model(6, loop=scaled_between).double(), ["layers"])
+    with pytest.warns(RuntimeWarning, match=r"layers ran one by one in a training pass.*: something uses a state"):
+        model(rows())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(rows())
+
+
+@QUIET
 @pytest.mark.parametrize("loop", [one_twice, backwards, only_some])
 def test_loops_in_another_order(loop):
     check(loop, "", dropout=0.0)
@@ -175,6 +191,7 @@ def of_tuples(layers, x):
     return x
 
 
+@QUIET
 def test_layers_that_return_tuples():
     check(of_tuples, layer=Tupled)
     model = check(of_tuples, BY_LAYER, layer=Talkative)
@@ -191,6 +208,7 @@ def test_the_state_may_be_given_by_keyword():
     check(by_keyword)
 
 
+@QUIET
 def test_hooks_on_layers_see_single_layers():
     seen = []
 

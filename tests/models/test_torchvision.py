@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 
-from tests.support.peers import define_torchvision_operators
+from bench.harness.foreign import define_torchvision_operators
 from tests.support.vision import CLASSES, DTYPES, Case, check_gradients, check_outputs, check_stages
 
 define_torchvision_operators()

@@ -47,15 +47,28 @@ def test_hidden_states_and_attention_maps(name):
 
 
 def test_hidden_states_that_the_models_own_loop_collects():
-    """The stack returns them, with gradients."""
+    """They are tensors, of the layers themselves."""
     plain, converted = small_and_converted("mamba", torch.float64, {"anchors": 1})
     batch = batch_for("mamba")
     (out, found), (expected, exact) = (
         trained_on(model, batch, of_hidden_states, output_hidden_states=True) for model in (converted, plain)
     )
     assert all(torch.equal(a, b) for a, b in zip(out.hidden_states, expected.hidden_states, strict=True))
+    assert all(isinstance(state, torch.Tensor) for state in out.hidden_states)
     assert relative_error([found[name] for name in exact], list(exact.values())) < 1e-10
+    assert last_pass(converted).startswith("layer by layer: output_hidden_states=True")
+    trained_on(converted, batch)
     assert last_pass(converted) == "as a stack"
+
+
+def test_a_cache_that_a_training_pass_left_empty_is_refused():
+    _, converted = small_and_converted("llama")
+    ids = batch_for("llama")["input_ids"]
+    cache = converted(ids[:, :6], use_cache=True).past_key_values
+    for train in (True, False):
+        converted.train(train)
+        with pytest.raises(ValueError, match=r"DynamicCache of an earlier training pass.*use_cache=False"):
+            converted(ids[:, 6:], past_key_values=cache)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])

@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 import torch
 
+from bench.harness.foreign import define_torchvision_operators
 from resode_cuda import conversion, convert
 from tests.support.networks import relative_error
-from tests.support.peers import define_torchvision_operators
 from tests.support.vision import CLASSES, DTYPES, Case, check_gradients, check_outputs, check_stages, passes, step
 
 define_torchvision_operators()
@@ -190,6 +190,7 @@ def total(intermediates):
     return last.square().mean() + sum(state.square().mean() for state in states)
 
 
+@pytest.mark.filterwarnings("ignore:converted layers of blocks ran one by one:RuntimeWarning")
 @pytest.mark.parametrize(
     ("options", "ran"),
     [
@@ -216,6 +217,7 @@ def test_intermediates(options, ran):
     assert relative_error(*grads) < 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:converted layers of blocks ran one by one:RuntimeWarning")
 def test_features_and_slices():
     (converted, plain), x = CASES["vit"].pair(), CASES["vit"].images()
     assert torch.equal(converted.forward_features(x), plain.forward_features(x))
@@ -228,6 +230,7 @@ def test_features_and_slices():
         assert relative_error(*gradients) < (1e-2 if part == slice(None) else 1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:converted layers of blocks ran one by one:RuntimeWarning")
 def test_layers_that_are_pruned():
     """timm takes the layers after the last wanted one away: the others go on, one by one."""
     (converted, plain), x = CASES["vit"].pair(), CASES["vit"].images()

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
+from bench.harness.foreign import define_torchvision_operators
 from resode_cuda import conversion, convert
-from tests.support.peers import define_torchvision_operators
 
 define_torchvision_operators()
 transformers = pytest.importorskip("transformers", reason="needs transformers")
