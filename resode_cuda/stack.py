@@ -437,16 +437,13 @@ class ResidualStack(AdjointModule):
         """Block `index`; of a slice an `nn.ModuleList` of the blocks."""
         if isinstance(index, slice):
             return nn.ModuleList(self._handed_out(self._all_blocks()[index]))
-        return self._handed_out([self._block(range(self._block_count)[operator.index(index)])])[0]
+        return self._handed_out([self._all_blocks()[operator.index(index)]])[0]
 
     def __iter__(self) -> Iterator[nn.Module]:
         return iter(self._handed_out(self._all_blocks()))
 
-    def _block(self, index: int) -> nn.Module:
-        return self._modules[str(index)]  # type: ignore[return-value]
-
     def _all_blocks(self) -> list[nn.Module]:
-        return [self._block(index) for index in range(self._block_count)]
+        return [self._modules[str(index)] for index in range(self._block_count)]  # type: ignore[misc]
 
     def _handed_out(self, blocks: list[nn.Module]) -> list[nn.Module]:
         """The blocks, watched as long as the stack has not run itself: then whoever takes them knows what for."""

@@ -18,7 +18,7 @@ class Job:
 
     name: str
     container: str
-    """Of the layers that are converted."""
+    """The name of the layers' container, which is converted."""
     depths: tuple[int, ...]
     make: Callable[[int], nn.Module]
     """From the number of layers."""

@@ -194,7 +194,7 @@ class Judge(NamedTuple):
     finest: Sequence[float] = ()
     """The share of each step's increment that its bits may round off, where increments are stored."""
     resolution: float = 0.0
-    """Of the dtype of states, where increments are differences of them."""
+    """The resolution of the dtype of states, where increments are differences of them; else 0."""
 
     def unexplained(self, first: Numbers, again: Numbers) -> tuple[int, float] | None:
         """The step whose change is furthest above what is let pass, and its change; None where all are let pass."""

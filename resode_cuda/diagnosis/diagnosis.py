@@ -31,7 +31,7 @@ class Diagnosis:
     scheme: str
     steps: list[StepFacts]
     smoothness: list[Smoothness]
-    """Of the weights in depth, at the earlier moments that were given, and now."""
+    """How smooth the weights are in depth, at the earlier moments that were given, and now."""
     flow: FlowFacts | None
     """The network beside its differential equation; None where there is none to solve."""
     no_flow: str | None

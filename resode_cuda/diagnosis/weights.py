@@ -24,7 +24,7 @@ GROWN = 2.0
 
 
 class Smoothness(NamedTuple):
-    """Of all parameters, at one moment."""
+    """How smooth all parameters are in depth, at one moment."""
 
     roughness: dict[str, float]
     """N max |theta_{n+1} - theta_n| of each parameter by name."""

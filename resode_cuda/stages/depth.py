@@ -30,7 +30,7 @@ class ScaledForward:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         out = type(self.layer).forward(self.layer, x, *args, **kwargs)
         moved = x + self.h * (state_in(out) - x)
-        return (moved,) if isinstance(out, tuple) else moved
+        return (moved, *out[1:]) if isinstance(out, tuple) else moved
 
 
 def step_of(layer: nn.Module) -> float:

@@ -17,7 +17,7 @@ NORM_AFTER = "a norm after the addition: its increments are as large as the stat
 
 
 class Facts(NamedTuple):
-    """Of a class of layers."""
+    """What is known of a class of layers."""
 
     keeps_shape: Callable[[nn.Module], bool] = lambda layer: True
     note: str = ""

@@ -1,4 +1,4 @@
-"""Where the stages of a model are: runs of successive layers in a container that keep the shape of their state."""
+"""Finding the stages of a model: successive layers in a container that keep the shape of their state."""
 
 from __future__ import annotations
 

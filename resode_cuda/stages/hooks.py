@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-
-if TYPE_CHECKING:
-    from .stage import Stage
 
 CAPTURING = "transformers.utils.output_capturing"
 """Its hooks stay on the layers once a pass has been asked for hidden states or attention maps."""
@@ -28,11 +25,18 @@ def _is_idle(hook: Callable[..., Any]) -> bool:
     return collector is not None and not collector.get()
 
 
+class Watched(Protocol):
+    """What the hook needs of a stage."""
+
+    path: str
+    states_wanted: bool
+
+
 class StatesWanted:
     """A pre-hook of the module whose loop calls a stage's layers, in models of transformers: whether it was asked for
     the states, which its loop then collects."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Watched) -> None:
         self.stage = stage
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -42,7 +46,7 @@ class StatesWanted:
         )
 
 
-def watch_for_states(model: nn.Module, stage: Stage) -> RemovableHandle | None:
+def watch_for_states(model: nn.Module, stage: Watched) -> RemovableHandle | None:
     """Hook the module that holds the stage's container, where it has a configuration."""
     owner = model.get_submodule(stage.path.rpartition(".")[0])
     if not hasattr(owner, "config"):

@@ -8,24 +8,30 @@ a method, computes it first, layer by layer, so that it always is what the layer
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-if TYPE_CHECKING:
-    from .passes import Pass
-    from .stage import Stage
-
 OF_THE_INPUT = frozenset(("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_mps", "is_xpu", "is_quantized"))
 """Attributes that a state has from x_0, since layers keep them."""
+
+
+class Computing(Protocol):
+    """What a pending state needs of the pass that it belongs to."""
+
+    stage: Any
+    x: Tensor
+
+    def compute(self, n: int) -> Tensor:
+        """State n."""
 
 
 class PendingState:
     """State n of a pass through a stage."""
 
-    def __init__(self, of: Pass, n: int) -> None:
+    def __init__(self, of: Computing, n: int) -> None:
         self._pass, self._n = of, n
         self._value: Tensor | None = None
 
@@ -74,7 +80,7 @@ def value_of(state: Any) -> Any:
     return state._value
 
 
-def pass_of(args: tuple[Any, ...], stage: Stage, n: int) -> Pass | None:
+def pass_of(args: tuple[Any, ...], stage: object, n: int) -> Any:
     """The pass that goes on with layer n, whose first argument is the state before it; None if none does."""
     state = args[0] if args else None
     if not isinstance(state, PendingState) or state._value is not None:

@@ -24,8 +24,8 @@ from ..plan import told
 from ..stack import ResidualStack
 from .caches import holds_keys, leave_empty, refuse_left_empty, without_caches
 from .hooks import has_hooks
-from .passes import BY_LAYER, Pass
 from .pending import pass_of, value_of
+from .stage_pass import BY_LAYER, Pass
 
 STAGE = "_stage"
 """Attribute of a converted layer: its stage."""
@@ -33,7 +33,7 @@ ASKS_FOR_MORE = ("output_attentions", "output_router_logits", "output_hidden_sta
 """Keywords by which a layer is asked for more than its state."""
 
 
-class Step(nn.Module):
+class LayerStep(nn.Module):
     """A layer as a block of the stack: its own forward pass, from state to state."""
 
     def __init__(self, layer: nn.Module, number: int) -> None:
@@ -55,8 +55,12 @@ class Step(nn.Module):
 
 
 def state_in(returned: Any) -> Any:
-    """The state that a layer returns, alone or as the only entry of a tuple; anything else as it is."""
-    return returned[0] if isinstance(returned, tuple) and len(returned) == 1 else returned
+    """The state that a layer returns, alone or in a tuple with nothing but None after it; anything else as it is."""
+    return returned[0] if _is_state_alone(returned) else returned
+
+
+def _is_state_alone(returned: Any) -> bool:
+    return isinstance(returned, tuple) and len(returned) > 0 and all(entry is None for entry in returned[1:])
 
 
 class Stage:
@@ -79,7 +83,7 @@ class Stage:
 
     def __init__(self, path: str, names: Sequence[str], layers: Sequence[nn.Module], **settings: Any) -> None:
         self.path, self.names, self.layers = path, list(names), list(layers)
-        self.steps = [Step(layer, number) for number, layer in enumerate(layers)]
+        self.steps = [LayerStep(layer, number) for number, layer in enumerate(layers)]
         self.stack = ResidualStack(self.steps, form="block", **settings)
         self.enabled = True
         self.last_pass = "none yet"
@@ -89,7 +93,7 @@ class Stage:
         self._has_warned = False
         self._looked_at: tuple[torch.dtype, bool] | None = None  # x_0's dtype and autocast, for which these hold
         self._seen: str | None = None  # why the layers can't be a stack
-        self._returns_tuple = False
+        self._rest: tuple[None, ...] | None = None  # of the tuples that layers return, after the state
         self._state_dtype: torch.dtype | None = None  # of the states, where the first layer widens x_0
 
     @property
@@ -197,7 +201,7 @@ class Stage:
             if not (is_wider and torch.equal(state_in(self._first_layer(x.to(state.dtype), args, kwargs)), state)):
                 return f"layer {self.names[0]} changes the dtype of its state, {x.dtype} to {state.dtype}"
             self._state_dtype = state.dtype
-        self._returns_tuple = isinstance(out, tuple)
+        self._rest = out[1:] if isinstance(out, tuple) else None
         return None
 
     def _first_layer(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -210,7 +214,7 @@ class Stage:
 
     def returned(self, state: Any) -> Any:
         """A state in the form in which layers return it."""
-        return (state,) if self._returns_tuple else state
+        return state if self._rest is None else (state, *self._rest)
 
 
 class LayerForward:

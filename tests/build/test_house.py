@@ -18,7 +18,7 @@ SIBLINGS = [
     # The same question of the pointwise and of the depth-fused ops.
     {"ops/selection.py", "fused/selection.py"},
 ]
-CONSTRUCTORS = {"__init__", "residual_mlp", "network"}
+CONSTRUCTORS = {"__init__", "residual_mlp", "network", "convert"}
 """What takes all that says what a network is."""
 
 SOURCES = [
@@ -64,7 +64,8 @@ LAYERS = [
     ["schemes", "reverse", "method"],
     ["adjoint", "fused"],
     ["module", "functional", "plan", "candidates", "calibration", "recalibration", "perceptron", "available"],
-    ["stack", "mlp", "initialize"],
+    ["stack", "mlp", "initialize", "handed_out"],
+    ["stages"],
     ["smoothness", "diagnosis"],
     ["__init__", "__main__"],
 ]

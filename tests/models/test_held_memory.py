@@ -47,7 +47,7 @@ def of_layers(layers, prepare, dropout=0.0):
 
 
 def checkpointing(model):
-    """Of each layer, by transformers, whose method has another name since version 5."""
+    """Each layer checkpointed by transformers, whose method has another name since version 5."""
     name = "activation_checkpointing_enable"
     getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")({"use_reentrant": False})
 
@@ -94,7 +94,7 @@ def test_of_what_checkpointing_each_layer_holds(prepare, most):
 
 
 def test_a_stage_between_layers_that_stay():
-    """Of a ResNet's stage the first block stays as it is, and so do the other stages."""
+    """The first block of a ResNet's stage stays as it is, and so do the other stages."""
     models = pytest.importorskip("torchvision.models", reason="needs torchvision")
 
     def network(depth):

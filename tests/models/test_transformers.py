@@ -21,7 +21,7 @@ from tests.support.small_transformers import (
 OF_ALL = 2e-3
 """The most that 8 bits may be off by, of all gradients together: measured 5e-5 to 7e-4 after some training."""
 OF_A_PART = 2e-2
-"""Of one layer (measured: up to 4e-3) or one parameter (up to 8e-3), such as Mamba's decay rates."""
+"""The largest error of one layer (measured: up to 4e-3) or one parameter (up to 8e-3), such as Mamba's decay rates."""
 EXACT = 1e-10
 every_family = pytest.mark.parametrize("name", FAMILIES)
 

@@ -20,7 +20,7 @@ class Case:
 
     make: Callable[[], nn.Module]
     size: int
-    """Of its images."""
+    """Side of its images."""
     stages: dict[str, int]
     """What `convert` finds: layers by the stage's name."""
     error: float

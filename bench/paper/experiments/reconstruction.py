@@ -32,7 +32,7 @@ MUST_SHOW = (
     "of a wide state fall like N^-1.5 until N is about the square of its channels.)"
 )
 CHANNELS = {"smooth": 8, "alternating": 8, "independent": 8, "independent, narrow": 1}
-"""Of the state, by how weights vary in depth."""
+"""Channels of the state, by how weights vary in depth."""
 MODES = ("paper", "corrected")
 ASYMPTOTIC = 4
 """Depths, of the deepest, that orders are fitted to."""

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .pending import PendingState
 
-if TYPE_CHECKING:
-    from .stage import Stage
+
+class Running(Protocol):
+    """What a pass needs of its stage."""
+
+    path: str
+    stack: Any
+
+    @property
+    def steps(self) -> Sequence[nn.Module]:
+        """The layers, each as a function from state to state."""
+
+    def ran_by_layers(self, reason: str) -> None:
+        """Tell that the layers ran one by one."""
 
 
 class Pass:
@@ -22,7 +33,7 @@ class Pass:
         x: x_0.
     """
 
-    def __init__(self, stage: Stage, x: Tensor) -> None:
+    def __init__(self, stage: Running, x: Tensor) -> None:
         self.stage, self.x = stage, x
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._states: list[Callable[[], PendingState | None]] = []
@@ -36,7 +47,7 @@ class Pass:
     def called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The state after one more layer, called with these arguments beside the state."""
         self.calls.append((args, kwargs))
-        if self.depth == len(self.stage.layers):
+        if self.depth == len(self.stage.steps):
             return self._run()
         state = PendingState(self, self.depth)
         # Compiled code keeps no state for others.
