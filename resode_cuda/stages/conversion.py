@@ -37,6 +37,8 @@ class Converted:
     note: str
     last_pass: str
     """How the last training pass ran it."""
+    defect: float | None
+    """The largest defect of its last backward pass, dimensionless (`ResidualStack.drift`); None before the first."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Conversion:
     left_alone: tuple[LeftAlone, ...]
 
     def __str__(self) -> str:
-        head = ("stage", "layers", "steps", "plan", "KiB a sample before", "after", "last training pass")
+        head = ("stage", "layers", "steps", "plan", "KiB a sample before", "after", "defect", "last training pass")
         rows = [
             (
                 stage.path,
@@ -55,11 +57,12 @@ class Conversion:
                 str(stage.steps),
                 stage.plan,
                 *("-" if size is None else f"{size / 1024:.0f}" for size in (stage.bytes_before, stage.bytes_after)),
+                "-" if stage.defect is None else f"{stage.defect:.1e}",
                 stage.last_pass,
             )
             for stage in self.stages
         ]
-        notes = [f"{stage.path}: {stage.note}." for stage in self.stages if stage.note]
+        notes = [f"{note[0].upper()}{note[1:]}." for note in dict.fromkeys(stage.note for stage in self.stages) if note]
         left = [f"{place.path} left alone: {place.reason}." for place in self.left_alone]
         return "\n".join([*aligned([head, *rows]), *notes, *left])
 
@@ -91,11 +94,12 @@ def convert(
         stages: names of the containers of layers (`"encoder.layers"`), of any class; None finds them.
         tolerance: of each stage's relative gradient error, as of `calibrate`, if a batch is given.
         batch: what the model is called with in training: a dictionary of keywords, a tuple of arguments, or one.
-            `calibrate` then chooses for each stage, by the whole model's loss; the model must be in train mode. Without
-            one, increments are stored in 8 bits.
+            `calibrate` then chooses for each stage, by the whole model's loss: how many bits are stored, which states
+            are kept, or checkpointing. The model must be in train mode. Without a batch 8 bits are stored.
         loss: from the model's output to a scalar. None takes the output's `loss`, or half the sum of its squares.
         form: None or `"block"`: layers add the state themselves.
-        reverse, anchors: as of `ResidualStack`, for all stages, instead of what would be chosen.
+        reverse, anchors: as of `ResidualStack`, for all stages, instead of what would be chosen. States are rebuilt
+            (`"corrected"` and its like) only if asked for here: what a batch says of that does not hold for long.
         min_depth: the least number of layers worth a stage.
 
     Raises:
@@ -158,6 +162,7 @@ def _described(stage: Stage) -> Converted:
     first = stage.layers[0]
     facts = facts_of(first)
     before, after = stage.bytes_a_sample or (None, None)
+    drift = stage.stack.drift
     return Converted(
         path=f"{stage.path}.{stage.names[0]} to {stage.names[-1]}".lstrip("."),
         layers=type(first).__name__,
@@ -167,6 +172,7 @@ def _described(stage: Stage) -> Converted:
         bytes_after=after,
         note="" if facts is None else facts.note,
         last_pass=stage.last_pass,
+        defect=None if drift is None else drift.maximum.item(),
     )
 
 

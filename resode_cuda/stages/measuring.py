@@ -51,7 +51,8 @@ def plan_stages(
         if tolerance is None:
             kept = _kept(partial(stage.stack, seen.x, *seen.args, **seen.kwargs), stage)
         else:
-            plan = calibrate(stage.stack, seen.x, *seen.args, tolerance=tolerance, loss=with_g, **seen.kwargs)
+            chosen = partial(calibrate, tolerance=tolerance, loss=with_g, rebuild=False)
+            plan = chosen(stage.stack, seen.x, *seen.args, **seen.kwargs)
             stage.stack.apply_plan(plan)
             kept = plan.chosen.held_bytes
         samples = max(1, len(seen.x))

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from resode_cuda import ResidualStack, Reverse, calibrate
+from resode_cuda import ResidualStack, Reverse, calibrate, smooth_init_
 from resode_cuda.candidates import EXACT, SOLVERS, STORED, Choice, all_choices, first_choices, has_prospect
 from tests.support.exact import errors_of
 from tests.support.networks import mlp, mlps
@@ -137,3 +137,14 @@ def test_a_stack_with_auxiliaries_needs_a_loss():
 
     with pytest.raises(TypeError, match="a stack with auxiliary returns a tuple, which needs a loss"):
         calibrate(ResidualStack([WithLoss()], auxiliary=sum), torch.randn(3, 6))
+
+
+def test_a_plan_without_solvers_that_rebuild():
+    torch.manual_seed(0)
+    stack = smooth_init_(ResidualStack([mlp(6) for _ in range(16)]))
+    x = torch.randn(8, 6)
+    assert not calibrate(stack, x).chosen.reverse.is_stored
+    for tolerance, chosen in ((1e-1, "adjoint"), (1e-3, "adjoint"), (1e-9, "checkpoint")):
+        plan = calibrate(stack, x, tolerance=tolerance, rebuild=False)
+        assert plan.chosen.gradient == chosen
+        assert all(tried.reverse is None or tried.reverse.is_stored for tried in plan.candidates)
