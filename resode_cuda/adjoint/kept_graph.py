@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from torch.utils.checkpoint import CheckpointError
 
 from ..schemes import BlockFunction, Vjp
-from .blocks import Auxiliaries, BlockCall
+from .blocks import Auxiliaries, Block, BlockCall
 from .inventory import HeldParameter
 from .vjp import BlockVjps, refuse_hooks, strangers
 
@@ -30,6 +30,10 @@ class _AllSaved(Exception):  # noqa: N818 (no error)
 
 class _OtherSaved(Exception):  # noqa: N818 (no error)
     """A tensor has been saved that is not the one of the forward pass."""
+
+
+class _UsedTwiceError(CheckpointError):
+    """A tensor was asked for a second time, after it had been let go of."""
 
 
 class _UsedTooEarlyError(RuntimeError):
@@ -52,7 +56,7 @@ class _SavedTensors:
     def __init__(self, known: Set[int]) -> None:
         self._known = known
         self._formats: list[Format] = []
-        self._tensors: list[Tensor] = []
+        self._tensors: list[Tensor | weakref.ref[Tensor]] = []
         self._versions: list[int] = []
         self._stops = False
         self.ending: type[Exception] | None = None
@@ -114,7 +118,16 @@ class _SavedTensors:
                 "differentiated, since its tensors are computed again by the stack's own backward pass alone; return "
                 "it with the increment to a stack with auxiliary=sum, or ask for states with return_states="
             )
-        tensor = self._tensors[place]
+        held = self._tensors[place]
+        if isinstance(held, Tensor):
+            # Autograd asks once, and what its node has done with goes at once: a block's tensors shrink as its
+            # gradients come.
+            tensor, self._tensors[place] = held, weakref.ref(held)
+        else:
+            given = held()
+            if given is None:
+                raise _UsedTwiceError
+            tensor = given
         if _version(tensor) != self._versions[place]:
             raise RuntimeError(
                 "ResidualStack: blocks must not modify in place what autograd has saved for their gradients, but a "
@@ -147,6 +160,7 @@ class BlockGraph:
     """The graph of one evaluation of a block.
 
     Args:
+        block: which is evaluated.
         known: addresses of the leaves.
 
     Attributes:
@@ -156,7 +170,8 @@ class BlockGraph:
         root: of the block's output, auxiliary_root of what it returned beside it; None where these have no gradient.
     """
 
-    def __init__(self, known: Set[int]) -> None:
+    def __init__(self, block: Block, known: Set[int]) -> None:
+        self.block = block
         self._saved = _SavedTensors(known)
         self.start: GradientEdge | None = None
         self.root: GradientEdge | None = None
@@ -271,7 +286,7 @@ class StepGraph:
 
         A block that fails, which it may do since its tensors are not saved, is as if it had not run.
         """
-        graph, count = BlockGraph(self._addresses), len(auxiliaries)
+        graph, count = BlockGraph(call.block, self._addresses), len(auxiliaries)
         try:
             out = graph.record(f, x, self._needs_x, auxiliaries)
         except Exception:  # if the block is to blame, it fails again without a graph
@@ -345,7 +360,8 @@ class KeptVjps(BlockVjps):
             roots = [(graph.root, cotangent.to(graph.dtype)), (graph.auxiliary_root, g_auxiliary)]
             try:
                 return self._through([(root, g) for root, g in roots if root is not None and g is not None], start)
-            except CheckpointError:  # a checkpoint inside, which saves other tensors at y
+            except CheckpointError as error:  # a checkpoint inside, which saves other tensors at y
+                graph.block.needs_its_tensors |= isinstance(error, _UsedTwiceError)
                 if g_auxiliary is not None or graph.auxiliary_root is not None:
                     self._auxiliary_cotangents.insert(0, g_auxiliary)
                 return evaluated_anew()(cotangent)
