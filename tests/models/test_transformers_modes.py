@@ -185,7 +185,9 @@ def saved_and_loaded(model):
 
 
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved_and_loaded], ids=str
+    "copied",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved_and_loaded],
+    ids=["deepcopy", "pickle", "save"],
 )
 def test_copies_train_by_themselves(copied):
     _, converted = small_and_converted("llama")
