@@ -106,7 +106,7 @@ def calibrate(
     limit = trial.error_of_autocast(exact) if tolerance == "amp" else float(tolerance)
     tried: list[Candidate] = []
     errors: dict[Choice, float] = {}
-    for choice in _choices(trial, prefer, limit) if rebuild else _stored_choices(trial, prefer):
+    for choice in _choices(trial, prefer, limit, rebuild):
         if not has_prospect(choice, errors, limit):
             continue
         candidate = _compared(trial.run(choice), exact, trial.blocks_of_gradients)
@@ -117,26 +117,16 @@ def calibrate(
     return Plan(limit, (*tried, exact.candidate))
 
 
-def _stored_choices(trial: _Trial, prefer: str) -> Iterator[Choice]:
-    """Those that store increments, from the cheapest on."""
-    choices = all_choices(len(trial.stack.steps), prefer, [], _wild_sets(trial), _padding(trial))
-    return (choice for choice in choices if choice.reverse is not None and choice.reverse.is_stored)
-
-
-def _choices(trial: _Trial, prefer: str, tolerance: float) -> Iterator[Choice]:
+def _choices(trial: _Trial, prefer: str, tolerance: float, rebuild: bool) -> Iterator[Choice]:
     """From the cheapest on. The network is looked at once what needs no look has failed."""
-    yield from first_choices(prefer)
-    rebuilt_badly = list(sets_by_defect(trial.run(PROBE).defects, tolerance))
-    yield from all_choices(len(trial.stack.steps), prefer, rebuilt_badly, _wild_sets(trial), _padding(trial))
-
-
-def _wild_sets(trial: _Trial) -> list[tuple[int, ...]]:
-    return list(sets_by_size(trial.sizes_of_increments(), WILD))
-
-
-def _padding(trial: _Trial) -> float:
-    """Values that are stored for each value of a state."""
-    return GROUP * group_count(trial.x) * sample_count(trial.x) / max(1, trial.x.numel())
+    rebuilt_badly: list[tuple[int, ...]] = []
+    if rebuild:
+        yield from first_choices(prefer)
+        rebuilt_badly = list(sets_by_defect(trial.run(PROBE).defects, tolerance))
+    wild = list(sets_by_size(trial.sizes_of_increments(), WILD))
+    padding = GROUP * group_count(trial.x) * sample_count(trial.x) / max(1, trial.x.numel())
+    choices = all_choices(len(trial.stack.steps), prefer, rebuilt_badly, wild, padding)
+    yield from (choice for choice in choices if rebuild or (choice.reverse and choice.reverse.is_stored))
 
 
 def _compared(outcome: _Outcome, exact: _Outcome, blocks: Sequence[int]) -> Candidate:

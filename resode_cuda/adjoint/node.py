@@ -24,8 +24,8 @@ from ..schemes import BlockFunction
 from ..schemes import step as take_step
 from .block_arguments import Arguments
 from .blocks import Auxiliaries, Block, BlockCall, Formats, held_parameters, modified_in_place
+from .chain import Chain
 from .drift import DriftMonitor
-from .generators import Generators
 from .inventory import HeldParameter
 from .kept_graph import KeptVjps, StepGraph, may_keep
 from .outputs import Outputs, together
@@ -36,8 +36,6 @@ from .step import (
     Trajectory,
     backward_update,
     backward_update_,
-    shadow_count,
-    steps_of,
 )
 from .stored_step import known_states, stored_forward
 from .vjp import BlockVjps, argument_leaves, parameter_leaves
@@ -65,27 +63,43 @@ def propagate(
     arguments.refuse_caches()
     if states:
         method = replace(method, anchors=tuple(sorted({*method.anchors, *states})))
-    blank = x.new_zeros(())
-    shadows: Sequence[Tensor | None] = (None,) * shadow_count(method)
-    generators = Generators(x.device)
-    increments = Increments(x, method, monitor.measured(method))
+    chain = Chain(method, x, monitor)
     outputs, are_functions = Outputs(x, [], {}), True
-    for n, step in enumerate(steps_of(method)):
-        used = blocks[method.blocks_of(n)]
-        calls = [BlockCall(block, x.device, generators, stage) for stage, block in enumerate(used)]
-        is_input_kept = keep_input and n == 0
-        held = held_parameters(calls)
-        evaluation = Evaluation(calls, held, Formats(held), arguments, monitor, increments, is_input_kept, blank)
-        if n in states:
-            x, outputs.states[n], *shadows = ReturnedState.apply(step, evaluation, x, *shadows)
-        tensors = *arguments.tensors, *(parameter.tensor for parameter in evaluation.parameters)
-        x, *rest = AdjointStep.apply(step, evaluation, x, *shadows, *tensors)
-        shadows = rest[evaluation.auxiliary_count :]
-        are_functions = are_functions and all(call.is_function for call in calls)
-        outputs.auxiliaries.extend(rest[: evaluation.auxiliary_count])
+    shadows: Sequence[Tensor | None] = chain.first_shadows
+    for step in chain.steps:
+        used = blocks[method.blocks_of(step.n)]
+        evaluation = evaluation_of(chain, used, arguments, is_input_kept=keep_input and step.n == 0)
+        if step.n in states:
+            x, outputs.states[step.n], *shadows = ReturnedState.apply(step, evaluation, x, *shadows)
+        x, auxiliaries, shadows = take(step, evaluation, x, shadows)
+        are_functions = are_functions and all(call.is_function for call in evaluation.calls)
+        outputs.auxiliaries.extend(auxiliaries)
     arguments.release()
-    generators.release()
+    chain.generators.release()
     return together(outputs._replace(last=x, are_functions=are_functions))
+
+
+def evaluation_of(
+    chain: Chain, blocks: Sequence[Block], arguments: Arguments, *, is_input_kept: bool = False
+) -> Evaluation:
+    """What the blocks of the next step need."""
+    calls = [BlockCall(block, chain.blank.device, chain.generators, stage) for stage, block in enumerate(blocks)]
+    held = held_parameters(calls)
+    return Evaluation(calls, held, Formats(held), arguments, chain, is_input_kept)
+
+
+def take(
+    step: Step, evaluation: Evaluation, x: Tensor, shadows: Sequence[Tensor | None]
+) -> tuple[Tensor, Sequence[Tensor | None], Sequence[Tensor]]:
+    """x_{n+1} from x_n, what the blocks returned beside it, and the shadows for the step after it.
+
+    Args:
+        shadows: of the step before; `Chain.first_shadows` where it is the first one of its chain.
+    """
+    tensors = *evaluation.arguments.tensors, *(parameter.tensor for parameter in evaluation.parameters)
+    x, *rest = AdjointStep.apply(step, evaluation, x, *shadows, *tensors)
+    evaluation.chain.gave(step, x)
+    return x, rest[: evaluation.auxiliary_count], rest[evaluation.auxiliary_count :]
 
 
 def unsupported(gradient: str, what: str) -> RuntimeError:
@@ -104,11 +118,21 @@ class Evaluation:
     formats: Formats
     """Dtypes and devices of the parameters."""
     arguments: Arguments
-    monitor: DriftMonitor
-    increments: Increments
+    chain: Chain
     is_input_kept: bool
-    blank: Tensor
-    """One element, the storage of all shadows."""
+
+    @property
+    def monitor(self) -> DriftMonitor:
+        return self.chain.monitor
+
+    @property
+    def increments(self) -> Increments:
+        return self.chain.increments
+
+    @property
+    def blank(self) -> Tensor:
+        """One element, the storage of all shadows."""
+        return self.chain.blank
 
     @property
     def auxiliary_count(self) -> int:
@@ -165,6 +189,7 @@ class AdjointStep(torch.autograd.Function):
             kept = tuple(step.saved_for_last(x_next, stages, shadows))
             new_shadows = tuple(step.shadows(x, stages, evaluation.blank))
         evaluation.increments.record(step.n, stages)
+        evaluation.chain.took(step, x_next, new_shadows)
         start = [x] if step.is_anchored or evaluation.is_input_kept else []
         ctx.save_for_backward(*tensors, *kept, *start)
         ctx.set_materialize_grads(False)
@@ -233,7 +258,11 @@ def _backward(
     tensors, kept, start = _saved_tensors(ctx, len(needs_tensors))
     monitor = None if _is_batched(g) else evaluation.monitor
     gamma = g
-    if step.is_last:
+    begins = step.is_last
+    if evaluation.chain.is_open and not begins and cotangents[0] is None:
+        # No step followed, or none that the gradient came through.
+        begins, cotangents = True, (evaluation.chain.end_of(step), *cotangents[1:])
+    if begins:
         gamma = step.scheme.weight(step.h) * g
         evaluation.increments.begin()
         if monitor is not None:

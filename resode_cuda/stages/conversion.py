@@ -14,7 +14,6 @@ from ..text_table import aligned
 from . import switch
 from .families import facts_of
 from .finding import Found, LeftAlone, stages_in, stages_of
-from .hooks import watch_for_states
 from .measuring import plan_stages
 from .stage import Stage
 
@@ -120,7 +119,6 @@ def convert(
     made = [_stage(run, reverse, anchors) for run in found]
     for stage in made:
         stage.install()
-        stage.handle = watch_for_states(model, stage)
     try:
         if batch is not None:
             plan_stages(model, made, batch, loss, None if reverse is not None else tolerance)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..initialize import deepen
 from ..stack import ResidualStack
 from .finding import stages_of
-from .hooks import watch_for_states
-from .stage import Stage, state_in
+from .layer_step import state_in
+from .stage import Stage
 
 NUMBERS = "layer_idx", "layer_id", "layer_index"
 """Attributes by which layers of transformers know their place."""
@@ -73,7 +73,6 @@ def deepen_stage(model: nn.Module, path: str, steps: int) -> nn.Module:
         deeper = deepen(old, steps)
     except BaseException:
         stage.install()
-        stage.handle = watch_for_states(model, stage)
         raise
     layers = list(deeper)
     for number, (layer, h) in enumerate(zip(layers, deeper.steps, strict=True)):
@@ -85,9 +84,7 @@ def deepen_stage(model: nn.Module, path: str, steps: int) -> nn.Module:
     for number, layer in enumerate(layers):
         container.add_module(str(number), layer)
     _tell_config(model, path, len(stage.layers), steps)
-    renewed = _renewed(stage, layers)
-    renewed.install()
-    renewed.handle = watch_for_states(model, renewed)
+    _renewed(stage, layers).install()
     return model
 
 

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..adjoint.block_arguments import Call
 from ..adjoint.inventory import submodules
 from ..adjoint.replay import protect
 from ..adjoint.restoration import restoring
 from ..calibration import calibrate
+from .layer_calls import in_one_call
 from .stage import Stage
 
 
@@ -67,36 +69,35 @@ def _looked_at(
     model: nn.Module, stages: Sequence[Stage], batch: Any, loss: Callable[[Any], Tensor] | None
 ) -> list[Seen]:
     """What each stage is given in one pass of the model, which leaves no trace."""
-    given: dict[int, Any] = {}
-    outputs: dict[int, Tensor] = {}
+    passes: list[list[tuple[Tensor, Call, Tensor]]] = [[] for _ in stages]
 
-    def note(n: int, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
-        given[n], outputs[n] = (args, kwargs), out
+    def note(seen: list[tuple[Tensor, Call, Tensor]], number: int, x: Tensor, call: Call, out: Tensor) -> None:
+        seen.append((x.detach(), call, out))
 
     def passed() -> tuple[Tensor, ...]:
         protect(submodules((model,)), next(model.parameters()).device)
         with torch.enable_grad():
             value = _loss_of(called(model, batch), loss)
-            missing = [stage.path for n, stage in enumerate(stages) if n not in outputs]
-            if missing:
-                passes = "; ".join(f"{stage.path}: {stage.last_pass}" for stage in stages)
-                raise ValueError(f"convert: {missing[0]} must run as a stack on the batch, got {passes}")
-            return torch.autograd.grad(value, [outputs[n] for n in range(len(stages))])
+            for stage, seen in zip(stages, passes, strict=True):
+                if stage.last_pass != "as a stack" or len(seen) != len(stage.layers):
+                    raise ValueError(
+                        f"convert: {stage.path or 'the model'} must run as one stack on the batch, got a pass that ran "
+                        f"it {stage.last_pass}; leave batch out, or the stage"
+                    )
+            return torch.autograd.grad(value, [seen[-1][2] for seen in passes])
 
-    noting = [stage.stack.register_forward_hook(partial(note, n), with_kwargs=True) for n, stage in enumerate(stages)]
     before = [stage.stack.gradient for stage in stages]
     try:
-        for stage in stages:
-            stage.stack.gradient = "checkpoint"
+        for stage, seen in zip(stages, passes, strict=True):
+            stage.stack.gradient, stage.watch = "checkpoint", partial(note, seen)
         cotangents = restoring(passed)
     finally:
-        for stage, gradient, hook in zip(stages, before, noting, strict=True):
-            stage.stack.gradient = gradient
-            hook.remove()
+        for stage, gradient in zip(stages, before, strict=True):
+            stage.stack.gradient, stage.watch = gradient, None
     found = []
-    for n, g in enumerate(cotangents):
-        (x, *args), kwargs = given[n]
-        found.append(Seen(x.detach(), tuple(args), kwargs, g))
+    for seen, g in zip(passes, cotangents, strict=True):
+        args, kwargs = in_one_call([call for _, call, _ in seen])
+        found.append(Seen(seen[0][0], args, kwargs, g))
     return found
 
 

@@ -1,8 +1,9 @@
-"""Successive layers of a model that train as one stack, while the model keeps calling them one after the other.
+"""Successive layers of a model that train as one stack, while the model's own loop calls them one after the other.
 
-Nothing of the model changes but the layers' attribute `forward`: containers, names, parameters and hooks stay. In a
-training pass each layer's `forward` notes what it was called with, and the last one runs the stack (`passes.py`). In
-every other pass, and wherever single layers are needed, it is the layer's own.
+Nothing of the model changes but the layers' attribute `forward`. In a training pass each call of a layer is a step of
+the adjoint, an autograd node of its own (`adjoint/node.py`), and where a layer gets the very state that the one before
+it gave, their nodes belong together: the second one tells the first in the backward pass what its state was. The loop
+has ordinary tensors in between, and may do with them what it likes: a layer that gets another state begins anew there.
 """
 
 from __future__ import annotations
@@ -10,57 +11,46 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from itertools import chain as joined
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
+from ..adjoint.block_arguments import Arguments, Call
+from ..adjoint.blocks import Block, Returned
+from ..adjoint.chain import Chain
 from ..adjoint.inventory import submodules
+from ..adjoint.node import evaluation_of, take
 from ..adjoint.replay import protect
-from ..adjoint.restoration import restoring
+from ..adjoint.restoration import restoring, undo_leftovers
+from ..devices import is_capturing
+from ..method import Method
 from ..plan import told
 from ..stack import ResidualStack
 from .caches import holds_keys, leave_empty, refuse_left_empty, without_caches
-from .hooks import has_hooks
-from .pending import pass_of, value_of
-from .stage_pass import BY_LAYER, Pass
+from .hooks import are_outputs_captured
+from .layer_step import LayerStep, NoStepError, OtherDtypeError
 
 STAGE = "_stage"
 """Attribute of a converted layer: its stage."""
-ASKS_FOR_MORE = ("output_attentions", "output_router_logits", "output_hidden_states")
+ASKS_FOR_MORE = ("output_attentions", "output_router_logits")
 """Keywords by which a layer is asked for more than its state."""
 
-
-class LayerStep(nn.Module):
-    """A layer as a block of the stack: its own forward pass, from state to state."""
-
-    def __init__(self, layer: nn.Module, number: int) -> None:
-        super().__init__()
-        self.layer, self.number = layer, number
-        # Of a layer whose forward something else has replaced before.
-        self.replaced = layer.__dict__.get("forward")
-
-    @property
-    def own(self) -> Callable[..., Any]:
-        """The layer's own forward pass."""
-        return partial(type(self.layer).forward, self.layer) if self.replaced is None else self.replaced
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if BY_LAYER in kwargs:
-            distinct, numbers = kwargs[BY_LAYER]
-            args, kwargs = distinct[numbers[self.number]]
-        return state_in(self.own(x, *args, **kwargs))
+Watch = Callable[[int, Tensor, Call, Tensor], None]
 
 
-def state_in(returned: Any) -> Any:
-    """The state that a layer returns, alone or in a tuple with nothing but None after it; anything else as it is."""
-    return returned[0] if _is_state_alone(returned) else returned
+class LayerOutput(NamedTuple):
+    """A state that a layer gave to the model's loop."""
 
-
-def _is_state_alone(returned: Any) -> bool:
-    return isinstance(returned, tuple) and len(returned) > 0 and all(entry is None for entry in returned[1:])
+    chain: Chain
+    shadows: Sequence[Tensor | None]
+    number: int
+    """The layer's."""
+    version: int
 
 
 class Stage:
@@ -74,11 +64,9 @@ class Stage:
 
     Attributes:
         stack: the layers as the blocks of a `ResidualStack`, in the block form. It is no part of the model.
-        enabled: whether training passes run it.
-        last_pass: how the last training pass ran the layers.
+        enabled: whether training passes run layers as steps.
         bytes_a_sample: what autograd kept of the layers, and what is kept now; None where it was not measured.
-        states_wanted: whether the model was asked for the states between its layers.
-        handle: of the hook that finds that out.
+        watch: is told of each step: its number, the state before, the arguments, the state after.
     """
 
     def __init__(self, path: str, names: Sequence[str], layers: Sequence[nn.Module], **settings: Any) -> None:
@@ -86,15 +74,22 @@ class Stage:
         self.steps = [LayerStep(layer, number) for number, layer in enumerate(layers)]
         self.stack = ResidualStack(self.steps, form="block", **settings)
         self.enabled = True
-        self.last_pass = "none yet"
         self.bytes_a_sample: tuple[int, int] | None = None
-        self.states_wanted = False
-        self.handle: RemovableHandle | None = None
+        self.watch: Watch | None = None
         self._has_warned = False
-        self._looked_at: tuple[torch.dtype, bool] | None = None  # x_0's dtype and autocast, for which these hold
-        self._seen: str | None = None  # why the layers can't be a stack
-        self._rest: tuple[None, ...] | None = None  # of the tuples that layers return, after the state
-        self._state_dtype: torch.dtype | None = None  # of the states, where the first layer widens x_0
+        # Such as Mamba's first one, whose states are float32 between layers of 16 bits.
+        self._wider: dict[Any, torch.dtype] = {}  # what x_n is cast to first
+        self._refused: dict[Any, str] = {}  # layers that are no steps, for a dtype of x_n and autocast
+        self._ran: dict[int, str | None] = {}  # by layer of the last training pass, why it ran by itself
+        self._beginnings = 0
+        self._given = WeakIdKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_given": None, "watch": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._given = WeakIdKeyDictionary()
 
     @property
     def plan(self) -> str:
@@ -103,6 +98,23 @@ class Stage:
         if not self.enabled:
             return "switched off"
         return told(stack.gradient, stack.reverse if stack.gradient == "adjoint" else None, stack.anchors)
+
+    @property
+    def last_pass(self) -> str:
+        """How the last training pass ran the layers."""
+        if not self._ran:
+            return "none yet"
+        reasons = {number: reason for number, reason in self._ran.items() if reason is not None}
+        taken = len(self._ran) - len(reasons)
+        if not taken:
+            return f"layer by layer: {next(iter(reasons.values()))}"
+        found = "as a stack" if taken == len(self.layers) else f"{taken} of {len(self.layers)} layers as a stack"
+        if self._beginnings > 1:
+            found += f", in {self._beginnings} pieces"
+        if reasons:
+            number, reason = next(iter(reasons.items()))
+            found += f"; layer {self.names[number]} by itself: {reason}"
+        return found
 
     def install(self) -> None:
         """Put the stage's `forward` in the place of each layer's."""
@@ -123,8 +135,6 @@ class Stage:
                     f"unconvert: the forward of {self.path}.{name} must be as convert left it, but something has "
                     f"replaced it by a {type(found).__name__}; take that off first"
                 )
-        if self.handle is not None:
-            self.handle.remove()
         for step in self.steps:
             del step.layer.__dict__[STAGE]
             if step.replaced is None:
@@ -132,89 +142,133 @@ class Stage:
             else:
                 step.layer.forward = step.replaced
 
-    def ran_by_layers(self, reason: str) -> None:
-        """A training pass ran the layers one by one, so that autograd kept their activations; warns of it once."""
-        self.last_pass = f"layer by layer: {reason}"
-        if not self._has_warned and not torch.compiler.is_compiling():
-            self._has_warned = True
-            warnings.warn(
-                f"converted layers of {self.path or 'the model'} ran one by one in a training pass, and autograd kept "
-                f"all their activations: {reason}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+    def call(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a layer returns: as a step of the stack in a training pass, else by itself."""
+        own = self.steps[number].own
+        if number == 0:
+            refuse_left_empty(args, kwargs)
+        if not torch.is_grad_enabled() or torch.compiler.is_exporting() or not self._is_training():
+            return own(*args, **kwargs)
+        if torch._C._are_functorch_transforms_active() or self.stack.gradient == "backprop":
+            return own(*args, **kwargs)
+        return self._trained(number, args, kwargs)
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass | None:
-        """A pass, for a call of the first layer; None where its layers have to run one by one."""
-        wants_training = torch.is_grad_enabled() and self.layers[0].training
-        if not wants_training or torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
-            return None
+    def _is_training(self) -> bool:
+        return any(layer.training for layer in self.layers)
+
+    @torch.compiler.disable
+    def _trained(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._ran and number <= max(self._ran):
+            self._ran, self._beginnings = {}, 0
         asked = self._asked(args, kwargs) if self.enabled else "switched off"
-        if asked is not None:
-            self.last_pass = f"layer by layer: {asked}"
-            return None
-        reason = self._reason(args, kwargs)
-        if reason is not None:
-            self.ran_by_layers(reason)
-            return None
-        self.last_pass = "as a stack"
-        leave_empty(args, kwargs)
-        return Pass(self, args[0] if self._state_dtype is None else args[0].to(self._state_dtype))
+        reason = asked or self._reason(number, args)
+        if reason is None:
+            call = Call(*without_caches(args[1:], kwargs))
+            leave_empty(args, kwargs)
+            key = self._key(number, args[0])
+            x = args[0].to(self._wider.get(key, args[0].dtype))
+            try:
+                out = self._stepped(number, x, call)
+            except OtherDtypeError as error:
+                if error.wider is not None and self._is_same_in(error.wider, number, x, call):
+                    self._wider[key] = error.wider
+                    return self._trained(number, args, kwargs)
+                reason = self._refused[key] = str(error)
+            except NoStepError as error:
+                reason = self._refused[key] = str(error)
+            else:
+                self._ran[number] = None
+                return self.steps[number].returned(out)
+        self._ran[number] = reason
+        if asked is None:
+            self._warn(reason)
+        return self.steps[number].own(*args, **kwargs)
 
     def _asked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """By what the caller has asked for single layers."""
-        if self.states_wanted:
-            return "output_hidden_states=True asks for the states between its layers"
+        """By what the caller has asked for the layer itself."""
         asked = [name for name in ASKS_FOR_MORE if kwargs.get(name)]
         if asked:
-            return f"{asked[0]}=True asks single layers for more than their state"
+            return f"{asked[0]}=True asks for more than the state"
+        if are_outputs_captured():
+            return "the model was asked for what modules inside layers compute"
         if holds_keys(args, kwargs):
             return "it was given a key-value cache that holds keys already"
         return None
 
-    def _reason(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Why the layers must run one by one, which the caller may not know."""
+    def _reason(self, number: int, args: tuple[Any, ...]) -> str | None:
+        """Why the layer has to run by itself, which the caller may not know."""
         if not (args and isinstance(args[0], Tensor) and args[0].is_floating_point()):
-            return "its first layer was not given a floating tensor first"
-        if any(map(has_hooks, self.layers)):
-            return "a layer has forward hooks, which see single layers' states"
-        x = args[0]
-        now = x.dtype, torch.is_autocast_enabled(x.device.type)
-        if now != self._looked_at:
-            self._seen, self._looked_at = self._look(x, *without_caches(args[1:], kwargs)), now
-        return self._seen
+            return "a layer was not given a floating tensor first"
+        return self._refused.get(self._key(number, args[0]))
 
-    @torch.compiler.disable
-    def _look(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Run the first layer once, without a trace, to see what it returns."""
-        self._state_dtype = None
-        out = self._first_layer(x, args, kwargs)
-        state = state_in(out)
-        if not isinstance(state, Tensor):
-            return f"layers return {described(out)}, not their state alone"
-        if state.shape != x.shape:
-            shapes = f"{list(x.shape)} to {list(state.shape)}"
-            return f"layer {self.names[0]} changes the shape of its state, {shapes}"
-        if state.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-            # Such as Mamba's, whose states are float32 between layers of 16 bits.
-            is_wider = torch.promote_types(state.dtype, x.dtype) == state.dtype
-            if not (is_wider and torch.equal(state_in(self._first_layer(x.to(state.dtype), args, kwargs)), state)):
-                return f"layer {self.names[0]} changes the dtype of its state, {x.dtype} to {state.dtype}"
-            self._state_dtype = state.dtype
-        self._rest = out[1:] if isinstance(out, tuple) else None
-        return None
+    def _key(self, number: int, x: Tensor) -> Any:
+        return number, x.dtype, torch.is_autocast_enabled(x.device.type)
 
-    def _first_layer(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        def evaluated() -> Any:
-            protect(submodules((self.layers[0],)), x.device)
-            return self.steps[0].own(x, *args, **kwargs)
+    def _is_same_in(self, dtype: torch.dtype, number: int, x: Tensor, call: Call) -> bool:
+        """Whether the layer gives the same for its state in a wider dtype, which it returns, to the last bit."""
+
+        def evaluated(x: Tensor) -> Tensor:
+            protect(submodules((self.layers[number],)), x.device)
+            out: Tensor = self.steps[number](x, *call.args, **call.kwargs)
+            return out
 
         with torch.no_grad():
-            return restoring(evaluated)
+            return torch.equal(*(restoring(partial(evaluated, given)) for given in (x, x.to(dtype))))
 
-    def returned(self, state: Any) -> Any:
-        """A state in the form in which layers return it."""
-        return state if self._rest is None else (state, *self._rest)
+    def _stepped(self, number: int, x: Tensor, call: Call) -> Tensor:
+        """The state after a layer, recorded so that the backward pass rebuilds the one before it."""
+        layer, arguments = self.steps[number], Arguments(*call)
+        layer.look.is_due = True
+        if not any(tensor.requires_grad for tensor in joined((x,), arguments.tensors, layer.parameters())):
+            untrained: Tensor = layer(x, *call.args, **call.kwargs)
+            return untrained
+        arguments.refuse_iterators()
+        given = self._given.pop(x, None)
+        begins = given is None or given.number != number - 1 or given.version != x._version
+        if begins:
+            given = self._begun(number, x, call)
+        chain = given.chain
+        chain.renew_generators()
+        block = Block(layer, number, x.dtype, self.stack._inventories, Returned(is_state=True))
+        evaluation = evaluation_of(chain, [block], arguments)
+        step = chain.steps[number]
+        try:
+            out, _, shadows = take(step, evaluation, x, given.shadows)
+        except NoStepError:
+            evaluation.calls[0].rewind()
+            raise
+        self._beginnings += begins
+        arguments.release()
+        chain.generators.release()
+        if not step.is_last:
+            self._given[out] = LayerOutput(chain, shadows, number, out._version)
+        if self.watch is not None:
+            self.watch(number, x, call, out)
+        return out
+
+    def _begun(self, number: int, x: Tensor, call: Call) -> LayerOutput:
+        """The beginning of a chain."""
+        undo_leftovers()
+        # A checkpoint around the layers repeats them within a backward pass.
+        if torch._C._current_graph_task_id() == -1 and not is_capturing():
+            self.stack._apply_pending(x, *call)
+        chain = Chain(self._method(), x, self.stack._monitor, is_open=True)
+        return LayerOutput(chain, chain.first_shadows, number - 1, x._version)
+
+    def _method(self) -> Method:
+        """The stack's; checkpointing is to keep every state."""
+        method = self.stack._method
+        return method if self.stack.gradient == "adjoint" else replace(method, anchors=tuple(range(len(self.layers))))
+
+    def _warn(self, reason: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"converted layers of {self.path or 'the model'} ran by themselves in a training pass, and autograd "
+                f"kept all their activations: {reason}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 class LayerForward:
@@ -228,15 +282,4 @@ class LayerForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not args and self._state in kwargs:
             args = (kwargs.pop(self._state),)
-        if self.number == 0:
-            refuse_left_empty(args, kwargs)
-        begun = self.stage.begin(args, kwargs) if self.number == 0 else pass_of(args, self.stage, self.number)
-        if begun is None:
-            return self.stage.steps[self.number].own(*map(value_of, args), **kwargs)
-        return self.stage.returned(begun.called(*without_caches(args[1:], kwargs)))
-
-
-def described(returned: Any) -> str:
-    if not isinstance(returned, tuple):
-        return f"a {type(returned).__name__}"
-    return f"a tuple of {', '.join(type(entry).__name__ for entry in returned)}"
+        return self.stage.call(self.number, args, kwargs)

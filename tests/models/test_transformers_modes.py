@@ -47,7 +47,7 @@ def test_hidden_states_and_attention_maps(name):
 
 
 def test_hidden_states_that_the_models_own_loop_collects():
-    """They are tensors, of the layers themselves."""
+    """They are tensors, with gradients."""
     plain, converted = small_and_converted("mamba", torch.float64, {"anchors": 1})
     batch = batch_for("mamba")
     (out, found), (expected, exact) = (
@@ -56,8 +56,6 @@ def test_hidden_states_that_the_models_own_loop_collects():
     assert all(torch.equal(a, b) for a, b in zip(out.hidden_states, expected.hidden_states, strict=True))
     assert all(isinstance(state, torch.Tensor) for state in out.hidden_states)
     assert relative_error([found[name] for name in exact], list(exact.values())) < 1e-10
-    assert last_pass(converted).startswith("layer by layer: output_hidden_states=True")
-    trained_on(converted, batch)
     assert last_pass(converted) == "as a stack"
 
 
