@@ -131,9 +131,10 @@ class Containers:
                 self._contents[place] = None
 
     def rewind(self) -> None:
-        """Give them the contents that they had, while the evaluation has not ended."""
+        """Give them the contents that they had before the evaluation."""
         for (_, _, container), contents in zip(self._all, self._contents, strict=True):
-            _refill(container, contents or [])
+            if contents is not None:  # else it has ended, and left them as they were
+                _refill(container, contents)
 
     def replay(self) -> None:
         """Give them the contents that they had, until the `restoring` around this ends."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..adjoint.block_arguments import is_cache
+from ..adjoint.block_arguments import Call, is_cache
 
 LEFT_EMPTY = "_left_empty_by_convert"
 
@@ -24,7 +24,7 @@ def leave_empty(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 def refuse_left_empty(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise for a cache of an earlier training pass, which would be taken for one of no tokens."""
     for value in (*args, *kwargs.values()):
-        if getattr(value, LEFT_EMPTY, False):
+        if getattr(value, LEFT_EMPTY, False) is True:
             raise ValueError(
                 f"a converted model must not be given the {type(value).__name__} of an earlier training pass, which "
                 "left it empty; pass use_cache=False in training, and fill caches in eval mode or under no_grad"
@@ -38,8 +38,10 @@ def _is_filled(cache: Any) -> bool:
         return bool(cache.has_previous_state())
 
 
-def without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with None for each cache, and use_cache=False, which a training pass has no need of."""
-    args = tuple(None if is_cache(value) else value for value in args)
-    kwargs = {name: None if is_cache(value) else value for name, value in kwargs.items()}
-    return args, kwargs | ({"use_cache": False} if kwargs.get("use_cache") else {})
+def without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """The arguments with None for each cache, and then use_cache=False: a training pass has no need of them."""
+    if not any(map(is_cache, (*args, *kwargs.values()))):
+        return Call(args, kwargs)
+    kept = {name: None if is_cache(value) else value for name, value in kwargs.items()}
+    off = {"use_cache": False} if "use_cache" in kwargs else {}
+    return Call(tuple(None if is_cache(value) else value for value in args), kept | off)

@@ -67,6 +67,7 @@ def deepen_stage(model: nn.Module, path: str, steps: int) -> nn.Module:
             f"deepen_stage: a stage must be all of its container, got {len(stage.layers)} of "
             f"{len(container._modules)} layers of {path!r}; build the model with a container of its own for them"
         )
+    _check_owner(model, path, stage)
     stage.remove()
     old = ResidualStack(stage.layers, step=[step_of(layer) for layer in stage.layers])
     try:
@@ -119,9 +120,10 @@ def untie_stage(model: nn.Module, path: str) -> nn.Module:
     """
     seen: set[int] = set()
     for layer in _stage("untie_stage", model, path).layers:
+        memo: dict[int, Any] = {}  # what one layer holds twice it goes on to hold twice
         for name, parameter in list(layer.named_parameters(remove_duplicate=False)):
             if id(parameter) in seen:
-                _set(layer, name, copy.deepcopy(parameter))
+                _set(layer, name, copy.deepcopy(parameter, memo))
         seen |= {id(parameter) for parameter in layer.parameters()}
     return model
 
@@ -155,11 +157,31 @@ def _number(layer: nn.Module, number: int) -> None:
                 setattr(module, name, number)
 
 
+def _check_owner(model: nn.Module, path: str, stage: Stage) -> None:
+    """Check that more layers of the stage are as good as these to what calls them.
+
+    Raises:
+        ValueError: where layers differ by their place, or something has replaced their `forward`.
+    """
+    config = getattr(model.get_submodule(path.rpartition(".")[0]), "config", None)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if len(kinds) > 1:
+        raise ValueError(f"deepen_stage: layers must be of one kind, got {sorted(kinds)} in turn in {path!r}")
+    for name, step in zip(stage.names, stage.steps, strict=True):
+        if step.replaced is not None and not isinstance(step.replaced, ScaledForward):
+            raise ValueError(
+                f"deepen_stage: the forward of {path}.{name} must be its class's, got one put in its place"
+            )
+
+
 def _tell_config(model: nn.Module, path: str, before: int, after: int) -> None:
     owner = model.get_submodule(path.rpartition(".")[0])
     config = getattr(owner, "config", None)
     if config is not None and getattr(config, "num_hidden_layers", None) == before:
         config.num_hidden_layers = after
+        kinds = getattr(config, "layer_types", None)
+        if kinds is not None:
+            config.layer_types = [kinds[0]] * after
 
 
 def _set(layer: nn.Module, name: str, parameter: Tensor) -> None:

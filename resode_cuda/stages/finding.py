@@ -34,6 +34,8 @@ def stages_in(model: nn.Module, paths: Sequence[str] | None, min_depth: int) -> 
         ValueError: for a path that the model does not have, or whose module has fewer layers.
     """
     if paths is not None:
+        if len(set(paths)) < len(paths):
+            raise ValueError(f"convert: stages must name each container once, got {list(paths)}")
         found = [_named(model, path, min_depth) for path in paths]
         return found, []
     found, left = [], []

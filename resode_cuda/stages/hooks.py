@@ -8,6 +8,10 @@ CAPTURING = "transformers.utils.output_capturing"
 
 
 def are_outputs_captured() -> bool:
-    """Whether the model was asked for attention maps or the like: they have gradients in the layers' own pass alone."""
+    """Whether the model was asked for attention maps or the like: they have gradients in the layers' own pass alone.
+
+    States between layers are tensors that the layers return.
+    """
     collector = getattr(sys.modules.get(CAPTURING), "_active_collector", None)
-    return collector is not None and bool(collector.get())
+    collected = None if collector is None else collector.get()
+    return any("hidden_states" not in name for name in collected or ())

@@ -163,7 +163,7 @@ class Stage:
         asked = self._asked(args, kwargs) if self.enabled else "switched off"
         reason = asked or self._reason(number, args)
         if reason is None:
-            call = Call(*without_caches(args[1:], kwargs))
+            call = without_caches(args[1:], kwargs)
             leave_empty(args, kwargs)
             key = self._key(number, args[0])
             x = args[0].to(self._wider.get(key, args[0].dtype))

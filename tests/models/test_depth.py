@@ -110,6 +110,27 @@ def test_what_is_refused_leaves_the_model_as_it_was(change):
     assert conversion(model).stages[0].last_pass == "as a stack"
 
 
+def test_what_one_layer_holds_twice_it_holds_twice_when_untied():
+    torch.manual_seed(0)
+    model = Model(4).double()
+    for layer in model.layers:
+        layer.again = layer.norm
+        layer.twice = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        layer.norm.also = layer.twice
+    convert(model, ["layers"])
+    untie_stage(tie_stage(model, "layers"), "layers")
+    assert all(layer.twice is layer.norm.also for layer in model.layers)
+    assert len({id(layer.twice) for layer in model.layers}) == 4
+
+
+def test_layers_with_a_forward_of_their_own_are_not_deepened():
+    model = Model(4)
+    model.layers[1].forward = lambda x: x
+    convert(model, ["layers"])
+    with pytest.raises(ValueError, match=r"forward of layers.1 must be its class's"):
+        deepen_stage(model, "layers", 8)
+
+
 def test_gradients_of_a_converted_model_are_smoothed_along_depth():
     torch.manual_seed(0)
     model = convert(Model(6).double(), ["layers"])

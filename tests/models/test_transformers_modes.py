@@ -42,6 +42,9 @@ def test_hidden_states_and_attention_maps(name):
         assert all(torch.equal(a, b) for a, b in zip(got, own, strict=True))
     assert all(torch.equal(found[name], exact[name]) for name in exact)
     assert last_pass(converted).startswith("layer by layer: ")
+    out, _ = trained_on(converted, batch, of_hidden_states, output_hidden_states=True)
+    assert all(torch.equal(a, b) for a, b in zip(out.hidden_states, expected.hidden_states, strict=True))
+    assert last_pass(converted) == "as a stack"
     trained_on(converted, batch)
     assert last_pass(converted) == "as a stack"
 

@@ -92,3 +92,22 @@ def snapshot(module):
 def assert_unchanged(module, state):
     for a, b in zip(snapshot(module), state, strict=True):
         assert all(torch.equal(p, q) if isinstance(p, torch.Tensor) else p == q for p, q in zip(a, b, strict=True))
+
+
+def test_a_block_that_is_refused_is_left_as_it_was():
+    """Its lists of parameters too, which a recurrent layer keeps."""
+
+    class Writing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.recurrent = nn.GRU(DIM, DIM, batch_first=True)
+
+        def forward(self, x, scale):
+            scale.mul_(2)
+            return self.recurrent(x)[0] * scale
+
+    stack = ResidualStack([Writing() for _ in range(2)], step=1.0)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="must not write a tensor among its arguments"):
+            stack(torch.randn(2, 3, DIM), torch.ones(DIM))
+    assert len(stack[0].recurrent._flat_weights) == 4
