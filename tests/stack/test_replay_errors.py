@@ -100,7 +100,7 @@ def test_a_block_that_is_refused_is_left_as_it_was():
     class Writing(nn.Module):
         def __init__(self):
             super().__init__()
-            self.recurrent = nn.GRU(DIM, DIM, batch_first=True)
+            self.recurrent = nn.GRU(6, 6, batch_first=True)
 
         def forward(self, x, scale):
             scale.mul_(2)
@@ -109,5 +109,5 @@ def test_a_block_that_is_refused_is_left_as_it_was():
     stack = ResidualStack([Writing() for _ in range(2)], step=1.0)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="must not write a tensor among its arguments"):
-            stack(torch.randn(2, 3, DIM), torch.ones(DIM))
+            stack(torch.randn(2, 3, 6), torch.ones(6))
     assert len(stack[0].recurrent._flat_weights) == 4
