@@ -94,7 +94,7 @@ def assert_unchanged(module, state):
         assert all(torch.equal(p, q) if isinstance(p, torch.Tensor) else p == q for p, q in zip(a, b, strict=True))
 
 
-def test_a_block_that_is_refused_is_left_as_it_was():
+def test_a_block_that_is_refused_is_left_as_it_was(scheme):
     """Its lists of parameters too, which a recurrent layer keeps."""
 
     class Writing(nn.Module):
@@ -106,7 +106,7 @@ def test_a_block_that_is_refused_is_left_as_it_was():
             scale.mul_(2)
             return self.recurrent(x)[0] * scale
 
-    stack = ResidualStack([Writing() for _ in range(2)], step=1.0)
+    stack = ResidualStack([Writing() for _ in range(3)], scheme, step=1.0)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="must not write a tensor among its arguments"):
             stack(torch.randn(2, 3, 6), torch.ones(6))
