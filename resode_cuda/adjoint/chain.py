@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..method import Method
 from ..stored import companion_dtype
+from .blocks import modified_in_place
 from .drift import DriftMonitor
 from .generators import Generators
 from .reevaluation import Increments
@@ -38,8 +39,8 @@ class Chain:
         self.blank = x.new_zeros(())
         self.generators = Generators(x.device)
         self.increments = Increments(x, method, monitor.measured(method))
-        self._end: tuple[int, Tensor] | None = None
-        self._outputs: dict[int, Callable[[], Tensor | None]] = {}
+        self._end: tuple[int, Tensor, int] | None = None
+        self._outputs: dict[int, tuple[Callable[[], Tensor | None], int]] = {}
 
     def renew_generators(self) -> None:
         """A step is to be taken, before which others may have drawn random numbers."""
@@ -54,20 +55,38 @@ class Chain:
         """The step is the latest one."""
         if self.is_open:
             state = shadows[0] if step.is_stored and shadows else x_next
-            self._end = None if step.is_last else (step.n, state.detach())
+            self._end = (step.n, state.detach(), state._version) if _needs_end(step) else None
 
     def gave(self, step: Step, x_next: Tensor) -> None:
         """The caller has x_{n+1}, which serves as long as somebody holds it."""
         if self.is_open:
-            self._outputs[step.n] = weakref.ref(x_next)
+            self._outputs[step.n] = weakref.ref(x_next), x_next._version
 
     def end_of(self, step: Step) -> Tensor | None:
-        """x_{n+1}, or its companion, where the backward pass begins with a step; None where it is known no more."""
+        """x_{n+1}, or its companion, where the backward pass begins with a step; None where it is known no more.
+
+        Raises:
+            RuntimeError: if it was modified in place.
+        """
+        if not _needs_end(step):
+            return None
         if self._end is not None and self._end[0] == step.n:
-            return self._end[1].clone()
-        get = self._outputs.get(step.n)
-        output = None if get is None else get()
+            return _copied(*self._end[1:])
+        get, version = self._outputs.get(step.n, (lambda: None, 0))
+        output = get()
         if output is None:
             return None
-        is_companion = step.is_stored and not step.ends_segment
-        return output.detach().to(companion_dtype(output.dtype) if is_companion else output.dtype, copy=True)
+        return _copied(output, version).to(companion_dtype(output.dtype) if step.is_stored else output.dtype)
+
+
+def _needs_end(step: Step) -> bool:
+    """Whether the step's backward pass takes more than what it has saved itself."""
+    if step.method.solver.is_stored:
+        return step.is_stored and not step.ends_segment
+    return not step.is_last
+
+
+def _copied(state: Tensor, version: int) -> Tensor:
+    if state._version != version:
+        raise modified_in_place()
+    return state.detach().clone()
