@@ -47,7 +47,7 @@ def _draw_steps(panel: Any, steps: list[StepFacts]) -> None:
     ):
         panel.semilogy(numbers, [max(value, LEAST) for value in values], ".-", label=label)
     panel.axhline(1.0, color="0.7", linewidth=0.8, zorder=0)
-    panel.set(xlabel="step", title="Steps: above 1 nothing is rebuilt")
+    panel.set(xlabel="step", title="Steps: from 1 on rebuilding is in doubt")
     panel.legend(frameon=False)
 
 

@@ -80,13 +80,13 @@ def convert(
 ) -> nn.Module:
     """Train the layers of an existing model without storing their activations. Returns the model, changed in place.
 
-    Successive layers that keep the shape of their state become the steps of a `ResidualStack`. Nothing else changes:
-    containers, classes, names, parameters, `state_dict`, outputs to the last bit. In a training pass (train mode,
-    gradients on) the layers run as one stack; in eval mode, under `no_grad`, with a key-value cache that holds keys,
-    with forward hooks on layers, and wherever the model's loop wants more of a layer than its state, they run as
-    before. What the model's own switch says (`gradient_checkpointing_enable()` and `_disable()` of transformers,
-    `set_grad_checkpointing()` of timm) turns the stacks on and off. `conversion(model)` shows what was converted, how,
-    and whether the last training pass ran the stacks.
+    Successive layers that keep the shape of their state become the steps of a stack, each of which runs when the
+    model's own loop calls it. Nothing else changes: containers, classes, names, parameters, `state_dict`, outputs to
+    the last bit. In a training pass (train mode, gradients on) increments are stored in place of activations; in eval
+    mode, under `no_grad`, with a key-value cache that holds keys and where attention maps are asked for, layers run as
+    before, and so does a layer that returns more than its state, which is warned of once. What the model's own switch
+    says (`gradient_checkpointing_enable()` and `_disable()` of transformers, `set_grad_checkpointing()` of timm) turns
+    the stacks on and off. `conversion(model)` shows what was converted, how, and how the last training pass ran it.
 
     Args:
         model: layers of known classes of transformers, timm and torchvision are found.
