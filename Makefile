@@ -14,7 +14,7 @@ FUZZ_OPTIONS ?= --minutes 10
 .PHONY: test bench paper fuzz lint format clean
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 bench: $(VENV)/installed
 	$(BIN)/python -m bench $(BENCH_OPTIONS)

@@ -277,24 +277,25 @@ def held_parameters(calls: Sequence[BlockCall]) -> Sequence[HeldParameter]:
     """The parameters of a step's blocks, each once.
 
     Raises:
-        RuntimeError: for a parameter of a lazy module that has not run yet, or of a module that is sharded by itself.
+        RuntimeError: for a parameter of a lazy module that has not run yet, or of a module that FSDP1 shards by itself.
     """
     for call in calls:
         _check_parameters(call.block, call.inventory)
     if len(calls) == 1:
         return calls[0].inventory.parameters
-    slots: dict[Tensor, tuple[Slot, ...]] = {}
-    for parameter, places in (held for call in calls for held in call.inventory.parameters):
-        slots[parameter] = (*slots.get(parameter, ()), *places)
-    return [HeldParameter(*held) for held in slots.items()]
+    found: dict[Tensor, HeldParameter] = {}
+    for held in (held for call in calls for held in call.inventory.parameters):
+        before: tuple[Slot, ...] = found[held.tensor].slots if held.tensor in found else ()
+        found[held.tensor] = held._replace(slots=(*before, *held.slots))
+    return list(found.values())
 
 
 def _check_parameters(block: Block, inventory: Inventory) -> None:
-    if inventory.is_sharded:
-        # Hooks put other parameters in the place of the modules' own while these run.
+    if inventory.is_sharded_by_wrapping:
+        # Its hooks put views of one flat parameter in the place of the modules' own while these run.
         raise RuntimeError(
-            f"{block.where} must not be sharded by itself (fully_shard, FullyShardedDataParallel), whose hooks swap "
-            'its parameters while it runs; shard the stack or the whole model, or use gradient="backprop"'
+            f"{block.where} must not be wrapped in FullyShardedDataParallel; use torch's fully_shard on it, wrap the "
+            'whole model, or use gradient="backprop"'
         )
     if inventory.lazy is not None:
         raise RuntimeError(

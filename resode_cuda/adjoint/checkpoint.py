@@ -75,7 +75,8 @@ class _Step:
 
     def _moved(self, x: Tensor) -> Any:
         for parameter in self.parameters:
-            put(parameter.slots, [parameter.tensor] * len(parameter.slots))
+            if parameter.shard is None:
+                put(parameter.slots, [parameter.tensor] * len(parameter.slots))
         self.formats.check()
         for tensor, needs in self.needs:
             if tensor.requires_grad != needs:

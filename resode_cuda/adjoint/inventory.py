@@ -7,7 +7,6 @@ does; to compare the objects in their dictionaries with those of the last readin
 from __future__ import annotations
 
 import operator
-import sys
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from .attributes import TORCHS_OWN, Attributes
 from .restoration import Slot, make_equal
+from .sharding import Shards, is_sharded_by_wrapping, sharded
 from .surroundings import has_fast_path
 
 
@@ -91,6 +91,8 @@ class HeldParameter(NamedTuple):
 
     tensor: Tensor
     slots: tuple[Slot, ...]
+    shard: Any = None
+    """FSDP's record of it, if FSDP gathers it by the block. The tensor is this rank's part of it then."""
 
 
 class Inventory:
@@ -105,7 +107,8 @@ class Inventory:
         has_state: whether they hold tensors beside parameters, or containers, whose contents must be looked at too.
         has_fast_path: whether torch may compute one of them by other kernels where no gradient is asked for.
         is_scripted: whether one of them is TorchScript's, which nothing can leave before its end.
-        is_sharded: whether hooks put other parameters in the place of theirs while they run.
+        shards: what `fully_shard` holds of the parameters, where it was applied to one of the modules.
+        is_sharded_by_wrapping: whether FSDP1 was.
         keeps_alive: whether, while it is kept, it may keep alive what the modules have let go of, such as states.
     """
 
@@ -114,12 +117,13 @@ class Inventory:
         self.modules = submodules((module,))
         self.attributes = [Attributes(module) for module in self.modules]
         self.entries, self._members = Entries(self.modules), Members(self.modules)
-        self.parameters, self.lazy = _parameters(self.modules)
+        self.shards = Shards(self.modules)
+        self.is_sharded_by_wrapping = is_sharded_by_wrapping(self.modules)
+        self.parameters, self.lazy = _parameters(self.modules, self.shards)
         has_buffers = any(module._buffers for module in self.modules)
         self.has_state = has_buffers or any(of.tensors or of.containers for of in self.attributes)
         self.has_fast_path = has_fast_path(self.modules)
         self.is_scripted = any(isinstance(module, torch.jit.ScriptModule) for module in self.modules)
-        self.is_sharded = _are_sharded(self.modules)
         are_leaves = all(type(parameter.tensor) is nn.Parameter for parameter in self.parameters)
         self.keeps_alive = not are_leaves or any(attributes.may_hold_tensors for attributes in self.attributes)
         has_functions = any(attributes.has_functions for attributes in self.attributes)
@@ -168,9 +172,10 @@ class Inventories:
         return made
 
 
-def _parameters(modules: Iterable[nn.Module]) -> tuple[list[HeldParameter], str | None]:
+def _parameters(modules: Iterable[nn.Module], shards: Shards) -> tuple[list[HeldParameter], str | None]:
     """Each parameter with its slots, and the name of one that is not initialised."""
     slots: dict[Tensor, list[Slot]] = {}
+    records: dict[Tensor, Any] = {}
     lazy = None
     for module in modules:
         for name, parameter in module._parameters.items():
@@ -178,20 +183,14 @@ def _parameters(modules: Iterable[nn.Module]) -> tuple[list[HeldParameter], str 
                 continue
             if isinstance(parameter, UninitializedParameter):
                 lazy = lazy or name
-            slots.setdefault(parameter, []).append(Slot(module._parameters, name))
-    return [HeldParameter(parameter, tuple(places)) for parameter, places in slots.items()], lazy
+            record = shards.of(module, name)
+            tensor = parameter if record is None else sharded(record)
+            records[tensor] = record
+            slots.setdefault(tensor, []).append(Slot(module._parameters, name))
+    return [HeldParameter(tensor, tuple(places), records[tensor]) for tensor, places in slots.items()], lazy
 
 
 def _is_torchs_own(module: nn.Module) -> bool:
     forward = getattr(module.forward, "__func__", None)
     names = type(module).__module__, getattr(forward, "__module__", "")
     return all(name.startswith("torch.nn.modules.") for name in names)
-
-
-def _are_sharded(modules: Iterable[nn.Module]) -> bool:
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return False
-    names = "FSDPModule", "FullyShardedDataParallel"
-    sharded = tuple(getattr(fsdp, name) for name in names if hasattr(fsdp, name))
-    return any(isinstance(module, sharded) for module in modules)

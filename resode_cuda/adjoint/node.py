@@ -22,6 +22,7 @@ from ..layouts import apart
 from ..method import Method
 from ..schemes import BlockFunction
 from ..schemes import step as take_step
+from . import sharding
 from .block_arguments import Arguments
 from .blocks import Auxiliaries, Block, BlockCall, Formats, held_parameters, modified_in_place
 from .chain import Chain
@@ -271,6 +272,8 @@ def _backward(
 
     count = evaluation.arguments.count
     evaluation.formats.check()
+    states = sharding.states_of([call.inventory.shards for call in evaluation.calls])
+    sharding.gather(states, g)
     parameters = parameter_leaves(evaluation.parameters, tensors[count:], needs_tensors[count:])
     leaf_of = dict(zip(map(id, tensors[count:]), parameters, strict=True))
     used = argument_leaves(tensors[:count], evaluation.arguments.kinds, needs_tensors[:count], leaf_of) + parameters
@@ -325,6 +328,11 @@ def _backward(
         torch.zeros_like(tensor) if product is None and need and _has_hooks(tensor) else product
         for product, tensor, need in zip(vjps.found, tensors, needs_tensors, strict=True)
     ]
+    for place, held in enumerate(evaluation.parameters, count):
+        if held.shard is not None:
+            sharding.leave_gradient(held.shard, vjps.found[place])
+            products[place] = None
+    sharding.reduce(states)
     return None, None, update.gamma, *shadow_cotangents, *missing, *products
 
 

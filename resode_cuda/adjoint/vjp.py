@@ -14,6 +14,7 @@ from .block_arguments import Kind
 from .blocks import Auxiliaries
 from .inventory import HeldParameter
 from .restoration import put
+from .sharding import gathered
 
 
 def argument_leaves(
@@ -51,6 +52,9 @@ def parameter_leaves(held: Sequence[HeldParameter], tensors: Sequence[Tensor], n
     """
     found = []
     for parameter, tensor, need in zip(held, tensors, needs, strict=True):
+        if parameter.shard is not None:
+            found.append(gathered(parameter.shard, need))
+            continue
         slots = parameter.slots
         is_own = all(slot.get() is tensor for slot in slots)
         if not (is_own and tensor.is_leaf) or tensor.requires_grad != need or tensor._backward_hooks:

@@ -1,0 +1,134 @@
+"""Blocks whose parameters torch's `fully_shard` (FSDP2) gathers while they run and frees afterwards.
+
+In ordinary training hooks around a block see to its backward pass: one on its output gathers the parameters, one on its
+input reduces and scatters the gradients that autograd left on them. A step of the adjoint runs its blocks inside a node
+of its own, where these hooks are not. So it does what they do, when they would: `gather` before it evaluates anything,
+`reduce` when it has the gradients. Modules that run in between find the state that FSDP gives to recomputed blocks:
+they cast as the policy says, and leave the parameters alone. The collectives, their order and the prefetching are those
+of FSDP with checkpointing.
+
+torch has no public names for these hooks. All that is used of its own ones is in this file; it was tried with torch
+2.13, and torch releases that lack one of them are refused.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .restoration import undo_later
+
+
+def is_sharded_by_wrapping(modules: Iterable[nn.Module]) -> bool:
+    """Whether one of the modules is FSDP1's, which flattens the parameters into one."""
+    wrapper = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    return any(isinstance(module, wrapper) for module in modules)
+
+
+class Shards:
+    """What FSDP holds of a block's parameters.
+
+    Args:
+        modules: the block and all modules inside it.
+
+    Attributes:
+        states: FSDP's of these modules, each once.
+
+    Raises:
+        RuntimeError: if this torch release has other names for what is needed.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+        sharded = [module for module in modules if isinstance(module, fsdp)]
+        self._by_place: dict[tuple[int, str], Any] = {}
+        try:
+            self.states = list(dict.fromkeys(module._get_fsdp_state() for module in sharded))
+            for state in self.states:
+                for group in _groups(state):
+                    for parameter in group.fsdp_params:
+                        self._by_place.update(dict.fromkeys(_places(parameter), parameter))
+                    _ = group.post_backward, group.is_unsharded
+                _ = state._pre_backward
+        except AttributeError as error:
+            raise RuntimeError(
+                f"ResidualStack: blocks that are sharded one by one need parts of fully_shard that torch "
+                f"{torch.__version__} does not have ({error}); shard the stack or the whole model, or use "
+                'gradient="backprop"'
+            ) from error
+
+    def __bool__(self) -> bool:
+        return bool(self.states)
+
+    def of(self, module: nn.Module, name: str) -> Any:
+        """FSDP's record of a module's parameter; None for one that is not sharded here."""
+        return self._by_place.get((id(module), name))
+
+
+def _groups(state: Any) -> list[Any]:
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+def _places(parameter: Any) -> list[tuple[int, str]]:
+    """The modules that have the parameter, by their identity, and its names in them."""
+    info = parameter._module_info
+    modules, names = (info.module, *info.shared_modules), (info.param_name, *info.shared_param_names)
+    return list(zip(map(id, modules), names, strict=True))
+
+
+def sharded(parameter: Any) -> Tensor:
+    """This rank's part of a parameter, which is what the optimizer sees."""
+    return parameter.sharded_param
+
+
+def states_of(shards: Sequence[Shards]) -> list[Any]:
+    """FSDP's states of several blocks, each once, in the order in which a backward pass comes by them."""
+    return list(dict.fromkeys(state for of_block in reversed(shards) for state in of_block.states))
+
+
+def gather(states: Sequence[Any], g: Tensor) -> None:
+    """Have all parameters in their places, as FSDP does before the backward pass of their blocks.
+
+    Args:
+        g: gradient of the blocks' output.
+    """
+    for state in states:
+        state._pre_backward(g)
+        if not all(group.is_unsharded for group in _groups(state)):
+            raise RuntimeError(
+                "ResidualStack: blocks run again in the backward pass and need their parameters there, got "
+                "set_unshard_in_backward(False); leave it out for modules inside the stack"
+            )
+
+
+def gathered(parameter: Any, needs: bool) -> Tensor:
+    """A parameter that is in its place, to differentiate for.
+
+    Args:
+        needs: whether it has a gradient, until the `restoring` around this ends.
+    """
+    tensor: Tensor = parameter.unsharded_param
+    if tensor.requires_grad != needs:
+        undo_later(tensor.requires_grad_, tensor.requires_grad)
+        tensor.requires_grad_(needs)
+    return tensor
+
+
+def leave_gradient(parameter: Any, gradient: Tensor | None) -> None:
+    """Leave a gradient where autograd leaves it for FSDP."""
+    if gradient is not None:
+        tensor = parameter.unsharded_param
+        tensor.grad = gradient if tensor.grad is None else tensor.grad + gradient
+
+
+def reduce(states: Sequence[Any]) -> None:
+    """Reduce and scatter the gradients, and free the parameters, as FSDP does after the blocks' backward pass."""
+    for state in reversed(states):
+        for group in reversed(_groups(state)):
+            group.post_backward()

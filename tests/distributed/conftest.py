@@ -1,0 +1,23 @@
+"""Processes that compute together, started once for all tests of this folder, which one worker runs."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.ranks import Ranks
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker(pytest.mark.xdist_group("ranks"))
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """Three processes that compute together over gloo."""
+    found = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield found
+    found.close()
