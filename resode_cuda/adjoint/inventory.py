@@ -117,7 +117,9 @@ class Inventory:
         self.modules = submodules((module,))
         self.attributes = [Attributes(module) for module in self.modules]
         self.entries, self._members = Entries(self.modules), Members(self.modules)
-        self.shards = Shards(self.modules)
+        # Its hooks run around the step, not in it: they gather its parameters themselves.
+        outside = getattr(module, "runs_inside", None)
+        self.shards = Shards(inner for inner in self.modules if inner is not outside)
         self.is_sharded_by_wrapping = is_sharded_by_wrapping(self.modules)
         self.parameters, self.lazy = _parameters(self.modules, self.shards)
         has_buffers = any(module._buffers for module in self.modules)

@@ -10,7 +10,7 @@ differentiates inside, which needs its tensors at once.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,26 @@ class _UsedTooEarlyError(RuntimeError):
 
 
 Format = tuple[torch.Size, torch.dtype, torch.device, int]
-"""The last is the address of a leaf, and 0 for other tensors."""
+"""The last is the number of a leaf, from 1 on, and 0 for other tensors."""
+
+
+class _Leaves:
+    """Tells a block's leaves, and views of their beginning, from other tensors by their addresses.
+
+    These are looked up before each evaluation: FSDP gathers parameters elsewhere in the backward pass.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = [tensor for tensor in tensors if tensor.layout == torch.strided]
+        self._numbers: dict[int, int] = {}
+
+    def look_up(self) -> None:
+        addresses = [tensor.data_ptr() for tensor in self._tensors]
+        self._numbers = dict(zip(reversed(addresses), range(len(addresses), 0, -1), strict=True))
+        self._numbers.pop(0, None)
+
+    def number_of(self, tensor: Tensor) -> int:
+        return self._numbers.get(tensor.data_ptr(), 0) if tensor.layout == torch.strided else 0
 
 
 class _SavedTensors:
@@ -50,11 +69,11 @@ class _SavedTensors:
     The graph holds this by its hooks. So it must not hold the graph.
 
     Args:
-        known: addresses of the leaves, which are told from each other.
+        leaves: which are told from each other.
     """
 
-    def __init__(self, known: Set[int]) -> None:
-        self._known = known
+    def __init__(self, leaves: _Leaves) -> None:
+        self._leaves = leaves
         self._formats: list[Format] = []
         self._tensors: list[Tensor | weakref.ref[Tensor]] = []
         self._versions: list[int] = []
@@ -68,11 +87,13 @@ class _SavedTensors:
 
     def noting(self) -> saved_tensors_hooks:
         """Have the graph that is made inside save numbers."""
+        self._leaves.look_up()
         return saved_tensors_hooks(self._note, self._give)
 
     def collecting(self, stops: bool) -> saved_tensors_hooks:
         """Have the evaluation inside leave its tensors here; `_AllSaved` ends it with the last of them."""
         self.clear()
+        self._leaves.look_up()
         self._stops, self.ending = stops, None
         return saved_tensors_hooks(self._collect, self._refuse)
 
@@ -107,8 +128,7 @@ class _SavedTensors:
         return len(self) - 1
 
     def _format(self, tensor: Tensor) -> Format:
-        address = tensor.data_ptr() if tensor.layout == torch.strided else 0
-        return tensor.shape, tensor.dtype, tensor.device, address if address in self._known else 0
+        return tensor.shape, tensor.dtype, tensor.device, self._leaves.number_of(tensor)
 
     @torch._disable_dynamo
     def _give(self, place: int) -> Tensor:
@@ -161,7 +181,7 @@ class BlockGraph:
 
     Args:
         block: which is evaluated.
-        known: addresses of the leaves.
+        leaves: of the step.
 
     Attributes:
         holds_input: whether something in it, or the block, holds the state itself.
@@ -170,9 +190,9 @@ class BlockGraph:
         root: of the block's output, auxiliary_root of what it returned beside it; None where these have no gradient.
     """
 
-    def __init__(self, block: Block, known: Set[int]) -> None:
+    def __init__(self, block: Block, leaves: _Leaves) -> None:
         self.block = block
-        self._saved = _SavedTensors(known)
+        self._saved = _SavedTensors(leaves)
         self.start: GradientEdge | None = None
         self.root: GradientEdge | None = None
         self.auxiliary_root: GradientEdge | None = None
@@ -252,7 +272,7 @@ class StepGraph:
     def __init__(self, calls: Sequence[BlockCall], tensors: Sequence[Tensor], needs_x: bool) -> None:
         self._needs_x = needs_x
         self._known = set(map(id, tensors))
-        self._addresses = {tensor.data_ptr() for tensor in tensors if tensor.layout == torch.strided}
+        self._told_apart = _Leaves(tensors)
         self.leaves = [_edge(tensor) for tensor in tensors]
         self.blocks: list[BlockGraph | None] = []
         """None for one whose graph is not kept."""
@@ -286,7 +306,7 @@ class StepGraph:
 
         A block that fails, which it may do since its tensors are not saved, is as if it had not run.
         """
-        graph, count = BlockGraph(call.block, self._addresses), len(auxiliaries)
+        graph, count = BlockGraph(call.block, self._told_apart), len(auxiliaries)
         try:
             out = graph.record(f, x, self._needs_x, auxiliaries)
         except Exception:  # if the block is to blame, it fails again without a graph

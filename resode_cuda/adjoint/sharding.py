@@ -92,6 +92,14 @@ def states_of(shards: Sequence[Shards]) -> list[Any]:
     return list(dict.fromkeys(state for of_block in reversed(shards) for state in of_block.states))
 
 
+def passed_on(x: Tensor) -> tuple[Any, int] | None:
+    """The node of autograd's graph, and its output, that FSDP has passed on to a module as x; None for any other x."""
+    node = x.grad_fn
+    if node is None or type(node).__name__ != "RegisterPostBackwardFunctionBackward":
+        return None
+    return node.next_functions[x.output_nr]
+
+
 def gather(states: Sequence[Any], g: Tensor) -> None:
     """Have all parameters in their places, as FSDP does before the backward pass of their blocks.
 

@@ -49,6 +49,11 @@ class LayerStep(nn.Module):
         self.look = Look()
 
     @property
+    def runs_inside(self) -> nn.Module:
+        """The module whose call the step is part of, so that its hooks run around it."""
+        return self.layer
+
+    @property
     def own(self) -> Callable[..., Any]:
         """The layer's own forward pass."""
         return partial(type(self.layer).forward, self.layer) if self.replaced is None else self.replaced

@@ -27,6 +27,7 @@ from ..adjoint.inventory import submodules
 from ..adjoint.node import evaluation_of, take
 from ..adjoint.replay import protect
 from ..adjoint.restoration import restoring, undo_leftovers
+from ..adjoint.sharding import passed_on
 from ..devices import is_capturing
 from ..method import Method
 from ..plan import told
@@ -223,7 +224,7 @@ class Stage:
             untrained: Tensor = layer(x, *call.args, **call.kwargs)
             return untrained
         arguments.refuse_iterators()
-        given = self._given.pop(x, None)
+        given = self._given_as(x)
         begins = given is None or given.number != number - 1 or given.version != x._version
         if begins:
             given = self._begun(number, x, call)
@@ -245,6 +246,18 @@ class Stage:
         if self.watch is not None:
             self.watch(number, x, call, out)
         return out
+
+    def _given_as(self, x: Tensor) -> LayerOutput | None:
+        """What a layer has given as x, or as what FSDP has passed on as x to the next layer, whose parameters it
+        shards."""
+        source = passed_on(x)
+        if source is None:
+            return self._given.pop(x, None)
+        node, place = source
+        for tensor in self._given:
+            if tensor.grad_fn is node and tensor.output_nr == place and tensor._version == x._version:
+                return self._given.pop(tensor)
+        return None
 
     def _begun(self, number: int, x: Tensor, call: Call) -> LayerOutput:
         """The beginning of a chain."""
