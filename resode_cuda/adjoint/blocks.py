@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..dtypes import fits
+from ..dtypes import DTYPES, fits
 from ..schemes import BlockFunction
 from .block_arguments import Arguments, Call, Given, Versions, left_in
 from .generators import Generators
@@ -141,7 +141,7 @@ class Block:
                 f"{where} must keep the device of its input, got {given.device} -> {out.device}; "
                 "move the stack to one device"
             )
-        if out.dtype != given.dtype and out.dtype not in _autocast_dtypes(given.device.type):
+        if out.dtype != given.dtype and out.dtype not in self._other_dtypes(given.device.type):
             raise TypeError(
                 f"{where} must keep the dtype of its input, got {given.dtype} -> {out.dtype}; "
                 "cast its output, or run the whole stack under torch.autocast"
@@ -152,12 +152,14 @@ class Block:
                 "use inplace=False in its first operation"
             )
 
-
-def _autocast_dtypes(device_type: str) -> tuple[torch.dtype, ...]:
-    """Dtypes other than its input's that a block may return: what autocast casts to, up or down."""
-    if not torch.is_autocast_enabled(device_type):
-        return ()
-    return torch.float32, torch.get_autocast_dtype(device_type)
+    def _other_dtypes(self, device_type: str) -> tuple[torch.dtype, ...]:
+        """Dtypes other than its input's that the block may return: what autocast casts to, up or down, and for an
+        increment what FSDP's policy of mixed precision does."""
+        if self._last is not None and self._last.shards and not self._returned.is_state:
+            return DTYPES
+        if not torch.is_autocast_enabled(device_type):
+            return ()
+        return torch.float32, torch.get_autocast_dtype(device_type)
 
 
 class BlockCall:

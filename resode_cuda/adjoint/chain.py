@@ -9,7 +9,8 @@ pass where that begins.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -39,6 +40,8 @@ class Chain:
         self.blank = x.new_zeros(())
         self.generators = Generators(x.device)
         self.increments = Increments(x, method, monitor.measured(method))
+        self.first_users: dict[Any, int] = {}
+        """The first step with a backward pass that uses a module that FSDP shards, by FSDP's state of that."""
         self._end: tuple[int, Tensor, int] | None = None
         self._outputs: dict[int, tuple[Callable[[], Tensor | None], int]] = {}
 
@@ -56,6 +59,11 @@ class Chain:
         if self.is_open:
             state = shadows[0] if step.is_stored and shadows else x_next
             self._end = (step.n, state.detach(), state._version) if _needs_end(step) else None
+
+    def used(self, step: Step, fsdp_states: Iterable[Any]) -> None:
+        """The step's blocks are, or contain, modules that FSDP shards."""
+        for state in fsdp_states:
+            self.first_users.setdefault(state, step.n)
 
     def gave(self, step: Step, x_next: Tensor) -> None:
         """The caller has x_{n+1}, which serves as long as somebody holds it."""

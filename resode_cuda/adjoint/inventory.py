@@ -17,7 +17,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from .attributes import TORCHS_OWN, Attributes
 from .restoration import Slot, make_equal
-from .sharding import Shards, is_sharded_by_wrapping, sharded
+from .sharding import Shards, is_sharded_by_wrapping, sharded, whole
 from .surroundings import has_fast_path
 
 
@@ -94,6 +94,11 @@ class HeldParameter(NamedTuple):
     shard: Any = None
     """FSDP's record of it, if FSDP gathers it by the block. The tensor is this rank's part of it then."""
 
+    @property
+    def in_place(self) -> Tensor:
+        """What its slots hold while the block runs."""
+        return self.tensor if self.shard is None else whole(self.shard)
+
 
 class Inventory:
     """A block's modules, their parameters and attributes, at one moment.
@@ -119,7 +124,8 @@ class Inventory:
         self.entries, self._members = Entries(self.modules), Members(self.modules)
         # Its hooks run around the step, not in it: they gather its parameters themselves.
         outside = getattr(module, "runs_inside", None)
-        self.shards = Shards(inner for inner in self.modules if inner is not outside)
+        self._called = [inner for inner in self.modules if inner is not outside]
+        self.shards = Shards(self._called)
         self.is_sharded_by_wrapping = is_sharded_by_wrapping(self.modules)
         self.parameters, self.lazy = _parameters(self.modules, self.shards)
         has_buffers = any(module._buffers for module in self.modules)
@@ -142,8 +148,11 @@ class Inventory:
 
     @property
     def has_forward_hooks(self) -> bool:
-        """Whether something is called after one of the modules has run."""
-        return bool(torch.nn.modules.module._global_forward_hooks) or any(m._forward_hooks for m in self.modules)
+        """Whether something is called after one of the modules has run, and must be."""
+        if torch.nn.modules.module._global_forward_hooks:
+            return True
+        hooks = chain.from_iterable(module._forward_hooks.values() for module in self._called)
+        return any(not self.shards.own(hook) for hook in hooks)
 
     def is_current(self) -> bool:
         """Whether the modules have the same classes, attributes, parameters, buffers and modules now."""

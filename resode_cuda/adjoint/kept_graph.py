@@ -336,8 +336,8 @@ def may_keep(calls: Sequence[BlockCall], parameters: Sequence[HeldParameter], ha
     Not where a container among the arguments may be filled with tensors of the graph, where gradients would pass hooks
     of a parameter a second time, or go on to what it is computed from, or where a block can't be stopped.
     """
-    trained = [parameter for parameter in parameters if parameter.tensor.requires_grad]
-    are_plain = all(p.tensor.is_leaf and not p.tensor._backward_hooks and p.shard is None for p in trained)
+    trained = [parameter.tensor for parameter in parameters if parameter.tensor.requires_grad]
+    are_plain = all(tensor.is_leaf and not tensor._backward_hooks for tensor in trained)
     return are_plain and not (has_containers or any(call.inventory.is_scripted for call in calls))
 
 

@@ -38,7 +38,7 @@ from .step import (
     backward_update,
     backward_update_,
 )
-from .stored_step import known_states, stored_forward
+from .stored_step import StoredForward, known_states, stored_forward
 from .vjp import BlockVjps, argument_leaves, parameter_leaves
 
 
@@ -136,6 +136,11 @@ class Evaluation:
         return self.chain.blank
 
     @property
+    def fsdp_states(self) -> list[Any]:
+        """Those of modules inside the step's blocks that FSDP shards."""
+        return sharding.states_of([call.inventory.shards for call in self.calls])
+
+    @property
     def auxiliary_count(self) -> int:
         return sum(call.block.has_auxiliary for call in self.calls)
 
@@ -152,7 +157,7 @@ class Evaluation:
         arguments = self.arguments
         if not may_keep(self.calls, self.parameters, arguments.has_containers):
             return None, self.first(auxiliaries)
-        tensors, parameters = arguments.cut_off(), [parameter.tensor for parameter in self.parameters]
+        tensors, parameters = arguments.cut_off(), [parameter.in_place for parameter in self.parameters]
         graph = StepGraph(self.calls, [*tensors, *parameters], needs_x)
         return graph, graph.keeping(self.first(auxiliaries, tensors), auxiliaries)
 
@@ -180,8 +185,12 @@ class AdjointStep(torch.autograd.Function):
         auxiliaries: Auxiliaries = []
         ctx.strides = ctx.graph = None
         if step.method.solver.is_stored:
-            ctx.graph, functions = evaluation.keeping(auxiliaries, needs_x=ctx.needs_input_grad[2])
-            x_next, stages, companion, kept, new_shadows = stored_forward(step, functions, x, shadows, evaluation.blank)
+
+            def stored() -> StoredForward:
+                ctx.graph, functions = evaluation.keeping(auxiliaries, needs_x=ctx.needs_input_grad[2])
+                return stored_forward(step, functions, x, shadows, evaluation.blank)
+
+            x_next, stages, companion, kept, new_shadows = sharding.while_gathered(evaluation.fsdp_states, stored)
             if companion is not None:
                 evaluation.increments.record_rounding(step.n, x_next, companion)
                 ctx.strides = companion.stride()
@@ -195,6 +204,8 @@ class AdjointStep(torch.autograd.Function):
         ctx.save_for_backward(*tensors, *kept, *start)
         ctx.set_materialize_grads(False)
         ctx.step, ctx.evaluation = step, evaluation
+        if any(ctx.needs_input_grad):
+            evaluation.chain.used(step, evaluation.fsdp_states)
         return x_next, *auxiliaries, *new_shadows
 
     @staticmethod
@@ -272,8 +283,7 @@ def _backward(
 
     count = evaluation.arguments.count
     evaluation.formats.check()
-    states = sharding.states_of([call.inventory.shards for call in evaluation.calls])
-    sharding.gather(states, g)
+    sharding.gather(evaluation.fsdp_states, g)
     parameters = parameter_leaves(evaluation.parameters, tensors[count:], needs_tensors[count:])
     leaf_of = dict(zip(map(id, tensors[count:]), parameters, strict=True))
     used = argument_leaves(tensors[:count], evaluation.arguments.kinds, needs_tensors[:count], leaf_of) + parameters
@@ -332,7 +342,8 @@ def _backward(
         if held.shard is not None:
             sharding.leave_gradient(held.shard, vjps.found[place])
             products[place] = None
-    sharding.reduce(states)
+    states = evaluation.fsdp_states
+    sharding.reduce(states, [state for state in states if evaluation.chain.first_users[state] < step.n])
     return None, None, update.gamma, *shadow_cotangents, *missing, *products
 
 

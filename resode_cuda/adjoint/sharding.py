@@ -14,13 +14,15 @@ torch has no public names for these hooks. All that is used of its own ones is i
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .restoration import undo_later
+
+T = TypeVar("T")
 
 
 def is_sharded_by_wrapping(modules: Iterable[nn.Module]) -> bool:
@@ -53,7 +55,7 @@ class Shards:
                     for parameter in group.fsdp_params:
                         self._by_place.update(dict.fromkeys(_places(parameter), parameter))
                     _ = group.post_backward, group.is_unsharded
-                _ = state._pre_backward
+                _ = state._pre_forward, state._post_forward, state._pre_backward, state._training_state.PRE_BACKWARD
         except AttributeError as error:
             raise RuntimeError(
                 f"ResidualStack: blocks that are sharded one by one need parts of fully_shard that torch "
@@ -67,6 +69,10 @@ class Shards:
     def of(self, module: nn.Module, name: str) -> Any:
         """FSDP's record of a module's parameter; None for one that is not sharded here."""
         return self._by_place.get((id(module), name))
+
+    def own(self, hook: Any) -> bool:
+        """Whether a hook is FSDP's, which does nothing in a gathered block."""
+        return getattr(hook, "__self__", None) in self.states
 
 
 def _groups(state: Any) -> list[Any]:
@@ -87,6 +93,11 @@ def sharded(parameter: Any) -> Tensor:
     return parameter.sharded_param
 
 
+def whole(parameter: Any) -> Tensor:
+    """A parameter as its block sees it while it is gathered."""
+    return parameter.unsharded_param
+
+
 def states_of(shards: Sequence[Shards]) -> list[Any]:
     """FSDP's states of several blocks, each once, in the order in which a backward pass comes by them."""
     return list(dict.fromkeys(state for of_block in reversed(shards) for state in of_block.states))
@@ -98,6 +109,29 @@ def passed_on(x: Tensor) -> tuple[Any, int] | None:
     if node is None or type(node).__name__ != "RegisterPostBackwardFunctionBackward":
         return None
     return node.next_functions[x.output_nr]
+
+
+def while_gathered(states: Sequence[Any], run: Callable[[], T]) -> T:
+    """run() in the forward pass, with all parameters in their places and without FSDP's hooks.
+
+    In a graph that is kept they would act a second time, when the step's backward pass goes through it.
+    """
+    if not states:
+        return run()
+    try:
+        with torch.no_grad():
+            for state in states:
+                state._pre_forward(None, (), {})
+        for state in states:
+            state._training_state = state._training_state.PRE_BACKWARD
+        out = run()
+    finally:
+        for state in states:
+            state._training_state = state._training_state.FORWARD
+    with torch.no_grad():
+        for state in reversed(states):
+            state._post_forward(None, None, None)
+    return out
 
 
 def gather(states: Sequence[Any], g: Tensor) -> None:
@@ -121,7 +155,7 @@ def gathered(parameter: Any, needs: bool) -> Tensor:
     Args:
         needs: whether it has a gradient, until the `restoring` around this ends.
     """
-    tensor: Tensor = parameter.unsharded_param
+    tensor = whole(parameter)
     if tensor.requires_grad != needs:
         undo_later(tensor.requires_grad_, tensor.requires_grad)
         tensor.requires_grad_(needs)
@@ -131,12 +165,23 @@ def gathered(parameter: Any, needs: bool) -> Tensor:
 def leave_gradient(parameter: Any, gradient: Tensor | None) -> None:
     """Leave a gradient where autograd leaves it for FSDP."""
     if gradient is not None:
-        tensor = parameter.unsharded_param
+        tensor = whole(parameter)
         tensor.grad = gradient if tensor.grad is None else tensor.grad + gradient
 
 
-def reduce(states: Sequence[Any]) -> None:
-    """Reduce and scatter the gradients, and free the parameters, as FSDP does after the blocks' backward pass."""
+def reduce(states: Sequence[Any], postponed: Collection[Any]) -> None:
+    """Reduce and scatter the gradients, and free the parameters, as FSDP does after the blocks' backward pass.
+
+    Args:
+        postponed: those of modules that a step before uses too, which will do it, with the gradients of both.
+    """
     for state in reversed(states):
         for group in reversed(_groups(state)):
+            reduces = group.reduce_grads
+            if state in postponed:
+                group.reduce_grads = False
             group.post_backward()
+            if state in postponed:
+                group.reduce_grads = reduces
+                # Else the end of the pass would not look at it, should the step before never come.
+                group._training_state = group._training_state.IDLE
