@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from resode_cuda import ResidualStack, Reverse
@@ -17,18 +14,6 @@ from tests.support.memory import allocations
 from tests.support.networks import half_square, mlp, mlps, plain
 
 DIM, ROWS, STEPS = 6, 12, 4
-
-
-class Counted(TorchDispatchMode):
-    """Counts the calls of torch's ops."""
-
-    def __init__(self):
-        super().__init__()
-        self.ops = Counter()
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.ops[str(op.overloadpacket)] += 1
-        return op(*args, **kwargs or {})
 
 
 class Checkpointed(nn.Module):
@@ -58,7 +43,7 @@ def collectives(mesh, scheme, options, repeats, reshard):
     for _ in range(2):
         with Counted() as counted:
             half_square(model(torch.randn(ROWS, DIM))).backward()
-    return {op: count for op, count in counted.ops.items() if op.startswith("c10d")}
+    return counted.collectives
 
 
 MODES = {

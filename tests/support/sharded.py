@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from resode_cuda import ResidualStack, Reverse
 from tests.support.exact import EXACT, TIGHT
 from tests.support.networks import block_count, gradients, half_square, mlp, mlps, plain, relative_error
 
 DIM, ROWS, STEPS = 6, 12, 4
+
+
+class Counted(TorchDispatchMode):
+    """Counts the calls of torch's ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.ops[str(op.overloadpacket)] += 1
+        return op(*args, **kwargs or {})
+
+    @property
+    def collectives(self):
+        """How many of each kind."""
+        return {op: count for op, count in self.ops.items() if op.startswith("c10d")}
 
 
 class Whole(nn.Module):
