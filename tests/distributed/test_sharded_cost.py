@@ -12,6 +12,7 @@ from resode_cuda import ResidualStack, Reverse
 from resode_cuda.schemes import SCHEMES
 from tests.support.memory import allocations
 from tests.support.networks import half_square, mlp, mlps, plain
+from tests.support.sharded import Counted
 
 DIM, ROWS, STEPS = 6, 12, 4
 

@@ -15,7 +15,7 @@ from tests.support.small_transformers import batch_for, last_pass, small
 SETTINGS = {
     "stored": {"reverse": "stored"},
     "exact": {"anchors": 1},
-    "rebuilt": {"reverse": "corrected", "anchors": {0}},
+    "rebuilt": {"reverse": Reverse("step", corrections=4), "anchors": {0}},
 }
 WITHOUT_DROPOUT = {
     "gpt2": dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
