@@ -10,9 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from resode_cuda import ResidualStack, Reverse
 from resode_cuda.schemes import SCHEMES
-from tests.support.memory import allocations
 from tests.support.networks import half_square, mlp, mlps, plain
-from tests.support.sharded import Counted
+from tests.support.sharded import Counted, held_after
 
 DIM, ROWS, STEPS = 6, 12, 4
 
@@ -101,8 +100,7 @@ def held(mesh, depth, options):
     x = torch.randn(rows, dim)
     for _ in range(2):
         half_square(model(x)).backward()
-    # gloo's threads let go of a buffer a moment later, at times.
-    return min(sum(allocations(lambda: model(x))) for _ in range(3)), 4 * rows * dim
+    return held_after(lambda: model(x)), 4 * rows * dim
 
 
 NUMBERS = 64

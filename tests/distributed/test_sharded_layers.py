@@ -7,9 +7,8 @@ import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from resode_cuda import Reverse, convert
-from tests.support.memory import allocations
 from tests.support.networks import relative_error
-from tests.support.sharded import Counted, gathered
+from tests.support.sharded import Counted, gathered, held_after
 from tests.support.small_transformers import batch_for, last_pass, small
 
 SETTINGS = {
@@ -99,7 +98,7 @@ def held(mesh, layers):
     fully_shard(model, mesh=mesh)
     for _ in range(2):
         loss_of(model, "gpt2").backward()
-    return min(sum(allocations(lambda: loss_of(model, "gpt2"))) for _ in range(3))
+    return held_after(lambda: loss_of(model, "gpt2"))
 
 
 NUMBERS = 128
