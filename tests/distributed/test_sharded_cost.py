@@ -1,4 +1,4 @@
-"""What a step takes whose blocks `fully_shard` shards one by one: collectives, evaluations, memory."""
+"""What a step takes whose blocks `fully_shard` shards one by one: collectives and evaluations."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from resode_cuda import ResidualStack, Reverse
 from resode_cuda.schemes import SCHEMES
-from tests.support.networks import half_square, mlp, mlps, plain
-from tests.support.sharded import Counted, held_after
+from tests.support.networks import half_square, mlps, plain
+from tests.support.sharded import Counted
 
 DIM, ROWS, STEPS = 6, 12, 4
 
@@ -88,36 +88,3 @@ def test_blocks_run_again_no_further_than_their_last_saved_tensor(ranks):
     # Two products forwards, one of them again; one step in turn is measured, and runs to its end.
     assert ranks.run(products, "stored") == [3 * STEPS + 1] * 2
     assert ranks.run(products, "corrected") == [6 * STEPS] * 2
-
-
-def held(mesh, depth, options):
-    """Bytes that a rank holds between forward and backward pass."""
-    dim, rows = 32, 64
-    stack = ResidualStack([mlp(dim, dim) for _ in range(depth)], **options)
-    for block in stack:
-        fully_shard(block, mesh=mesh)
-    model = fully_shard(nn.Sequential(nn.Linear(dim, dim), stack), mesh=mesh)
-    x = torch.randn(rows, dim)
-    for _ in range(2):
-        half_square(model(x)).backward()
-    return held_after(lambda: model(x)), 4 * rows * dim
-
-
-NUMBERS = 64
-"""Bytes, at most, of the numbers by which a step that runs again is compared."""
-
-
-@pytest.mark.parametrize(
-    "options", [{"reverse": "corrected"}, {"reverse": "extrapolated"}], ids=["corrected", "extrapolated"]
-)
-def test_bytes_held_by_a_rank_do_not_depend_on_depth(ranks, options):
-    for (shallow, _), (deep, _) in zip(*(ranks.run(held, depth, options) for depth in (4, 12)), strict=True):
-        assert deep - shallow <= 8 * NUMBERS
-
-
-@pytest.mark.parametrize("bits", [8, 2])
-def test_a_step_holds_its_stored_bits_alone(ranks, bits):
-    options = {"reverse": Reverse("stored", bits=bits)}
-    for (shallow, _), (deep, state) in zip(*(ranks.run(held, depth, options) for depth in (4, 12)), strict=True):
-        of_a_step = state // 4 * (bits + 0.25) / 8
-        assert (deep - shallow) / 8 == pytest.approx(of_a_step, abs=NUMBERS)

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from torch import distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from resode_cuda import ResidualStack
@@ -16,13 +15,6 @@ pytestmark = [
     pytest.mark.parametrize("scheme", SCHEMES),
     pytest.mark.parametrize("gradient", ["adjoint", "checkpoint", "backprop"]),
 ]
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
-    yield init_device_mesh("cpu", (1,))
-    distributed.destroy_process_group()
 
 
 def test_a_sharded_stack_has_the_gradients_of_the_plain_loop(mesh, scheme, gradient):

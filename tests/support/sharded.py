@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 
 import torch
@@ -13,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from resode_cuda import ResidualStack, Reverse
 from tests.support.exact import EXACT, TIGHT
-from tests.support.memory import allocations
 from tests.support.networks import block_count, gradients, half_square, mlp, mlps, plain, relative_error
 
 DIM, ROWS, STEPS = 6, 12, 4
@@ -178,15 +176,3 @@ def assert_same(found, mode):
     assert max(own for own, _ in found) < TIGHT
     if mode in EXACTLY:
         assert max(exact for _, exact in found) < TIGHT
-
-
-def held_after(run):
-    """Bytes that run() holds when it has ended."""
-
-    def awaited():
-        out = run()
-        # gloo's threads let go of their buffers a moment later.
-        time.sleep(0.05)
-        return out
-
-    return min(sum(allocations(awaited)) for _ in range(3))
