@@ -22,11 +22,19 @@ from torch import Tensor, nn
 Sizes = Mapping[str, Any]
 
 
-def options(about: str | None, *, quick: Sizes, usual: Sizes, full: Sizes) -> argparse.Namespace:
+def options(
+    about: str | None,
+    *,
+    quick: Sizes,
+    usual: Sizes,
+    full: Sizes,
+    add: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
+) -> argparse.Namespace:
     """The flags of an example. Seeds torch's generator.
 
     Args:
         quick, usual, full: the sizes under `--quick`, by default and under `--full`; each is a flag of its own too.
+        add: adds what flags the example has beside.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     extent = parser.add_mutually_exclusive_group()
@@ -39,6 +47,7 @@ def options(about: str | None, *, quick: Sizes, usual: Sizes, full: Sizes) -> ar
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch, on a CPU")
     parser.add_argument("--figure", help="where to draw the picture, of an example that has one")
+    add(parser)
     given = parser.parse_args()
     sizes = quick if given.quick else full if given.full else usual
     for name, value in sizes.items():
@@ -110,18 +119,24 @@ def train(model: nn.Module, loss: Callable[[], Tensor], steps: int, rate: float 
 
 def held_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     """Bytes that autograd holds after a forward pass, parameters left out."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    held: dict[int, int] = {}
+    parameters = {local(parameter).untyped_storage().data_ptr() for parameter in model.parameters()}
+    held: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
+        storage = local(tensor).untyped_storage()
         if storage.data_ptr() not in parameters:
-            held[storage.data_ptr()] = storage.nbytes()
+            held[storage._cdata] = storage
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        _alive = forward()  # while the graph lives, no storage takes another's place
-    return sum(held.values())
+        _alive = forward()
+    # Sizes as they are now: FSDP has emptied what it had gathered.
+    return sum(storage.nbytes() for storage in held.values())
+
+
+def local(parameter: Tensor) -> Tensor:
+    """What this process has of a parameter, which may be sharded."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 def mib(size: int) -> str:

@@ -9,6 +9,7 @@ from .diagnosis import Diagnosis, diagnose
 from .initialize import deepen, smooth_init_
 from .mlp import ResidualMLP
 from .plan import Candidate, Plan
+from .resuming import load_training_state, training_state
 from .reverse import Reverse
 from .smoothness import roughness, smooth_gradients_
 from .stack import ResidualStack
@@ -34,11 +35,13 @@ __all__ = [
     "deepen_stage",
     "diagnose",
     "functional",
+    "load_training_state",
     "ops",
     "roughness",
     "smooth_gradients_",
     "smooth_init_",
     "tie_stage",
+    "training_state",
     "unconvert",
     "untie_stage",
 ]

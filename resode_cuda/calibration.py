@@ -7,22 +7,15 @@ computed and compared with the exact one, which checkpointing gives at one state
 from __future__ import annotations
 
 import math
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
+from torch import Tensor, distributed
 
-from .adjoint.buffers import work_on_copies
-from .adjoint.drift import DriftMonitor, root_mean_square
-from .adjoint.inventory import submodules
-from .adjoint.replay import protect
-from .adjoint.restoration import restoring
 from .candidates import (
     EXACT,
     PREFERENCES,
@@ -35,13 +28,12 @@ from .candidates import (
     sets_by_defect,
     sets_by_size,
 )
+from .layouts import is_distributed
 from .module import AdjointModule
 from .plan import Candidate, Plan, checked_tolerance
 from .stored import GROUP, group_count, sample_count
-
-Loss = Callable[[Any], Tensor]
-T = TypeVar("T")
-Argument = TypeVar("Argument")
+from .trial import Loss, Outcome, Trial, compared, half_square, norm
+from .worst_rank import WorstRank
 
 
 class CalibrationError(ValueError):
@@ -58,6 +50,7 @@ def calibrate(
     loss: Loss | None = None,
     prefer: str = "memory",
     rebuild: bool = True,
+    group: distributed.ProcessGroup | None = None,
     **kwargs: Any,
 ) -> Plan:
     """The cheapest way of getting gradients whose error on this batch is within the tolerance.
@@ -84,296 +77,95 @@ def calibrate(
         prefer: what the cheapest is: `"memory"`, bytes held and among equals evaluations, or `"time"`, the reverse.
         rebuild: whether solvers that rebuild states are tried. Without them the plan is stored bits or checkpointing,
             whose errors change little while a network trains.
+        group: of processes that train the stack together, each on a batch of its own, as under
+            `DistributedDataParallel`. All of them call this with the same settings; what a candidate is judged by is
+            the worst that one of them measured, so all get the same plan, with the same figures. None decides by this
+            process's batch alone, which is not for blocks that compute over ranks, as `SyncBatchNorm` does.
 
     Raises:
         ValueError: if the tolerance is not positive and finite, or prefer is unknown; as `CalibrationError` if the
-            exact gradient is not finite or is zero.
+            exact gradient is not finite or is zero, of any rank of the group.
+        RuntimeError: if a trial failed on another rank of the group; on that rank what it failed with.
         TypeError: for a stack that is none (pass the model's own `ResidualStack`) or whose parameters are inference
-            tensors, or a loss that returns no differentiable scalar.
+            tensors or sharded over ranks, or a loss that returns no differentiable scalar.
     """
     if prefer not in PREFERENCES:
         raise ValueError(f"calibrate: prefer must be one of {PREFERENCES}, got {prefer!r}")
-    trial = _Trial(_checked_stack(stack), x, args, kwargs, loss or _half_square)
+    _check_stack(stack)
     if tolerance != "amp":
         tolerance = checked_tolerance("calibrate", tolerance)
-    exact = trial.run(EXACT)
-    scale = _norm(exact.gradients)
-    if not (math.isfinite(scale) and scale > 0):
-        raise CalibrationError(
-            f"calibrate: the exact gradient must be finite and not zero, got a norm of {scale}; scale the loss, or "
-            "calibrate on another batch"
-        )
-    limit = trial.error_of_autocast(exact) if tolerance == "amp" else float(tolerance)
+    ranks = WorstRank("calibrate", group, x.device)
+    trial = ranks.together(lambda: Trial(stack, x, args, kwargs, loss or half_square))
+    exact = ranks.together(partial(trial.run, EXACT))
+    _check_scale(norm(exact.gradients), ranks)
+    measured = ranks.together(partial(trial.error_of_autocast, exact)) if tolerance == "amp" else float(tolerance)
+    limit = -ranks.of([-measured])[0]  # the least: within it on every rank
     tried: list[Candidate] = []
     errors: dict[Choice, float] = {}
-    for choice in _choices(trial, prefer, limit, rebuild):
+    for choice in _choices(trial, ranks, prefer, limit, rebuild):
         if not has_prospect(choice, errors, limit):
             continue
-        candidate = _compared(trial.run(choice), exact, trial.blocks_of_gradients)
+        candidate = _measured(choice, trial, exact, ranks)
         tried.append(candidate)
         errors[choice] = candidate.error
         if candidate.error <= limit:
             return Plan(limit, tuple(tried))
-    return Plan(limit, (*tried, exact.candidate))
+    return Plan(limit, (*tried, _agreed(exact.candidate, ranks)))
 
 
-def _choices(trial: _Trial, prefer: str, tolerance: float, rebuild: bool) -> Iterator[Choice]:
+def _check_scale(scale: float, ranks: WorstRank) -> None:
+    is_useless = not (math.isfinite(scale) and scale > 0)
+    (is_useless_anywhere,) = ranks.of([float(is_useless)])
+    if is_useless_anywhere:
+        raise CalibrationError(
+            "calibrate: the exact gradient must be finite and not zero, got "
+            f"{f'a norm of {scale}' if is_useless else 'another one on another rank'}; scale the loss, or calibrate on "
+            "another batch"
+        )
+
+
+def _choices(trial: Trial, ranks: WorstRank, prefer: str, tolerance: float, rebuild: bool) -> Iterator[Choice]:
     """From the cheapest on. The network is looked at once what needs no look has failed."""
     rebuilt_badly: list[tuple[int, ...]] = []
     if rebuild:
         yield from first_choices(prefer)
-        rebuilt_badly = list(sets_by_defect(trial.run(PROBE).defects, tolerance))
-    wild = list(sets_by_size(trial.sizes_of_increments(), WILD))
-    padding = GROUP * group_count(trial.x) * sample_count(trial.x) / max(1, trial.x.numel())
+        defects = ranks.of(ranks.together(partial(trial.run, PROBE)).defects)
+        rebuilt_badly = list(sets_by_defect(defects, tolerance))
+    wild = list(sets_by_size(ranks.of(ranks.together(trial.sizes_of_increments)), WILD))
+    (padding,) = ranks.of([GROUP * group_count(trial.x) * sample_count(trial.x) / max(1, trial.x.numel())])
     choices = all_choices(len(trial.stack.steps), prefer, rebuilt_badly, wild, padding)
     yield from (choice for choice in choices if rebuild or (choice.reverse and choice.reverse.is_stored))
 
 
-def _compared(outcome: _Outcome, exact: _Outcome, blocks: Sequence[int]) -> Candidate:
-    """The candidate with its errors; `blocks` has the block of each gradient."""
-    differences = [a - b for a, b in zip(outcome.gradients, exact.gradients, strict=True)]
-    by_block = [
-        _ratio([d for d, of in zip(differences, blocks, strict=True) if of == block], exact.of_block(block, blocks))
-        for block in sorted(set(blocks))
-    ]
-    input_error = None
-    if outcome.input_gradient is not None and exact.input_gradient is not None:
-        input_error = _ratio([outcome.input_gradient - exact.input_gradient], [exact.input_gradient])
+def _measured(choice: Choice, trial: Trial, exact: Outcome, ranks: WorstRank) -> Candidate:
+    def compare() -> Candidate:
+        return compared(trial.run(choice), exact, trial.blocks_of_gradients)
+
+    return _agreed(ranks.together(compare), ranks)
+
+
+def _agreed(candidate: Candidate, ranks: WorstRank) -> Candidate:
+    """The candidate with the worst figures of all ranks."""
+    costs = candidate.evaluations, candidate.seconds, candidate.held_bytes
+    # No error is the least, no defect may be one that was not finite.
+    errors = [-1.0 if error is None else error for error in candidate.errors]
+    evaluations, seconds, held, *worst, defect = ranks.of(
+        [*costs, *errors, math.nan if candidate.defect is None else candidate.defect]
+    )
+    error, input_error, layer_error = worst
     return replace(
-        outcome.candidate,
-        error=_ratio(differences, exact.gradients),
-        input_error=input_error,
-        layer_error=max(by_block, default=0.0),
+        candidate,
+        evaluations=int(evaluations),
+        seconds=seconds,
+        held_bytes=int(held),
+        error=error,
+        input_error=None if input_error < 0 else input_error,
+        layer_error=None if layer_error < 0 else layer_error,
+        defect=defect if math.isfinite(defect) else None,
     )
 
 
-def _ratio(differences: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """|differences| / |exact|; infinite where it is no number, 0 where both are."""
-    difference, scale = _norm(differences), _norm(exact)
-    if not math.isfinite(difference):
-        return math.inf
-    return difference / scale if scale else (0.0 if difference == 0 else math.inf)
-
-
-class _Outcome(NamedTuple):
-    gradients: list[Tensor]
-    """Those of the parameters; that of the input where there are none."""
-    input_gradient: Tensor | None
-    defects: list[float]
-    """One for each step; none where none were measured."""
-    candidate: Candidate
-    """The choice and what it cost; its errors are left at 0."""
-
-    def of_block(self, block: int, blocks: Sequence[int]) -> list[Tensor]:
-        return [gradient for gradient, of in zip(self.gradients, blocks, strict=True) if of == block]
-
-
-class _Trial:
-    """Training steps on one batch, after each of which everything is as it was before.
-
-    Forward passes are the same for every candidate, so they share the cotangent of the output, and the loss, which may
-    have effects of its own, is called once.
-    """
-
-    def __init__(self, stack: AdjointModule, x: Tensor, args: Any, kwargs: Any, loss: Loss) -> None:
-        x, self.args, self.kwargs = pytree.tree_map(_without_inference, (x, args, kwargs))
-        self.stack, self.x = stack, x.detach()
-        self.parameters: list[Tensor] = [parameter for parameter in stack.parameters() if parameter.requires_grad]
-        self.modules = submodules((stack,))
-        self.held_bytes: dict[tuple[Any, ...], int] = {}
-        self.loss = loss
-        self.g = self._as_before(self._output_cotangents, loss)
-        self.blocks_of_gradients = self._blocks_of_gradients()
-
-    def _blocks_of_gradients(self) -> list[int]:
-        """The block of each parameter that has a gradient, the first of those that share it."""
-        found: dict[Tensor, int] = {}
-        for index, block in enumerate(self.stack.children()):
-            for parameter in block.parameters():
-                found.setdefault(parameter, index)
-        return [found[parameter] for parameter in self.parameters] or [0]
-
-    def error_of_autocast(self, exact: _Outcome) -> float:
-        """The error of the gradient that training in bfloat16 by autocast has."""
-        g = self.g
-        try:
-            with torch.autocast(self.x.device.type, torch.bfloat16):
-                self.g = self._as_before(self._output_cotangents, self.loss)
-                found = self.run(EXACT)
-        finally:
-            self.g = g
-        return _compared(found, exact, self.blocks_of_gradients).error
-
-    def sizes_of_increments(self) -> list[float]:
-        """|d_n| / |x_n| of each step; of a scheme with two blocks a step by the first one's output."""
-        return self._as_before(self._sizes, self.x)
-
-    def _sizes(self, x: Tensor) -> list[float]:
-        blocks, found = set(self.stack.children()), []
-        adds = getattr(self.stack, "form", "residual") == "residual"
-
-        def measure(module: torch.nn.Module, given: Any, out: Any) -> None:
-            if module in blocks:
-                first = out[0] if isinstance(out, tuple) else out
-                increment = first if adds else first - given[0]
-                found.append(_ratio([increment], [given[0]]))
-
-        measuring = torch.nn.modules.module.register_module_forward_hook(measure)
-        try:
-            with _set(self.stack, EXACT), torch.no_grad():
-                self._forward(x)
-        finally:
-            measuring.remove()
-        steps = self.stack.steps
-        sizes = found[:: self.stack._method.scheme.blocks_per_step]
-        return [h * size for h, size in zip(steps, sizes, strict=True)]
-
-    def _output_cotangents(self, loss: Loss) -> list[Tensor]:
-        with _set(self.stack, EXACT), torch.no_grad():
-            out = self._forward(self.x)
-        outputs = [tensor.detach().requires_grad_() for tensor in _as_tuple(out)]
-        with _without_effects(), torch.enable_grad():
-            value = loss(tuple(outputs) if isinstance(out, tuple) else outputs[0])
-            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-                raise TypeError(
-                    f"calibrate: loss must return a scalar tensor that depends on the output, got {value!r}"
-                )
-            cotangents = torch.autograd.grad(value, outputs, allow_unused=True)
-        return [torch.zeros_like(out) if g is None else g for out, g in zip(outputs, cotangents, strict=True)]
-
-    def _forward(self, x: Tensor) -> Any:
-        # In containers of their own, which blocks may change.
-        args, kwargs = pytree.tree_map(lambda leaf: leaf, (self.args, self.kwargs))
-        return self.stack(x, *args, **kwargs)
-
-    def run(self, choice: Choice) -> _Outcome:
-        return self._as_before(self._run, choice)
-
-    def _run(self, choice: Choice) -> _Outcome:
-        calls = 0
-
-        def count(module: torch.nn.Module, _: Any) -> None:
-            nonlocal calls
-            calls += module in blocks
-
-        blocks = set(self.stack.children())
-        with _set(self.stack, choice), torch.enable_grad():
-            x = self.x.clone().requires_grad_()
-            held = self._held_by(x, choice)
-            counting = torch.nn.modules.module.register_module_forward_pre_hook(count)
-            try:
-                found, seconds = self._pass(x)
-            finally:
-                counting.remove()
-            drift = self.stack.drift
-            if choice.reverse is not None and choice.reverse.is_stored:
-                # The first pass measures all steps, later ones one in turn.
-                seconds = self._pass(x)[1]
-            defect = math.nan if drift is None else root_mean_square(drift.defects).item()
-            defects = [] if drift is None else drift.defects.tolist()
-        *of_parameters, of_input = [None if g is None else g.detach() for g in found]
-        wanted = zip(of_parameters or [of_input], self.parameters or [x], strict=True)
-        return _Outcome(
-            [torch.zeros_like(tensor) if g is None else g for g, tensor in wanted],
-            of_input,
-            defects,
-            Candidate(
-                *choice,
-                calls,
-                seconds,
-                held,
-                error=0.0,
-                defect=defect if math.isfinite(defect) else None,
-                steps=len(self.stack.steps),
-                input_error=0.0,
-                layer_error=0.0,
-            ),
-        )
-
-    def _pass(self, x: Tensor) -> tuple[tuple[Tensor | None, ...], float]:
-        """The gradients of the parameters and x, and the seconds that they took."""
-        begin = _now(x.device)
-        out = _as_tuple(self._forward(x))
-        found = torch.autograd.grad(out, [*self.parameters, x], self.g, allow_unused=True)
-        return found, _now(x.device) - begin
-
-    def _held_by(self, x: Tensor, choice: Choice) -> int:
-        """Bytes that autograd holds after a forward pass; measured once for all solvers that hold the same.
-
-        Apart from the pass that is timed: under these hooks parameters come back as other tensors, which blocks that
-        torch.compile compiled would be compiled for again.
-        """
-        reverse = choice.reverse
-        what = choice.gradient, reverse and reverse.extrapolates, reverse and reverse.bits, choice.anchors
-        if what not in self.held_bytes:
-            self.held_bytes[what] = self._as_before(self._measured, x)
-        return self.held_bytes[what]
-
-    def _measured(self, x: Tensor) -> int:
-        held: dict[int, int] = {}
-        mine = {tensor.untyped_storage().data_ptr() for tensor in (x, *self.parameters)}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in mine:
-                held[storage.data_ptr()] = storage.nbytes()
-            # A node that saved its own output and kept it as it is would be kept alive by it.
-            return tensor.detach()
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            self._forward(x)
-        return sum(held.values())
-
-    def _as_before(self, run: Callable[[Argument], T], argument: Argument) -> T:
-        """run(argument), after which all modules and random generators are as they were."""
-
-        def protected() -> T:
-            protect(self.modules, self.x.device)
-            return run(argument)
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # candidates may well diverge
-            return restoring(protected)
-
-
-@contextmanager
-def _set(stack: AdjointModule, choice: Choice | None = None) -> Iterator[None]:
-    """The stack's settings for one trial (None: as they are), with a drift monitor of its own, and no recalibration."""
-    before = stack.gradient, stack.reverse, stack.anchors, stack._monitor, stack._recalibration
-    try:
-        stack._monitor, stack._recalibration = DriftMonitor(type(stack).__name__, len(stack.steps)), None
-        if choice is not None:
-            stack.gradient, stack.anchors = choice.gradient, choice.anchors
-            if choice.reverse is not None:
-                stack.reverse = choice.reverse
-        yield
-    finally:
-        stack.gradient, stack.reverse, stack.anchors, stack._monitor, stack._recalibration = before
-
-
-@contextmanager
-def _without_effects() -> Iterator[None]:
-    """Whatever modules run inside, their buffers, and the settings of other stacks, are as before when the `restoring`
-    around this ends, at the latest."""
-    seen: set[torch.nn.Module] = set()
-    with ExitStack() as restored:
-
-        def protect_too(module: torch.nn.Module, _: Any) -> None:
-            if module not in seen:
-                seen.add(module)
-                work_on_copies([module])
-                if isinstance(module, AdjointModule):
-                    restored.enter_context(_set(module))
-
-        restored.callback(torch.nn.modules.module.register_module_forward_pre_hook(protect_too).remove)
-        yield
-
-
-def _as_tuple(out: Any) -> tuple[Tensor, ...]:
-    return out if isinstance(out, tuple) else (out,)
-
-
-def _checked_stack(stack: AdjointModule) -> AdjointModule:
+def _check_stack(stack: AdjointModule) -> None:
     # Only what has blocks of its own can be planned for.
     if not isinstance(stack, AdjointModule) or not hasattr(stack, "apply_plan"):
         raise TypeError(
@@ -384,25 +176,11 @@ def _checked_stack(stack: AdjointModule) -> AdjointModule:
             "calibrate: the stack's parameters and buffers must have gradients, got inference tensors; build or load "
             "it outside torch.inference_mode()"
         )
-    return stack
-
-
-def _without_inference(value: Any) -> Any:
-    """A tensor that autograd may save, for one made under torch.inference_mode(); anything else as it is."""
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
-
-
-def _half_square(x: Any) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise TypeError("calibrate: a stack with auxiliary returns a tuple, which needs a loss; pass loss=")
-    return x.square().sum() / 2
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return math.sqrt(sum(tensor.double().square().sum().item() for tensor in tensors))
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    # torch.autograd.grad finds no gradients for parts of parameters, which FSDP puts on them itself.
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    if any(map(is_distributed, stack.parameters())) or any(isinstance(module, fsdp) for module in stack.modules()):
+        raise TypeError(
+            "calibrate: the stack's parameters must be whole on each rank, got sharded ones; calibrate a copy of the "
+            "stack, or before fully_shard or parallelize_module, with group= for the same plan on all ranks, and apply "
+            "the plan to the sharded stack"
+        )

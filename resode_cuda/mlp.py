@@ -159,8 +159,8 @@ class ResidualMLP(AdjointModule):
             x_N, shape and dtype of x, contiguous.
 
         Raises:
-            TypeError, ValueError: for an x that does not fit, as no nested or sparse one does, or a backend that can't
-                compute this.
+            TypeError, ValueError: for an x that does not fit, as no nested or sparse one and no DTensor does, or a
+                backend that can't compute this.
         """
         if torch.compiler.is_compiling() and self.on_drift not in ("ignore", "warn"):
             return _forward_uncompiled(self, x)

@@ -18,6 +18,12 @@ from .reverse import DEFAULT_BITS, Reverse, solver_from
 from .schemes import Scheme
 
 GRADIENTS = ("adjoint", "checkpoint", "backprop")
+RECALIBRATION = (
+    *("steps", "tolerance", "prefer", "share", "has_loss", "has_group"),
+    *("count", "seconds", "seconds_spent", "seconds_of_the_last"),
+)
+"""What is kept of a recalibration. Without one all are None, since torch's distributed checkpoints are loaded into a
+state that must have the keys of the saved one."""
 
 
 class AdjointModule(nn.Module):
@@ -187,15 +193,20 @@ class AdjointModule(nn.Module):
         """What a run that is to be resumed keeps beside `state_dict`: how the module trains by now.
 
         The settings that may change during training, by hand, by `on_drift="checkpoint"` or by a plan; whether the next
-        training step is to be the first by checkpointing; the ratio of gradient error to defects that the plan's
-        calibration measured; and where `ResidualStack.recalibrate_every` stands, without its loss.
+        training step is to be the first by checkpointing; which steps are to be measured next; the ratio of gradient
+        error to defects that the plan's calibration measured; and where `ResidualStack.recalibrate_every` stands,
+        without its loss and its group.
 
-        Plain values alone: `torch.save`, `torch.load(weights_only=True)` and JSON keep it.
+        Plain values alone: `torch.save`, `torch.load(weights_only=True)` and JSON keep it, and
+        `torch.distributed.checkpoint` does, which holds each value once, from whichever rank. Where ranks may differ,
+        since each judges its own batch, give it the states of all as one string (`examples/distributed.py`).
         """
         anchors, ratio = self.anchors, self._monitor.gradient_error_per_defect
         return {
             "steps": len(self.steps),
             "fallback_requested": self._monitor.wants_fallback(),
+            "unmeasured": sorted(self._monitor.unmeasured),
+            "turn": self._monitor.turn,
             "gradient": self.gradient,
             "reverse": asdict(self.reverse),
             "anchors": list(anchors) if isinstance(anchors, tuple) else anchors,
@@ -203,15 +214,15 @@ class AdjointModule(nn.Module):
             "max_drift": None if self.max_drift == math.inf else self.max_drift,
             "on_drift": self.on_drift,
             "gradient_error_per_defect": ratio if ratio is not None and math.isfinite(ratio) else None,
-            "recalibration": None if self._recalibration is None else self._recalibration.state(),
+            "recalibration": self._recalibration.state() if self._recalibration else dict.fromkeys(RECALIBRATION),
         }
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Train from now on as a module did when its `training_state` was taken.
 
         Args:
-            state: what that returned. Where it calibrates again with a loss, first give this module the loss by
-                `ResidualStack.recalibrate_every`: the loss stays, all else of a recalibration is the state's, its end
+            state: what that returned. Where it calibrates again with a loss or a group, first give this module these by
+                `ResidualStack.recalibrate_every`: they stay, all else of a recalibration is the state's, its end
                 too.
 
         Raises:
@@ -238,12 +249,20 @@ class AdjointModule(nn.Module):
             raise TypeError(f"fallback_requested must be True or False, got {fallback_requested!r}")
         if ratio is not None and not 0 <= float(ratio) < math.inf:
             raise ValueError(f"gradient_error_per_defect must be finite and >= 0, or None, got {ratio!r}")
+        unmeasured, turn, recalibration = set(state["unmeasured"]), state["turn"], state["recalibration"]
+        if not {*unmeasured, turn} <= {*range(len(self.steps))}:
+            raise ValueError(
+                f"unmeasured and turn must be numbers of the {len(self.steps)} steps, got {unmeasured} and {turn!r}"
+            )
+        if recalibration == dict.fromkeys(RECALIBRATION):
+            recalibration = None
         self.gradient, self.reverse, self.anchors = state["gradient"], reverse, state["anchors"]
         self.max_drift = math.inf if state["max_drift"] is None else state["max_drift"]
         self.on_drift = state["on_drift"]
-        self._recalibration = self._resumed_recalibration(state["recalibration"])
+        self._recalibration = self._resumed_recalibration(recalibration)
         # The setters have forgotten what is this module's own.
         self._monitor.fallback_requested = fallback_requested
+        self._monitor.unmeasured, self._monitor.turn = unmeasured, turn
         self._monitor.gradient_error_per_defect = None if ratio is None else float(ratio)
 
     def _resumed_recalibration(self, state: dict[str, Any] | None) -> Any:

@@ -4,34 +4,35 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import replace
-from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
 from .adjoint import checkpoint, node, traced
+from .adjoint.agreement import on_any_rank
 from .adjoint.block_arguments import Arguments, Call
 from .adjoint.blocks import Auxiliaries, Block, Returned
-from .adjoint.buffers import work_on_copies
+from .adjoint.drift import FALLBACKS
 from .adjoint.inventory import Inventories, submodules
+from .adjoint.inversion import inverted
 from .adjoint.outputs import Outputs
-from .adjoint.restoration import restoring, undo_leftovers
-from .calibration import Loss
+from .adjoint.restoration import undo_leftovers
 from .devices import is_capturing
 from .dtypes import DTYPES
 from .export import wants_plain
 from .handed_out import warn_of_training
+from .layouts import is_distributed
 from .method import Anchors
 from .module import AdjointModule, checked_block_form, checked_steps, default_reverse
 from .plan import Plan
 from .recalibration import Recalibration
-from .reverse import Reverse, extrapolate, integer, predict
-from .schemes import SCHEMES, BlockForm, increment
+from .reverse import Reverse, integer
+from .schemes import SCHEMES, BlockForm
 from .schemes import step as take_step
+from .trial import Loss
 
 FORMS = ("residual", "block")
 
@@ -73,7 +74,9 @@ class ResidualStack(AdjointModule):
             `"checkpoint"` warns and sets `gradient="checkpoint"`, exact, for the training steps that follow;
             `"ignore"` warns of NaN and Inf alone. Defects are free. They are judged at the end of the backward pass on
             a CPU; on a GPU without waiting for it, by a forward pass once they have arrived, except that all but "warn"
-            and "ignore" make the next forward pass wait for them.
+            and "ignore" make the next forward pass wait for them. Under `DistributedDataParallel` each rank decides by
+            its own batch, so blocks that compute over ranks, as `SyncBatchNorm` does, are not for "store" and
+            "checkpoint" there; where parameters are sharded over ranks, what one decides holds for all of them.
         keep_input: keep x_0, one state more, and measure in `drift.reconstruction` how far the rebuilt one is from it.
         auxiliary: blocks may return (increment, auxiliary), such as the balancing loss of a router, and the stack
             returns (x_N, auxiliary([...])), with gradients in all modes. A function from the list of what the
@@ -202,7 +205,8 @@ class ResidualStack(AdjointModule):
             the last entry of the tuple is the list of these states, in the order asked for.
 
         Raises:
-            TypeError: if x is not a floating tensor, or a block returns no tensor or another dtype.
+            TypeError: if x is not a floating tensor, or is a DTensor, or a block returns no tensor, a DTensor, or
+                another dtype.
             ValueError: if a block changes the shape or device of its input, for a state that there is none of, or for
                 steps so small, or so different, that the stream's dtype cannot hold h, 1/h or the ratios of successive
                 steps.
@@ -333,6 +337,8 @@ class ResidualStack(AdjointModule):
             plan = self._recalibration.plan(self, x, args, kwargs)
             if plan is not None:
                 self.apply_plan(plan)
+        if self.gradient == "adjoint" and self.on_drift in FALLBACKS:
+            self._monitor.fallback_requested = on_any_rank(self._monitor.fallback_requested, self.parameters())
         self._fall_back_where_asked_for()
 
     def apply_plan(self, plan: Plan) -> ResidualStack:
@@ -357,14 +363,16 @@ class ResidualStack(AdjointModule):
         share: float = 0.01,
         loss: Loss | None = None,
         prefer: str = "memory",
+        group: distributed.ProcessGroup | None = None,
     ) -> ResidualStack:
         """Calibrate on the batch at hand at the next training step and every `steps` after it, and apply the plan.
 
         Args:
             steps: training steps (forward passes in train mode with gradients) from one calibration to the next; 0 ends
                 it.
-            tolerance, loss, prefer: as for `resode_cuda.calibrate`, which it calls before the forward pass. A loss with
-                labels must have been given those of the coming batch.
+            tolerance, loss, prefer, group: as for `resode_cuda.calibrate`, which it calls before the forward pass. A
+                loss with labels must have been given those of the coming batch. Ranks of a group take as many training
+                steps, and leave one out together.
             share: of the time since the first calibration that all later ones together may take; a calibration for
                 which that does not suffice yet is left out.
 
@@ -374,13 +382,11 @@ class ResidualStack(AdjointModule):
         Returns:
             the stack.
         """
-        self._recalibration = Recalibration(steps, tolerance, share, loss, prefer) if steps != 0 else None
+        self._recalibration = Recalibration(steps, tolerance, share, loss, prefer, group) if steps != 0 else None
         return self
 
     def _resumed_recalibration(self, state: dict[str, Any] | None) -> Recalibration | None:
-        given: Recalibration | None = self._recalibration
-        loss = None if given is None else given.loss
-        return None if state is None else Recalibration.resumed(state, loss)
+        return None if state is None else Recalibration.resumed(state, self._recalibration)
 
     @torch.no_grad()
     def invert(self, x_last: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
@@ -403,31 +409,7 @@ class ResidualStack(AdjointModule):
         """
         undo_leftovers()
         blocks, state = self._blocks_for(x_last), self._state_from(x_last)
-        call, method, scheme = Call(args, kwargs), self._method, self._method.scheme
-        if method.solver.is_stored:
-            method = replace(method, solver=Reverse("step"))
-
-        def undone(n: int, state: Tensor, predicted: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            """x_n from x_{n+1}, and the increment where the solver knows it."""
-            used, h = blocks[method.blocks_of(n)], self.steps[n]
-            work_on_copies(submodules(block.module for block in used))
-            functions = [block.function(call, []) for block in used]
-            y = predict(method.solver, scheme, functions, state, h, predicted)
-            if not method.reuses:
-                return y, None
-            stages = scheme.stages(functions, y, h)
-            state = scheme.add(state, stages, -h)
-            return state, increment(scheme, stages, h, state) if method.extrapolates else None
-
-        later: list[Tensor] = []  # the increments of the steps undone so far, newest first
-        for n in reversed(range(len(self.steps))):
-            predicted = None
-            if method.extrapolates and len(later) == 2:
-                predicted = extrapolate(method.weights[n], state, *later)
-            state, d = restoring(partial(undone, n, state, predicted))
-            if d is not None:
-                later = [d, *later[:1]]
-        return state.to(x_last.dtype)
+        return inverted(self._method, blocks, state, Call(args, kwargs)).to(x_last.dtype)
 
     def __len__(self) -> int:
         """Number of blocks."""
@@ -477,6 +459,11 @@ class ResidualStack(AdjointModule):
         if x.is_nested or x.layout != torch.strided:
             kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
             raise TypeError(f"ResidualStack: x must be a dense tensor, got a {kind} one; pad it, or use x.to_dense()")
+        if is_distributed(x):
+            raise TypeError(
+                "ResidualStack: x must be this rank's own tensor, got a DTensor; pass x.to_local(), and let blocks "
+                "return such tensors, too (use_local_output=True)"
+            )
         returns = Returned(self.form == "block", self.auxiliary is not None)
         return [Block(module, n, x.dtype, self._inventories, returns) for n, module in enumerate(self._all_blocks())]
 

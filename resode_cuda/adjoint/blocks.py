@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dtypes import DTYPES, fits
+from ..layouts import is_distributed
 from ..schemes import BlockFunction
 from .block_arguments import Arguments, Call, Given, Versions, left_in
 from .generators import Generators
@@ -130,6 +131,11 @@ class Block:
             hint = "" if self.has_auxiliary else ", or let the stack add up auxiliaries with auxiliary=sum"
             raise TypeError(
                 f"{where} must return one tensor, got {type(out).__name__}; wrap it to return that tensor{hint}"
+            )
+        if is_distributed(out):
+            raise TypeError(
+                f"{where} must return this rank's own tensor, got a DTensor; set use_local_output=True in its last "
+                "layer, or return out.to_local()"
             )
         if out.shape != given.shape:
             raise ValueError(

@@ -83,7 +83,9 @@ class DriftMonitor:
         self.fallback_requested = False
         """Whether on_drift="checkpoint" has found reason to."""
         self._passes = itertools.count()
-        self._steps, self._unmeasured, self._turn = steps, set(range(steps)), 0
+        self._steps = steps
+        self.unmeasured, self.turn = set(range(steps)), 0
+        """Steps that have not been measured yet, and the one whose turn it is then."""
         # [steps + 1, 2]: |y - x_n|^2, |x_n|^2, and at the end the same of the input.
         self._squares: Tensor | None = None
         self._rows: tuple[Tensor, ...] = ()
@@ -113,7 +115,7 @@ class DriftMonitor:
     def settings_changed(self) -> None:
         """What was measured holds for the module as it was."""
         self.gradient_error_per_defect = None
-        self._unmeasured = set(range(self._steps))
+        self.unmeasured = set(range(self._steps))
 
     def recomputed(self) -> int:
         """The step that is recomputed to its end, and compared, under "checkpoint" in the pass that begins."""
@@ -127,13 +129,13 @@ class DriftMonitor:
         """
         if not method.solver.is_stored or self.on_drift == "raise" or is_capturing():
             return range(self._steps)
-        return {*self._unmeasured} or {self._turn}
+        return {*self.unmeasured} or {self.turn}
 
     def was_measured(self, n: int) -> None:
         """Step n was evaluated to its end in a backward pass."""
-        self._unmeasured.discard(n)
-        if n == self._turn:
-            self._turn = (n + 1) % self._steps
+        self.unmeasured.discard(n)
+        if n == self.turn:
+            self.turn = (n + 1) % self._steps
 
     def begin(self, stream: Tensor, measures: bool, increments: Increments | StoredRounding | None = None) -> None:
         """A backward pass starts; it measures defects, or looks for NaN and Inf alone.

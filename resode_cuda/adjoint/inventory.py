@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from ..layouts import is_distributed
 from .attributes import TORCHS_OWN, Attributes
 from .restoration import Slot, make_equal
 from .sharding import Shards, is_sharded_by_wrapping, sharded, whole
@@ -132,7 +133,8 @@ class Inventory:
         self.has_state = has_buffers or any(of.tensors or of.containers for of in self.attributes)
         self.has_fast_path = has_fast_path(self.modules)
         self.is_scripted = any(isinstance(module, torch.jit.ScriptModule) for module in self.modules)
-        are_leaves = all(type(parameter.tensor) is nn.Parameter for parameter in self.parameters)
+        tensors = [parameter.tensor for parameter in self.parameters]
+        are_leaves = all(type(tensor) is nn.Parameter or is_distributed(tensor) for tensor in tensors)
         self.keeps_alive = not are_leaves or any(attributes.may_hold_tensors for attributes in self.attributes)
         has_functions = any(attributes.has_functions for attributes in self.attributes)
         is_known = not (self.keeps_alive or has_buffers or has_functions)

@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointError
 
+from ..layouts import in_memory
 from ..schemes import BlockFunction, Vjp
+from .agreement import collectives_so_far
 from .blocks import Auxiliaries, Block, BlockCall
 from .inventory import HeldParameter
 from .vjp import BlockVjps, refuse_hooks, strangers
@@ -55,12 +57,16 @@ class _Leaves:
         self._numbers: dict[int, int] = {}
 
     def look_up(self) -> None:
-        addresses = [tensor.data_ptr() for tensor in self._tensors]
+        addresses = [_address(tensor) for tensor in self._tensors]
         self._numbers = dict(zip(reversed(addresses), range(len(addresses), 0, -1), strict=True))
         self._numbers.pop(0, None)
 
     def number_of(self, tensor: Tensor) -> int:
-        return self._numbers.get(tensor.data_ptr(), 0) if tensor.layout == torch.strided else 0
+        return self._numbers.get(_address(tensor), 0) if tensor.layout == torch.strided else 0
+
+
+def _address(tensor: Tensor) -> int:
+    return in_memory(tensor)[0].data_ptr()
 
 
 class _SavedTensors:
@@ -306,13 +312,18 @@ class StepGraph:
 
         A block that fails, which it may do since its tensors are not saved, is as if it had not run.
         """
-        graph, count = BlockGraph(call.block, self._told_apart), len(auxiliaries)
+        graph, count, collectives = BlockGraph(call.block, self._told_apart), len(auxiliaries), collectives_so_far()
         try:
             out = graph.record(f, x, self._needs_x, auxiliaries)
         except Exception:  # if the block is to blame, it fails again without a graph
             call.rewind()
             del auxiliaries[count:]
             return None, None
+        if collectives_so_far() != collectives:
+            # Whether a graph can be kept may be found otherwise on another rank: a collective's own thread may hold
+            # the state a little longer there, or the block take another branch.
+            call.block.needs_its_tensors = True
+            return None, out
         # Hooks come in pairs: those after a module's forward pass must run too.
         graph.can_stop = not call.inventory.has_forward_hooks
         is_kept = not (graph.holds_input or self._has_strangers(call, graph))

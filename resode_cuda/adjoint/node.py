@@ -11,7 +11,7 @@ Discrete adjoint method: Sander, Ablin and Peyré, NeurIPS 2022, arXiv:2205.1461
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -184,6 +184,7 @@ class AdjointStep(torch.autograd.Function):
         shadows, tensors = shadows_and_tensors[: step.shadow_count], shadows_and_tensors[step.shadow_count :]
         auxiliaries: Auxiliaries = []
         ctx.strides = ctx.graph = None
+        ctx.has_prehooks = False
         if step.method.solver.is_stored:
 
             def stored() -> StoredForward:
@@ -216,11 +217,27 @@ class AdjointStep(torch.autograd.Function):
         auxiliary_cotangents, cotangents = cotangents[:count], cotangents[count:]
         if g is None:
             return (None,) * len(ctx.needs_input_grad)
+        if ctx.has_prehooks:
+            g, cotangents = g.clone(), tuple(given if given is None else given.clone() for given in cotangents)
         return restoring(lambda: _backward(ctx, g, auxiliary_cotangents, cotangents))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise unsupported("adjoint", "forward-mode differentiation")
+
+
+_Node: Any = AdjointStep._backward_cls
+_register_prehook = _Node.register_prehook
+
+
+def _register_noticed(ctx: Any, hook: Callable[..., Any]) -> Any:
+    """Have a hook called with a step's cotangents. It may hold them for a second pass, so that they are not the step's
+    own any more: pipeline schedules that differentiate for states first, and for parameters later, do."""
+    ctx.has_prehooks = True
+    return _register_prehook(ctx, hook)
+
+
+_Node.register_prehook = _register_noticed
 
 
 class ReturnedState(torch.autograd.Function):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import DTYPES, dtype_name, dtype_names
+from ..layouts import is_distributed
 from ..method import Method
 from .activations import ACTIVATIONS
 from .norms import NORMS
@@ -67,7 +68,7 @@ class Network:
 
         Raises:
             TypeError: for a dtype that is not one of DTYPES, parameters of several, an x that is not of the stream's;
-                and for what is nested or sparse.
+                and for what is nested, sparse or a DTensor.
             ValueError: for unknown names, a scheme that the depth-fused formulas lack, shapes or devices that do not
                 fit, steps that are not finite or too far apart, and anchors that are no steps.
         """
@@ -161,3 +162,5 @@ def _check_dense(where: str, name: str, tensor: Tensor) -> None:
         )
     if tensor.layout != torch.strided:
         raise TypeError(f"{where}: {name} must be dense, got layout {tensor.layout}; use {name}.to_dense()")
+    if is_distributed(tensor):
+        raise TypeError(f"{where}: {name} must be this rank's own tensor, got a DTensor; use {name}.to_local()")

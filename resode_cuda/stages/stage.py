@@ -29,6 +29,7 @@ from ..adjoint.replay import protect
 from ..adjoint.restoration import restoring, undo_leftovers
 from ..adjoint.sharding import passed_on
 from ..devices import is_capturing
+from ..layouts import is_distributed
 from ..method import Method
 from ..plan import told
 from ..stack import ResidualStack
@@ -200,6 +201,8 @@ class Stage:
         """Why the layer has to run by itself, which the caller may not know."""
         if not (args and isinstance(args[0], Tensor) and args[0].is_floating_point()):
             return "a layer was not given a floating tensor first"
+        if is_distributed(args[0]):
+            return "a layer was given a DTensor, not this rank's own tensor (use_local_output=True)"
         return self._refused.get(self._key(number, args[0]))
 
     def _key(self, number: int, x: Tensor) -> Any:
@@ -226,7 +229,7 @@ class Stage:
         arguments.refuse_iterators()
         given = self._given_as(x)
         begins = given is None or given.number != number - 1 or given.version != x._version
-        if begins:
+        if given is None or begins:
             given = self._begun(number, x, call)
         chain = given.chain
         chain.renew_generators()

@@ -59,14 +59,14 @@ def test_no_imports_go_round_in_a_circle():
 
 
 LAYERS = [
-    ["dtypes", "layouts", "squares", "devices", "export", "library", "stored", "text_table"],
+    ["dtypes", "layouts", "squares", "devices", "export", "library", "stored", "text_table", "worst_rank"],
     ["ops"],
     ["schemes", "reverse", "method"],
     ["adjoint", "fused"],
-    ["module", "functional", "plan", "candidates", "calibration", "recalibration", "perceptron", "available"],
+    ["module", "functional", "plan", "candidates", "trial", "calibration", "recalibration", "perceptron", "available"],
     ["stack", "mlp", "initialize", "handed_out"],
     ["stages"],
-    ["smoothness", "diagnosis"],
+    ["smoothness", "diagnosis", "resuming"],
     ["__init__", "__main__"],
 ]
 """From the bottom to the top: what a file imports is on its own floor or below."""

@@ -14,9 +14,9 @@ EXAMPLES = ROOT / "examples"
 SECONDS = 120
 
 
-def run(name, *flags, **environment):
+def run(name, *flags, launcher=(), **environment):
     return subprocess.run(
-        [sys.executable, EXAMPLES / f"{name}.py", "--quick", "--threads", "1", *flags],
+        [sys.executable, *launcher, EXAMPLES / f"{name}.py", "--quick", "--threads", "1", *flags],
         capture_output=True,
         text=True,
         timeout=SECONDS,
@@ -100,6 +100,29 @@ def test_spiral_has_the_gradient_of_the_network():
         held = {way: rows[f"{blocks}, {way}"]["MiB held"] for way in ("plain", "corrected", "extrapolated")}
         assert max(held["corrected"], held["extrapolated"]) < held["plain"] / 10
         assert rows[f"{blocks}, corrected"]["error"] == pytest.approx(rows[f"{blocks}, plain"]["error"], abs=0.01)
+
+
+def on_two_processes(*flags):
+    """The table of the example that is started by torchrun."""
+    launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+    done = run("distributed", "--plain", *flags, launcher=launcher, GLOO_SOCKET_IFNAME="lo")
+    assert done.returncode == 0, done.stderr
+    return rows_of(done.stdout)
+
+
+def test_distributed_divides_weights_and_goes_on_where_it_stopped(tmp_path):
+    folder = "--resume", str(tmp_path)
+    on_two_processes(*folder, "--steps", "4")
+    sharded, replicated = on_two_processes(*folder), on_two_processes("--parallel", "ddp")
+    for way in ("plain", "stack"):
+        of_each = sharded[f"{way}, fsdp"], replicated[f"{way}, ddp"]
+        assert [row["from step"] for row in of_each] == [4, 0]
+        assert of_each[0]["last loss"] == pytest.approx(of_each[1]["last loss"], abs=2e-4)
+        assert of_each[0]["MiB of weights"] == pytest.approx(of_each[1]["MiB of weights"] / 2, abs=0.02)
+    for rows, parallel in ((sharded, "fsdp"), (replicated, "ddp")):
+        plain, stack = rows[f"plain, {parallel}"], rows[f"stack, {parallel}"]
+        assert stack["last loss"] == pytest.approx(plain["last loss"], abs=0.02)
+        assert stack["MiB held"] < 0.15 * plain["MiB held"]
 
 
 def test_a_missing_package_is_named(tmp_path):

@@ -41,7 +41,7 @@ def test_recalibration_comes_every_so_many_training_steps(monkeypatch):
         with torch.no_grad():
             stack(x)
     assert len(calls) == 3
-    assert calls[0] == {"tolerance": 1e-4, "loss": half_square, "prefer": "memory"}
+    assert calls[0] == {"tolerance": 1e-4, "loss": half_square, "prefer": "memory", "group": None}
     assert errors_of(stack, x) <= 1e-4
     stack.eval()
     for _ in range(4):

@@ -6,7 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -30,14 +30,20 @@ class Ranks:
 
     Args:
         folder: for the file through which they find each other.
+        most: how many there are.
+        seconds: after which a job of all ranks counts as hung; gloo's own time-out is half of it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, most: int = MOST, seconds: int = SECONDS) -> None:
+        self._seconds = seconds
         context = multiprocessing.get_context("spawn")
         self._ends, self._processes = [], []
-        for rank in range(MOST):
+        timeout = timedelta(seconds=seconds // 2)
+        for rank in range(most):
             end, other = context.Pipe()
-            process = context.Process(target=_serve, args=(other, rank, str(folder / "ranks")), daemon=True)
+            process = context.Process(
+                target=_serve, args=(other, rank, most, str(folder / "ranks"), timeout), daemon=True
+            )
             process.start()
             other.close()
             self._ends.append(end)
@@ -49,34 +55,46 @@ class Ranks:
         Raises:
             RankError: if a rank raises, dies or takes too long; no rank is of use after the last two.
         """
-        ends = self._ends[:count]
-        for end in ends:
-            end.send((job, args, count))
-        found: dict[Connection, Any] = {}
-        while len(found) < count:
-            ready = wait([end for end in ends if end not in found], SECONDS)
-            if not ready:
-                self.close()
-                raise RankError(f"{count - len(found)} of {count} ranks did not end within {SECONDS} s")
-            for end in ready:
-                found[end] = end.recv()  # type: ignore[union-attr, index]
-        failures = [f"rank {rank}: {found[end][1]}" for rank, end in enumerate(ends) if not found[end][0]]
+        outcomes = self.outcomes(job, *args, ranks=range(count))
+        failures = [f"rank {rank}: {found}" for rank, (is_done, found) in enumerate(outcomes) if not is_done]
         if failures:
             raise RankError("\n".join(failures))
-        return [found[end][1] for end in ends]
+        return [found for _, found in outcomes]
+
+    def outcomes(self, job: Callable[..., Any], *args: Any, ranks: Sequence[int]) -> list[tuple[bool, Any]]:
+        """For each of these ranks whether job(mesh, *args) has returned, and what; else its traceback, or "died".
+
+        The mesh is that of as many ranks as these are, from the first one on; None for a rank that is not in it.
+
+        Raises:
+            RankError: if a rank takes too long; no rank is of use after that.
+        """
+        ends = [self._ends[rank] for rank in ranks]
+        for end in ends:
+            end.send((job, args, len(ends)))
+        found: dict[Connection, Any] = {}
+        while len(found) < len(ends):
+            ready = wait([end for end in ends if end not in found], self._seconds)
+            if not ready:
+                self.close()
+                raise RankError(f"{len(ends) - len(found)} of {len(ends)} ranks did not end within {self._seconds} s")
+            for end in ready:
+                try:
+                    found[end] = end.recv()  # type: ignore[union-attr, index]
+                except EOFError:
+                    found[end] = False, "died"  # type: ignore[index]
+        return [found[end] for end in ends]
 
     def close(self) -> None:
         for process in self._processes:
             process.kill()
 
 
-def _serve(end: Connection, rank: int, path: str) -> None:
+def _serve(end: Connection, rank: int, most: int, path: str, timeout: timedelta) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{path}", rank=rank, world_size=MOST, timeout=timedelta(seconds=SECONDS // 2)
-    )
-    groups = {count: distributed.new_group(range(count)) for count in range(2, MOST + 1)}
+    distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=most, timeout=timeout)
+    groups = {count: distributed.new_group(range(count)) for count in range(2, most + 1)}
     meshes = {count: DeviceMesh.from_group(group, "cpu") for count, group in groups.items() if rank < count}
     with contextlib.suppress(EOFError):
         while True:
@@ -84,7 +102,7 @@ def _serve(end: Connection, rank: int, path: str) -> None:
             before = torch.get_default_dtype()
             torch.manual_seed(0)
             try:
-                end.send((True, job(meshes[count], *args)))
+                end.send((True, job(meshes.get(count), *args)))
             except Exception:
                 end.send((False, traceback.format_exc()))
             torch.set_default_dtype(before)

@@ -119,7 +119,7 @@ class Network:
             on_drift=recipe.on_drift,
         )
         if recipe.is_measured:
-            stack._monitor._unmeasured.clear()
+            stack._monitor.unmeasured.clear()
         return stack
 
     def loss(self, out: Tensor) -> Tensor:
