@@ -75,8 +75,8 @@ class ResidualStack(AdjointModule):
             `"ignore"` warns of NaN and Inf alone. Defects are free. They are judged at the end of the backward pass on
             a CPU; on a GPU without waiting for it, by a forward pass once they have arrived, except that all but "warn"
             and "ignore" make the next forward pass wait for them. Under `DistributedDataParallel` each rank decides by
-            its own batch, so blocks that compute over ranks, as `SyncBatchNorm` does, are not for "store" and
-            "checkpoint" there; where parameters are sharded over ranks, what one decides holds for all of them.
+            its own batch. Where blocks hold a `SyncBatchNorm`, or parameters are sharded over ranks, what one decides
+            holds for all of them. Blocks with collectives of their own are not for "store" and "checkpoint".
         keep_input: keep x_0, one state more, and measure in `drift.reconstruction` how far the rebuilt one is from it.
         auxiliary: blocks may return (increment, auxiliary), such as the balancing loss of a router, and the stack
             returns (x_N, auxiliary([...])), with gradients in all modes. A function from the list of what the
@@ -337,8 +337,10 @@ class ResidualStack(AdjointModule):
             plan = self._recalibration.plan(self, x, args, kwargs)
             if plan is not None:
                 self.apply_plan(plan)
+        if not torch.is_grad_enabled():
+            return  # which ranks need not do together
         if self.gradient == "adjoint" and self.on_drift in FALLBACKS:
-            self._monitor.fallback_requested = on_any_rank(self._monitor.fallback_requested, self.parameters())
+            self._monitor.fallback_requested = on_any_rank(self._monitor.fallback_requested, self, x.device)
         self._fall_back_where_asked_for()
 
     def apply_plan(self, plan: Plan) -> ResidualStack:

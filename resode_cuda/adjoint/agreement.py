@@ -6,21 +6,27 @@ evaluation where another one goes on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
-from torch import Tensor, distributed
+from torch import distributed, nn
 
 from ..layouts import is_distributed
 
 
-def on_any_rank(is_so: bool, parameters: Iterable[Tensor]) -> bool:
-    """Whether it is so on any of the ranks that parameters are distributed over. All of them must ask."""
-    meshes = dict.fromkeys(parameter.device_mesh for parameter in parameters if is_distributed(parameter))  # type: ignore[attr-defined]
-    for mesh in meshes:
-        found = torch.tensor(is_so, dtype=torch.int32, device=mesh.device_type)
-        for group in mesh.get_all_groups():
-            distributed.all_reduce(found, distributed.ReduceOp.MAX, group)
+def on_any_rank(is_so: bool, module: nn.Module, device: torch.device) -> bool:
+    """Whether it is so on any of the ranks that a module's parameters are distributed over, or that its batch norms
+    synchronise with in train mode. All of them must ask.
+
+    Args:
+        device: of the states, where the ranks' collectives take their tensors.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return is_so
+    meshes = [parameter.device_mesh for parameter in module.parameters() if is_distributed(parameter)]  # type: ignore[attr-defined]
+    norms = [inner for inner in module.modules() if isinstance(inner, nn.SyncBatchNorm) and inner.training]
+    groups = [group for mesh in dict.fromkeys(meshes) for group in mesh.get_all_groups()]
+    for group in dict.fromkeys([*groups, *(norm.process_group for norm in norms)]):
+        found = torch.tensor(is_so, dtype=torch.int32, device=device)
+        distributed.all_reduce(found, distributed.ReduceOp.MAX, group)
         is_so = bool(found.item())
     return is_so
 

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from resode_cuda import ResidualStack, Reverse
 from resode_cuda.schemes import SCHEMES
-from tests.support.exact import EXACT, TIGHT
+from tests.support.exact import CONVERGED, TIGHT
 from tests.support.networks import block_count, half_square, mlp, mlps, plain, relative_error
 
 DIM, ROWS, STEPS = 6, 12, 4
@@ -20,7 +20,7 @@ DIM, ROWS, STEPS = 6, 12, 4
 MODES = {
     "corrected": {"reverse": "corrected"},
     "accelerated": {"reverse": Reverse("extrapolate", corrections=3, accelerate=True)},
-    "exact": {"reverse": EXACT},
+    "exact": {"reverse": CONVERGED},
     "stored": {"reverse": "stored"},
     "rounded": {"reverse": Reverse("stored", bits=4, rounded_forward=True)},
     "anchors": {"anchors": 1},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import distributed, nn
@@ -115,6 +117,46 @@ def test_batch_norm_over_all_ranks(ranks, scheme, mode):
     for of_gradients, of_statistics in ranks.run(synced, scheme, MODES[mode], count=3 if mode == "corrected" else 2):
         assert of_gradients < TIGHT
         assert of_statistics < TIGHT
+
+
+class Norm(nn.SyncBatchNorm):
+    """What a model is known by that synchronises its batch norms, on CPUs."""
+
+    def __init__(self, group):
+        super().__init__(DIM, process_group=group)
+        self.synced = Synced(group)
+
+    def forward(self, x):
+        return self.synced(x)
+
+
+def drifting(mesh, on_drift):
+    """How a stack trains, pass by pass, of which one rank alone sees drift, and its gradients' error at last."""
+    torch.set_default_dtype(torch.float64)
+    rank, x = mesh.get_local_rank(), torch.randn(ROWS, DIM)
+    blocks = [Norm(mesh.get_group()) for _ in range(STEPS)]
+    exact = Whole(ResidualStack(blocks, gradient="checkpoint"))
+    model = Whole(ResidualStack(blocks, on_drift=on_drift, max_drift=1e-9 if rank else 1e9))
+    model.load_state_dict(exact.state_dict())
+    rows, found = x.chunk(mesh.size())[rank], []
+    with warnings.catch_warnings(record=True):
+        for _ in range(3):
+            model.zero_grad()
+            loss_of(model(rows)).backward()
+            got = left(model)
+            found.append((model.stack.gradient, model.stack.reverse.bits))
+    exact.zero_grad()
+    loss_of(exact(rows)).backward()
+    return found, distance(got, left(exact))
+
+
+@pytest.mark.parametrize("on_drift", ["checkpoint", "store"])
+def test_synchronised_batch_norms_fall_back_together(ranks, on_drift):
+    (first, first_error), (second, second_error) = ranks.run(drifting, on_drift)
+    assert first == second
+    assert first[0] == ("adjoint", None)
+    assert first[-1] == ("checkpoint", 8 if on_drift == "store" else None)
+    assert max(first_error, second_error) < TIGHT
 
 
 def of_residual_mlp(mesh, options):

@@ -16,14 +16,14 @@ from torch.distributed.pipelining import (
 
 import resode_cuda
 from resode_cuda import ResidualMLP, ResidualStack, Reverse
-from tests.support.exact import EXACT, TIGHT
+from tests.support.exact import CONVERGED, TIGHT
 from tests.support.networks import half_square, mlp, mlps, relative_error
 
 DIM, ROWS, STEPS = 6, 12, 4
 
 MODES = {
     "corrected": {"reverse": "corrected"},
-    "exact": {"reverse": EXACT},
+    "exact": {"reverse": CONVERGED},
     "anchors": {"anchors": 1},
     "stored": {"reverse": "stored"},
     "rounded": {"reverse": Reverse("stored", bits=4, rounded_forward=True)},

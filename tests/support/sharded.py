@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resode_cuda import ResidualStack, Reverse
-from tests.support.exact import EXACT, TIGHT
+from tests.support.exact import CONVERGED, TIGHT
 from tests.support.networks import block_count, gradients, half_square, mlp, mlps, plain, relative_error
 
 DIM, ROWS, STEPS = 6, 12, 4
@@ -162,7 +162,7 @@ MODES = {
     "corrected": {"reverse": "corrected"},
     "extrapolated": {"reverse": "extrapolated"},
     "accelerated": {"reverse": Reverse("extrapolate", corrections=3, accelerate=True)},
-    "exact": {"reverse": EXACT},
+    "exact": {"reverse": CONVERGED},
     "stored": {"reverse": "stored"},
     "rounded": {"reverse": Reverse("stored", bits=4, rounded_forward=True)},
     "anchors": {"anchors": 1},

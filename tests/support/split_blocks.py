@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from resode_cuda import ResidualStack, Reverse
-from tests.support.exact import EXACT
+from tests.support.exact import CONVERGED
 from tests.support.networks import block_count, gradients, half_square, plain
 
 DIM, HIDDEN, ROWS, LENGTH, STEPS = 6, 12, 3, 8, 4
@@ -22,7 +22,7 @@ DIM, HIDDEN, ROWS, LENGTH, STEPS = 6, 12, 3, 8, 4
 MODES = {
     "corrected": {"reverse": "corrected"},
     "extrapolated": {"reverse": "extrapolated"},
-    "exact": {"reverse": EXACT},
+    "exact": {"reverse": CONVERGED},
     "anchors": {"anchors": 1},
     "stored": {"reverse": "stored"},
     "rounded": {"reverse": Reverse("stored", bits=4, rounded_forward=True)},
