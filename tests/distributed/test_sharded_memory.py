@@ -1,7 +1,5 @@
 """What a rank holds between forward and backward pass whose blocks, or layers, `fully_shard` shards one by one."""
 
-import gc
-
 import pytest
 import torch
 from torch import nn
@@ -56,7 +54,6 @@ def by_model(depth, mesh, bits):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     batch = batch_for("gpt2")
-    gc.collect()  # of the model before this one, whose layers and stages hold each other
     for _ in range(2):
         model(**batch, use_cache=False).loss.backward()
     return sum(allocations(lambda: model(**batch, use_cache=False).loss))

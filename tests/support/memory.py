@@ -1,10 +1,13 @@
 """Activation memory, from the allocator's own events."""
 
+import gc
+
 from torch.profiler import ProfilerActivity, profile
 
 
 def allocations(run):
     """Bytes that each allocator event of run() adds or, below zero, gives back, in order."""
+    gc.collect()  # or what earlier tests have left in cycles is given back meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         kept = run()
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
