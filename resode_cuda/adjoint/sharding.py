@@ -56,6 +56,9 @@ class Shards:
                         self._by_place.update(dict.fromkeys(_places(parameter), parameter))
                     _ = group.post_backward, group.is_unsharded
                 _ = state._pre_forward, state._post_forward, state._pre_backward, state._training_state.PRE_BACKWARD
+                if state._mp_policy.param_dtype or state._mp_policy.output_dtype:
+                    # Releases without it do not cast what recomputed modules get and return.
+                    _ = state._cast_forward_inputs
         except AttributeError as error:
             raise RuntimeError(
                 f"ResidualStack: blocks that are sharded one by one need parts of fully_shard that torch "

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.utils.checkpoint import checkpoint
 
 from resode_cuda import ResidualStack
+from resode_cuda.adjoint.sharding import Shards
 from resode_cuda.schemes import SCHEMES
 from tests.support.exact import TIGHT
 from tests.support.networks import half_square, relative_error
@@ -248,22 +249,50 @@ def test_an_optimizer_step_between_forward_and_backward_is_refused(ranks):
         assert "step the optimizer after backward" in message
 
 
-def of_another_release(mesh):
-    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+def of_another_release(mesh, owner, name, policy):
+    """What a stack says in a torch release without a part of fully_shard."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fsdp_state
 
-    model = by_block(model_of("euler", MODES["stored"]), mesh=mesh)
-    function = FSDPParamGroup.post_backward
-    del FSDPParamGroup.post_backward
+    holder = _fsdp_param_group.FSDPParamGroup if owner == "group" else _fsdp_state.FSDPState
+    model = by_block(model_of("euler", MODES["stored"]), mesh=mesh, mp_policy=policy)
+    function = getattr(holder, name)
+    delattr(holder, name)
     try:
         model(torch.randn(ROWS, DIM))
     except RuntimeError as error:
         return str(error)
     finally:
-        FSDPParamGroup.post_backward = function
+        setattr(holder, name, function)
 
 
-def test_a_torch_release_without_what_is_needed_is_named(ranks):
-    for message in ranks.run(of_another_release):
-        assert "post_backward" in message
+@pytest.mark.parametrize(
+    ("owner", "name", "policy"),
+    [("group", "post_backward", MixedPrecisionPolicy()), ("state", "_pre_backward", MixedPrecisionPolicy())],
+)
+def test_a_torch_release_without_what_is_needed_is_named(ranks, owner, name, policy):
+    for message in ranks.run(of_another_release, owner, name, policy):
+        assert name in message
         assert torch.__version__ in message
         assert 'use gradient="backprop"' in message
+
+
+def without_casts(mesh):
+    """What a block's shards say in a release whose recomputed modules do not cast."""
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+
+    block = fully_shard(nn.Linear(DIM, DIM), mesh=mesh, mp_policy=POLICIES["bfloat16"])
+    plain = fully_shard(nn.Linear(DIM, DIM), mesh=mesh)
+    function = FSDPState._cast_forward_inputs
+    del FSDPState._cast_forward_inputs
+    try:
+        Shards([plain])
+        Shards([block])
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        FSDPState._cast_forward_inputs = function
+
+
+def test_a_torch_release_that_does_not_cast_again_is_refused_with_mixed_precision_alone(ranks):
+    for message in ranks.run(without_casts):
+        assert "_cast_forward_inputs" in message
