@@ -6,6 +6,8 @@ evaluation where another one goes on.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import distributed, nn
 
@@ -31,9 +33,13 @@ def on_any_rank(is_so: bool, module: nn.Module, device: torch.device) -> bool:
     return is_so
 
 
-def collectives_so_far() -> int:
-    """How many collectives this process has taken part in, in all of its groups."""
+def collectives_so_far() -> float:
+    """How many collectives this process has taken part in, in all of its groups; NaN, which equals no other number, if
+    a group does not count them."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0
     groups = distributed.distributed_c10d._world.pg_map
-    return sum(group._get_sequence_number_for_group() for group in groups)  # type: ignore[attr-defined]
+    try:
+        return sum(group._get_sequence_number_for_group() for group in groups)  # type: ignore[attr-defined]
+    except RuntimeError:
+        return math.nan

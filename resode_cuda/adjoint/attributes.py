@@ -66,13 +66,20 @@ class Attributes:
     def class_name(self) -> str:
         return type(self._module).__name__
 
-    def replay(self) -> None:
-        """Give the module the plain ones of then, until the `restoring` around this ends."""
+    def replay(self, held: dict[str, Any]) -> None:
+        """Give the module the plain ones of then, until the `restoring` around this ends.
+
+        Args:
+            held: all attributes of then: in the place of a plain one may have been an object.
+        """
         found, now = vars(self._module), Attributes(self._module).plain
         changed = {name: value for name, value in self.plain.items() if name not in now or now[name] != value}
         put([Slot(found, name) for name in changed], changed.values())
         for name in now.keys() - self.plain.keys():
-            hide(Slot(found, name))
+            if name in held:
+                put([Slot(found, name)], [held[name]])
+            else:
+                hide(Slot(found, name))
 
     def left_behind(self, before: dict[str, Any]) -> list[str]:
         """Names of attributes that were others before, and are tensors that have gradients."""

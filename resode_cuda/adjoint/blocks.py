@@ -263,14 +263,18 @@ class BlockCall:
 
 
 class Formats(list[tuple[torch.dtype, torch.device]]):
-    """Dtypes and devices of parameters, which torch converts in place."""
+    """Dtypes and devices of parameters, which torch converts in place, and versions of those that autograd does not
+    save, since FSDP gathers them."""
 
     def __init__(self, held: Sequence[HeldParameter]) -> None:
         super().__init__((parameter.tensor.dtype, parameter.tensor.device) for parameter in held)
         self._held = held
+        self._shards = Versions(parameter.tensor for parameter in held if parameter.shard is not None)
 
     def check(self) -> None:
-        """Raise if a parameter was converted since then."""
+        """Raise if a parameter was converted, or a sharded one written, since then."""
+        if self._shards.written() is not None:
+            raise modified_in_place()
         for parameter, (dtype, device) in zip(self._held, self, strict=True):
             tensor = parameter.tensor
             if (tensor.dtype, tensor.device) != (dtype, device):

@@ -18,7 +18,7 @@ from torch.nn.parameter import UninitializedParameter
 from ..layouts import is_distributed
 from .attributes import TORCHS_OWN, Attributes
 from .restoration import Slot, make_equal
-from .sharding import Shards, is_sharded_by_wrapping, sharded, whole
+from .sharding import Shards, is_sharded_by_wrapping, sharded, stand_in, whole
 from .surroundings import has_fast_path
 
 
@@ -94,6 +94,11 @@ class HeldParameter(NamedTuple):
     slots: tuple[Slot, ...]
     shard: Any = None
     """FSDP's record of it, if FSDP gathers it by the block. The tensor is this rank's part of it then."""
+
+    @property
+    def for_node(self) -> Tensor:
+        """What a step's node gets: the parameter, or what stands in for one that FSDP gathers."""
+        return self.tensor if self.shard is None else stand_in(self.tensor)
 
     @property
     def in_place(self) -> Tensor:

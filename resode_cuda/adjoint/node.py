@@ -97,7 +97,7 @@ def take(
     Args:
         shadows: of the step before; `Chain.first_shadows` where it is the first one of its chain.
     """
-    tensors = *evaluation.arguments.tensors, *(parameter.tensor for parameter in evaluation.parameters)
+    tensors = *evaluation.arguments.tensors, *(parameter.for_node for parameter in evaluation.parameters)
     x, *rest = AdjointStep.apply(step, evaluation, x, *shadows, *tensors)
     evaluation.chain.gave(step, x)
     return x, rest[: evaluation.auxiliary_count], rest[evaluation.auxiliary_count :]
@@ -355,11 +355,13 @@ def _backward(
         torch.zeros_like(tensor) if product is None and need and _has_hooks(tensor) else product
         for product, tensor, need in zip(vjps.found, tensors, needs_tensors, strict=True)
     ]
+    states = evaluation.fsdp_states
+    are_left = bool(states) and sharding.are_gradients_left()
     for place, held in enumerate(evaluation.parameters, count):
         if held.shard is not None:
-            sharding.leave_gradient(held.shard, vjps.found[place])
+            if are_left:
+                sharding.leave_gradient(held.shard, vjps.found[place])
             products[place] = None
-    states = evaluation.fsdp_states
     sharding.reduce(states, [state for state in states if evaluation.chain.first_users[state] < step.n])
     return None, None, update.gamma, *shadow_cotangents, *missing, *products
 

@@ -115,8 +115,8 @@ class Replayed:
             before = Entries(self.inventory.modules)
         undo_later(before.restore)
         if before is not entries:
-            for attributes in self.inventory.attributes:
-                attributes.replay()
+            for attributes, held in zip(self.inventory.attributes, entries.copies, strict=True):
+                attributes.replay(held)
         if self.containers is not None:
             self.containers.replay()
         return before

@@ -19,10 +19,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from .restoration import undo_later
 
 T = TypeVar("T")
+TRAINED, FROZEN = torch.empty(0, requires_grad=True), torch.empty(0)
+"""What a node gets in the place of a sharded parameter, so that it has a backward pass if the parameter is trained.
+Given the parameter itself, autograd would call its hooks, which FSDP calls when it has reduced the gradient."""
 
 
 def is_sharded_by_wrapping(modules: Iterable[nn.Module]) -> bool:
@@ -101,6 +105,16 @@ def whole(parameter: Any) -> Tensor:
     return parameter.unsharded_param
 
 
+def stand_in(part: Tensor) -> Tensor:
+    """What a node gets in the place of a sharded parameter."""
+    return TRAINED if part.requires_grad else FROZEN
+
+
+def are_gradients_left() -> bool:
+    """Whether the backward pass that is under way leaves gradients on parameters: not one for some inputs alone."""
+    return torch._C._will_engine_execute_node(get_gradient_edge(TRAINED).node)
+
+
 def states_of(shards: Sequence[Shards]) -> list[Any]:
     """FSDP's states of several blocks, each once, in the order in which a backward pass comes by them."""
     return list(dict.fromkeys(state for of_block in reversed(shards) for state in of_block.states))
@@ -108,16 +122,16 @@ def states_of(shards: Sequence[Shards]) -> list[Any]:
 
 def passed_on(x: Tensor) -> tuple[Any, int] | None:
     """The node of autograd's graph, and its output, that FSDP has passed on to a module as x; None for any other x."""
-    node = x.grad_fn
-    if node is None or type(node).__name__ != "RegisterPostBackwardFunctionBackward":
-        return None
-    return node.next_functions[x.output_nr]
+    node, place, source = x.grad_fn, x.output_nr, None
+    while node is not None and type(node).__name__ == "RegisterPostBackwardFunctionBackward":  # one a group
+        source = node, place = node.next_functions[place]
+    return source
 
 
 def while_gathered(states: Sequence[Any], run: Callable[[], T]) -> T:
-    """run() in the forward pass, with all parameters in their places and without FSDP's hooks.
+    """run() in the forward pass, with all parameters in their places. FSDP's hooks only cast meanwhile.
 
-    In a graph that is kept they would act a second time, when the step's backward pass goes through it.
+    What else they do they would put into a graph that is kept, and do again in the step's backward pass through it.
     """
     if not states:
         return run()
@@ -166,8 +180,8 @@ def gathered(parameter: Any, needs: bool) -> Tensor:
 
 
 def leave_gradient(parameter: Any, gradient: Tensor | None) -> None:
-    """Leave a gradient where autograd leaves it for FSDP."""
-    if gradient is not None:
+    """Leave a gradient where autograd leaves it for FSDP, unless the parameter was frozen meanwhile."""
+    if gradient is not None and sharded(parameter).requires_grad:
         tensor = whole(parameter)
         tensor.grad = gradient if tensor.grad is None else tensor.grad + gradient
 
@@ -180,11 +194,13 @@ def reduce(states: Sequence[Any], postponed: Collection[Any]) -> None:
     """
     for state in reversed(states):
         for group in reversed(_groups(state)):
-            reduces = group.reduce_grads
-            if state in postponed:
-                group.reduce_grads = False
-            group.post_backward()
-            if state in postponed:
+            if state not in postponed:
+                group.post_backward()
+                continue
+            reduces, group.reduce_grads = group.reduce_grads, False
+            try:
+                group.post_backward()
+            finally:
                 group.reduce_grads = reduces
-                # Else the end of the pass would not look at it, should the step before never come.
-                group._training_state = group._training_state.IDLE
+            # Else the end of the pass would not look at it, should the step before never come.
+            group._training_state = group._training_state.IDLE

@@ -284,3 +284,23 @@ def test_replacing_a_parameter_between_forward_and_backward_does_not_matter(sche
     blocks[1][0].weight = replacement
     assert relative_error(torch.autograd.grad(loss, old), exact) < 1e-12
     assert blocks[1][0].weight is replacement
+
+
+class LetsGo(nn.Module):
+    """A block that lets go of an object of its own when it first runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.pending = nn.Linear(6, 6), object()
+
+    def forward(self, x):
+        self.pending = None
+        return torch.tanh(self.inner(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"reverse": "stored"}, {"gradient": "checkpoint"}], ids=str)
+def test_an_object_that_became_none_is_there_when_the_block_runs_again(scheme, options):
+    stack = ResidualStack([LetsGo() for _ in range(block_count(scheme, 3))], scheme, **options)
+    half_square(stack(torch.randn(2, 6))).backward()
+    assert all(block.pending is None for block in stack)
+    assert all(parameter.grad is not None for parameter in stack.parameters())
