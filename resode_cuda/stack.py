@@ -75,7 +75,7 @@ class ResidualStack(AdjointModule):
             `"ignore"` warns of NaN and Inf alone. Defects are free. They are judged at the end of the backward pass on
             a CPU; on a GPU without waiting for it, by a forward pass once they have arrived, except that all but "warn"
             and "ignore" make the next forward pass wait for them. Under `DistributedDataParallel` each rank decides by
-            its own batch. Where blocks hold a `SyncBatchNorm`, or parameters are sharded over ranks, what one decides
+            its own batch. Where blocks hold a `SyncBatchNorm`, or are sharded or split over ranks, what one decides
             holds for all of them. Blocks with collectives of their own are not for "store" and "checkpoint".
         keep_input: keep x_0, one state more, and measure in `drift.reconstruction` how far the rebuilt one is from it.
         auxiliary: blocks may return (increment, auxiliary), such as the balancing loss of a router, and the stack
