@@ -267,6 +267,7 @@ def total_of(found):
 
 @pytest.mark.parametrize("mode", ["converged", "checkpoint", "backprop"])
 def test_copies_and_compiled_stacks_return_the_same(scheme, mode):
+    torch._dynamo.reset()  # what it has learned of the same frames from other tests
     blocks, x = nn.ModuleList(routed(scheme)).eval(), torch.randn(4, 6, requires_grad=True)
     stack = ResidualStack(blocks, scheme, auxiliary=total_of, **MODES[mode])
     runs = [
