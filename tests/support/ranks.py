@@ -21,6 +21,20 @@ SECONDS = 120
 """After which a job of all ranks counts as hung; gloo's own time-out is half of it."""
 
 
+PRELOADED = (
+    *("torch.distributed.fsdp", "torch.distributed.checkpoint"),
+    *("tests.support.sharded", "tests.support.resumable"),
+)
+"""What the process has imported that new ones are forked from."""
+
+
+def forking() -> Any:
+    """Where new processes come from, which need not import torch."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    return context
+
+
 class RankError(AssertionError):
     """A rank raised; the message is its traceback."""
 
@@ -36,7 +50,7 @@ class Ranks:
 
     def __init__(self, folder: Path, most: int = MOST, seconds: int = SECONDS) -> None:
         self._seconds = seconds
-        context = multiprocessing.get_context("spawn")
+        context = forking()
         self._ends, self._processes = [], []
         timeout = timedelta(seconds=seconds // 2)
         for rank in range(most):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -27,6 +26,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from resode_cuda import ResidualStack, calibrate, recalibration
+from tests.support.ranks import forking
 
 DIM, ROWS, BLOCKS = 6, 12, 4
 STEPS, EVERY = 7, 2
@@ -229,8 +229,7 @@ def launch(training: Training) -> list[int | None]:
         the exit code of each rank.
     """
     training.folder.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "torch.distributed.fsdp", "torch.distributed.checkpoint"])
+    context = forking()
     meeting = str(training.folder / uuid.uuid4().hex)
     ranks = [context.Process(target=train, args=(rank, training, meeting)) for rank in range(training.ranks)]
     for process in ranks:
