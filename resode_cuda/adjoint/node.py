@@ -300,7 +300,8 @@ def _backward(
 
     count = evaluation.arguments.count
     evaluation.formats.check()
-    sharding.gather(evaluation.fsdp_states, g)
+    states = evaluation.fsdp_states
+    sharding.gather(states, g)
     parameters = parameter_leaves(evaluation.parameters, tensors[count:], needs_tensors[count:])
     leaf_of = dict(zip(map(id, tensors[count:]), parameters, strict=True))
     used = argument_leaves(tensors[:count], evaluation.arguments.kinds, needs_tensors[:count], leaf_of) + parameters
@@ -355,7 +356,6 @@ def _backward(
         torch.zeros_like(tensor) if product is None and need and _has_hooks(tensor) else product
         for product, tensor, need in zip(vjps.found, tensors, needs_tensors, strict=True)
     ]
-    states = evaluation.fsdp_states
     are_left = bool(states) and sharding.are_gradients_left()
     for place, held in enumerate(evaluation.parameters, count):
         if held.shard is not None:

@@ -13,20 +13,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from resode_cuda import ResidualStack
-from tests.support.exact import CONVERGED, TIGHT
+from tests.support.exact import TIGHT
+from tests.support.modes import MODES
 from tests.support.networks import gradients, half_square, mlp, relative_error
 from tests.support.ranks import Ranks
 
 DIM, ROWS, STEPS = 6, 12, 4
 SECONDS = 2
 """The time-out of a group in which a rank fails."""
-
-MODES = {
-    "exact": {"reverse": CONVERGED},
-    "stored": {"reverse": "stored"},
-    "checkpoint": {"gradient": "checkpoint"},
-    "backprop": {"gradient": "backprop"},
-}
 
 
 class Passed(torch.autograd.Function):

@@ -12,8 +12,6 @@ from torch.distributed.nn.functional import all_reduce
 from resode_cuda import ResidualMLP, ResidualStack
 from tests.distributed.test_data_parallel import (
     DIM,
-    EXACTLY,
-    MODES,
     ROWS,
     SCHEME,
     SOME,
@@ -27,6 +25,7 @@ from tests.distributed.test_data_parallel import (
     wrapped,
 )
 from tests.support.exact import TIGHT
+from tests.support.modes import EXACTLY, MODES
 from tests.support.networks import block_count, mlp, relative_error
 
 

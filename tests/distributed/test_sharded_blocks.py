@@ -3,7 +3,8 @@
 import pytest
 
 from resode_cuda.schemes import SCHEMES
-from tests.support.sharded import KINDS, MODES, WAYS, assert_same, errors
+from tests.support.modes import MODES
+from tests.support.sharded import KINDS, WAYS, assert_same, errors
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

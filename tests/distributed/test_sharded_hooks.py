@@ -7,8 +7,9 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from tests.support.exact import TIGHT
+from tests.support.modes import MODES
 from tests.support.networks import half_square, relative_error
-from tests.support.sharded import DIM, MODES, ROWS, by_block, gathered, model_of, summed
+from tests.support.sharded import DIM, ROWS, by_block, gathered, model_of, summed
 
 SOLVERS = pytest.mark.parametrize("mode", ["corrected", "stored", "anchors", "checkpoint"])
 

@@ -15,20 +15,9 @@ from resode_cuda import ResidualStack
 from resode_cuda.adjoint.sharding import Shards
 from resode_cuda.schemes import SCHEMES
 from tests.support.exact import TIGHT
+from tests.support.modes import EXACTLY, MODES
 from tests.support.networks import half_square, relative_error
-from tests.support.sharded import (
-    DIM,
-    EXACTLY,
-    MODES,
-    ROWS,
-    STEPS,
-    assert_same,
-    by_block,
-    errors,
-    gathered,
-    model_of,
-    summed,
-)
+from tests.support.sharded import DIM, ROWS, STEPS, assert_same, by_block, errors, gathered, model_of, summed
 
 OPTIONS = {
     "gathered until backward": {"reshard_after_forward": False},

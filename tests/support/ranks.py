@@ -29,7 +29,7 @@ PRELOADED = (
 
 
 def forking() -> Any:
-    """Where new processes come from, which need not import torch."""
+    """A context whose processes are forked from one that has imported torch."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     return context

@@ -10,8 +10,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resode_cuda import ResidualStack, Reverse
-from tests.support.exact import CONVERGED, TIGHT
+from resode_cuda import ResidualStack
+from tests.support.exact import TIGHT
+from tests.support.modes import EXACTLY
 from tests.support.networks import block_count, gradients, half_square, mlp, mlps, plain, relative_error
 
 DIM, ROWS, STEPS = 6, 12, 3
@@ -161,20 +162,6 @@ def errors(mesh, scheme, options, kind="plain", way="by_block", **sharding):
         half_square(model(rows[mesh.get_local_rank()])).backward()
     found = gathered(model.parameters(), mesh)
     return relative_error(found, own), relative_error(found, exact)
-
-
-MODES = {
-    "corrected": {"reverse": "corrected"},
-    "extrapolated": {"reverse": "extrapolated"},
-    "accelerated": {"reverse": Reverse("extrapolate", corrections=3, accelerate=True)},
-    "exact": {"reverse": CONVERGED},
-    "stored": {"reverse": "stored"},
-    "rounded": {"reverse": Reverse("stored", bits=4, rounded_forward=True)},
-    "anchors": {"anchors": 1},
-    "checkpoint": {"gradient": "checkpoint"},
-    "backprop": {"gradient": "backprop"},
-}
-EXACTLY = "exact", "anchors", "checkpoint", "backprop"
 
 
 def assert_same(found, mode):

@@ -13,23 +13,12 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from resode_cuda import ResidualStack, Reverse
-from tests.support.exact import CONVERGED
+from resode_cuda import ResidualStack
+from tests.support.modes import MODES
 from tests.support.networks import block_count, gradients, half_square, plain
 
 DIM, HIDDEN, ROWS, LENGTH, STEPS = 6, 12, 3, 8, 4
 
-MODES = {
-    "corrected": {"reverse": "corrected"},
-    "extrapolated": {"reverse": "extrapolated"},
-    "exact": {"reverse": CONVERGED},
-    "anchors": {"anchors": 1},
-    "stored": {"reverse": "stored"},
-    "rounded": {"reverse": Reverse("stored", bits=4, rounded_forward=True)},
-    "checkpoint": {"gradient": "checkpoint"},
-    "backprop": {"gradient": "backprop"},
-}
-EXACTLY = "exact", "anchors", "checkpoint", "backprop"
 SOME = "corrected", "anchors", "stored", "checkpoint"
 """One of each kind."""
 
