@@ -12,6 +12,7 @@ import torch
 from torch import distributed, nn
 
 from ..layouts import is_distributed
+from ..worst_rank import WorstRank
 
 
 def on_any_rank(is_so: bool, module: nn.Module, device: torch.device) -> bool:
@@ -26,10 +27,8 @@ def on_any_rank(is_so: bool, module: nn.Module, device: torch.device) -> bool:
     meshes = [parameter.device_mesh for parameter in module.parameters() if is_distributed(parameter)]  # type: ignore[attr-defined]
     norms = [inner for inner in module.modules() if isinstance(inner, nn.SyncBatchNorm) and inner.training]
     groups = [group for mesh in dict.fromkeys(meshes) for group in mesh.get_all_groups()]
-    for group in dict.fromkeys([*groups, *(norm.process_group for norm in norms)]):
-        found = torch.tensor(is_so, dtype=torch.int32, device=device)
-        distributed.all_reduce(found, distributed.ReduceOp.MAX, group)
-        is_so = bool(found.item())
+    for group in dict.fromkeys([*groups, *(norm.process_group or distributed.group.WORLD for norm in norms)]):
+        is_so = any(WorstRank("ResidualStack", group, device).of([float(is_so)]))
     return is_so
 
 
