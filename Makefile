@@ -1,6 +1,7 @@
 # make test    lint, types and tests
 # make bench   the main benchmark: table, plots and JSON under bench/results/latest
 # make paper   the paper's experiments in small: a page with pictures, bench/results/paper/index.html, in fifteen minutes
+# make machine  all of the Triton kernels' cases on the PTX machine, in a quarter of an hour; make test runs a part of them
 # make fuzz    ten minutes of random networks against autograd; FUZZ_OPTIONS="--seed 7 --minutes 0" repeats one seed
 # All create .venv and install what they need on first use; PYTHON chooses the interpreter (>= 3.10).
 
@@ -11,7 +12,7 @@ BENCH_OPTIONS ?=
 PAPER_OPTIONS ?=
 FUZZ_OPTIONS ?= --minutes 10
 
-.PHONY: test bench paper fuzz lint format clean
+.PHONY: test bench paper machine fuzz lint format clean
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
@@ -21,6 +22,9 @@ bench: $(VENV)/installed
 
 paper: $(VENV)/installed
 	$(BIN)/python -m bench.paper $(PAPER_OPTIONS)
+
+machine: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 -m machine tests/machine
 
 fuzz: $(VENV)/installed
 	$(BIN)/python -m tests.support.fuzz $(FUZZ_OPTIONS)

@@ -4,9 +4,8 @@ import numpy as np
 
 from .arithmetic import NUMBERS
 from .assembly import members
-from .copies import global_places, shared_places
 from .faults import UnknownInstructionError
-from .state import reader, writer
+from .state import global_places, reader, shared_places, writer
 
 WARP = 32
 
@@ -52,7 +51,7 @@ def _access(instruction, program):
         raise UnknownInstructionError(f"no meaning of {instruction}")
     place_of = shared_places if space.startswith("shared") else global_places
     at = next(i for i, operand in enumerate(instruction.operands) if operand.startswith("["))
-    place = place_of(instruction, program, instruction.operands[at])
+    place = place_of(program, instruction.operands[at])
     type_ = instruction.type
     number = np.dtype(NUMBERS[type_])
     if kind == "ld":

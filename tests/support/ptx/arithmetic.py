@@ -35,7 +35,9 @@ def to_bf16(values, mode="rn"):
     """Bits of the nearest bfloat16, ties to even, or "rz": the next one towards zero."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     if mode == "rn":
-        rounded = (bits.astype(np.uint64) + np.uint64(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint64(16)
+        rounded = (bits.astype(np.uint64) + np.uint64(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint64(
+            16
+        )
     else:
         rounded = bits >> np.uint32(16)
     return np.where(np.isnan(values), np.uint16(0x7FFF), rounded.astype(np.uint16))
@@ -297,18 +299,16 @@ def _conversion(instruction):
             return (narrow(high, mode).astype(np.uint32) << np.uint32(16)) | narrow(low, mode)
 
         return ["f32", "f32"], "b32", packed
-    if source in FROM_NARROW and target == "f32":
-        return [source], target, lambda a, i: FROM_NARROW[source](a)
+    is_real = source[0] != "u" and source[0] != "s"
+    decoded = FROM_NARROW.get(source, lambda a: a)
     if target in TO_NARROW and source == "f32":
         return [source], target, lambda a, i: TO_NARROW[target](a, mode)
-    if source[0] == "f" and target[0] in "us":
-        return [source], target, lambda a, i: _to_integer(_ROUNDED[mode](a), NUMBERS[target])
-    if source[0] == "f" and target == source and mode in _ROUNDED:
+    if is_real and target[0] in "us" and mode in _ROUNDED:
+        return [source], target, lambda a, i: _to_integer(_ROUNDED[mode](decoded(a)), NUMBERS[target])
+    if target == source and mode in _ROUNDED:
         return [source], target, _flushing(instruction, lambda a, i: _ROUNDED[mode](a))
-    if source in NUMBERS and target in NUMBERS and "16" not in (source[1:] if source[0] == "f" else ""):
-        if mode not in (None, "rn"):
-            raise UnknownInstructionError(f"no meaning of {instruction}")
-        return [source], target, lambda a, i: a.astype(NUMBERS[target])
+    if mode in (None, "rn") and target not in TO_NARROW:
+        return [source], target, lambda a, i: decoded(a).astype(NUMBERS[target])
     raise UnknownInstructionError(f"no meaning of {instruction}")
 
 

@@ -65,7 +65,7 @@ class Program:
         return found
 
     def target(self, instruction):
-        """Where a branch goes: to the label of the innermost scope that has it."""
+        """The place that a branch goes to: the label of the innermost scope that has it."""
         label = instruction.operands[-1]
         for depth in range(len(instruction.scope), -1, -1):
             if (found := self.labels.get(_scoped(label, instruction.scope[:depth]))) is not None:

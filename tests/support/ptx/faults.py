@@ -1,7 +1,7 @@
 """What the machine reports of a program that does what a GPU would not, or must not, do."""
 
 
-class Fault(Exception):
+class FaultError(Exception):
     """An access out of bounds or misaligned, a register without a value, a wait that never ends."""
 
 

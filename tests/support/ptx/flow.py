@@ -1,4 +1,4 @@
-"""Where threads that take different branches meet again."""
+"""The places at which threads that take different branches meet again."""
 
 from functools import lru_cache
 
@@ -23,7 +23,7 @@ class Flow:
 
     @property
     def _unavoidable(self):
-        """Of each instruction the bits of those that are run after it in any case, and its own: its postdominators."""
+        """The postdominators of each instruction, as bits: those that are run after it in any case, and itself."""
         if not hasattr(self, "_found"):
             self._next = [self._successors(at) for at in range(self._count)]
             everything = (1 << (self._count + 1)) - 1

@@ -1,6 +1,9 @@
 """In the place of launches of Triton's kernels: they are compiled for a GPU, and run by the machine."""
 
+import struct
+from collections import Counter
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from unittest import mock
 
 import torch
@@ -11,22 +14,30 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .assembly import read
-from .copies import TensorMap
+from .assembly import Program, read
+from .copy_engine import TensorMap
 from .machine import Launch, Machine
 from .memory import GlobalMemory
 
 
+@dataclass
+class Record:
+    """What ran: programs in the order in which they were compiled, and how much ended at each one's instructions."""
+
+    programs: list[Program] = field(default_factory=list)
+    ended: list[Counter] = field(default_factory=list)
+
+
 @contextmanager
-def executing(gpu, late=False, change=lambda name, text: text):
+def executing(gpu, late=False, change=lambda program: None):
     """Launches in this context are executed on the memory of CPU tensors, as compiled for that GPU.
 
-    late: whether copies and products end only where they are waited for. change: of a kernel's name and PTX, the PTX
-    that is executed. Gives a list that is filled with the names of the kernels that ran.
+    late: whether copies and products end only where they are waited for. change: of a program, to spoil it before it
+    runs. Gives the record of what runs.
     """
     target = GPUTarget("cuda", gpu, 32)
     backend = make_backend(target)
-    machines, ran = {}, []
+    machines, record = {}, Record()
 
     def run(kernel, *values, grid, warmup, **constants):
         binder = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -38,22 +49,26 @@ def executing(gpu, late=False, change=lambda name, text: text):
             )
             source = ASTSource(kernel, signature, constants, attributes)
             compiled = triton.compile(source, target=target, options=options.__dict__)
-            program = read(change(kernel.__name__, compiled.asm["ptx"]))
-            machines[key] = Machine(program), signature, compiled.metadata
-        machine, signature, metadata = machines[key]
+            program = read(compiled.asm["ptx"])
+            change(program)
+            machines[key] = Machine(program), signature, compiled.metadata, Counter()
+            record.programs.append(program)
+            record.ended.append(machines[key][-1])
+        machine, signature, metadata, ended = machines[key]
         tensors, arguments, maps = _arguments(bound.values(), signature.values(), metadata.tensordesc_meta)
         # After its arguments a kernel takes the addresses of memory of its own, of which ours have none.
         arguments += [0] * (len(machine.program.parameters) - len(arguments))
-        launch = Launch(grid, metadata.shared, GlobalMemory(tensors), arguments, maps, late)
-        machine.run(launch)
-        ran.append(kernel.__name__)
+        machine.run(Launch(grid, metadata.shared, GlobalMemory(tensors), arguments, maps, late, ended))
 
     with (
         mock.patch.object(JITFunction, "run", run),
         # The machine needs no machine code, which takes as long to make as all that comes before.
-        mock.patch.object(CUDABackend, "make_cubin", lambda *_: b""),
+        mock.patch.object(CUDABackend, "make_cubin", return_value=b""),
     ):
-        yield ran
+        yield record
+
+
+_REAL = {"fp32": "<f", "fp64": "<d"}
 
 
 def _arguments(values, types, descriptions):
@@ -75,8 +90,8 @@ def _arguments(values, types, descriptions):
         elif isinstance(value, torch.Tensor):
             tensors.append(value)
             arguments.append(value.data_ptr())
-        elif isinstance(value, float):
-            raise NotImplementedError(f"a parameter that is a number: {value}")
+        elif type_ in _REAL:
+            arguments.append(int.from_bytes(struct.pack(_REAL[type_], value), "little"))
         else:
             arguments.append(int(value))
 

@@ -4,19 +4,20 @@ from itertools import product
 
 import numpy as np
 
-from . import accesses, copies, products
+from . import accesses, copy_engine, products, thread_copies
 from .arithmetic import meaning
 from .assembly import members
-from .copies import EngineCopies, ThreadCopies
-from .faults import Fault, UnknownInstructionError
+from .copy_engine import EngineCopies
+from .faults import FaultError, UnknownInstructionError
 from .flow import Flow
 from .products import Products
 from .state import Batch, reader, writer
+from .thread_copies import ThreadCopies
 
 LANES = 4096
 """Threads that go in lockstep, at the most, unless one program has more."""
 MOST_INSTRUCTIONS = 5_000_000
-"""Of a batch: beyond, it is taken to run for ever."""
+"""Instructions of a batch after which it is taken to run for ever."""
 NO_MEANING_IN_LOCKSTEP = ("bar", "fence", "membar", "griddepcontrol")
 """Instructions that order what threads do, who here go in order anyway."""
 
@@ -25,14 +26,14 @@ class Launch:
     """What all programs of a launch have in common.
 
     arguments: by parameter, the bits of its value; maps: the tensor maps among them, by the parameter's number; late:
-    whether copies and products end only where they are waited for.
+    whether copies and products end only where they are waited for; ended: counts how many did, by instruction.
     """
 
     engines = ThreadCopies, EngineCopies, Products
 
-    def __init__(self, grid, shared_bytes, memory, arguments, maps, late):
+    def __init__(self, grid, shared_bytes, memory, arguments, maps, late, ended):
         self.grid, self.shared_bytes, self.memory = (*grid, 1, 1)[:3], shared_bytes, memory
-        self.arguments, self.maps, self.late = arguments, maps, late
+        self.arguments, self.maps, self.late, self.ended = arguments, maps, late, ended
 
 
 class Machine:
@@ -41,9 +42,7 @@ class Machine:
     def __init__(self, program):
         self.program = program
         self._flow = Flow(program)
-        self._targets = [
-            program.target(one) if one.parts[0] == "bra" else None for one in program.instructions
-        ]
+        self._targets = [program.target(one) if one.parts[0] == "bra" else None for one in program.instructions]
         self._guards = [None if one.guard is None else _guard(one, program) for one in program.instructions]
         self._steps = [_step(one, program) for one in program.instructions]
 
@@ -51,9 +50,7 @@ class Machine:
         """All programs of the launch's grid."""
         places = [place[::-1] for place in product(*map(range, launch.grid[::-1]))]
         together = max(1, LANES // self.program.threads)
-        waiting = [
-            Batch(self.program, launch, places[at : at + together]) for at in range(0, len(places), together)
-        ]
+        waiting = [Batch(self.program, launch, places[at : at + together]) for at in range(0, len(places), together)]
         while waiting:
             waiting += self._run(waiting.pop(0))
 
@@ -69,7 +66,7 @@ class Machine:
                     batch.at += 1
                     done += 1
                     if done > MOST_INSTRUCTIONS:
-                        raise Fault("it runs for ever")
+                        raise FaultError("it runs for ever")
                     mask = batch.active
                     if guards[at] is not None:
                         mask = guards[at](batch) if mask is None else guards[at](batch) & mask
@@ -91,7 +88,7 @@ class Machine:
                     else:
                         steps[at](batch, mask)
             batch.engine(EngineCopies).end()
-        except (Fault, UnknownInstructionError) as error:
+        except (FaultError, UnknownInstructionError) as error:
             raise type(error)(f"{self.program.name}: {instructions[at]}: {error}") from error
         return []
 
@@ -107,7 +104,6 @@ def _guard(instruction, program):
     negated = instruction.guard.startswith("!")
     read = reader(program, instruction.guard.lstrip("!"), "pred")
 
-
     def chosen(batch):
         value = np.broadcast_to(read(batch), batch.shape)
         return ~value if negated else value
@@ -121,7 +117,7 @@ def _step(instruction, program):
         return None
     if instruction.name.startswith("wgmma.fence") or instruction.parts[0] in NO_MEANING_IN_LOCKSTEP:
         return _together(instruction)
-    for kind in (copies, products, accesses):
+    for kind in (thread_copies, copy_engine, products, accesses):
         if step := kind.decode(instruction, program):
             return step
     if instruction.parts[0] == "mov" and "{" in instruction.text:
@@ -132,7 +128,7 @@ def _step(instruction, program):
 def _together(instruction):
     def step(batch, mask):
         if mask is not None and instruction.parts[0] == "bar":
-            raise Fault("a barrier that some threads miss")
+            raise FaultError("a barrier that some threads miss")
 
     return step
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from .arithmetic import FROM_NARROW
 from .assembly import members
-from .copies import shared_places, swizzled
-from .faults import Fault, UnknownInstructionError
-from .state import reader, writer
+from .faults import FaultError, UnknownInstructionError
+from .memory import swizzled
+from .state import reader, shared_places, writer
 
 LANE = np.arange(32)
 ROW, COLUMN = LANE // 4, LANE % 4 * 2
@@ -44,7 +44,7 @@ class Products:
             if register not in self.sums:
                 self.sums[register] = self.batch.registers[register]
             elif self.batch.registers[register] is not None:
-                raise Fault("a register is written while a product is still to be added to it")
+                raise FaultError("a register is written while a product is still to be added to it")
             self.batch.registers[register] = None
         self.asked.append(product)
 
@@ -55,12 +55,13 @@ class Products:
     def wait(self, allowed):
         """Wait until no more than so many of the newest groups are on their way."""
         while len(self.groups) > allowed:
+            self.batch.count_ended(len(self.groups[0]))
             for product in self.groups.pop(0):
                 product.add(self.batch, self.sums)
         still = {r for group in [*self.groups, self.asked] for product in group for r in product.registers}
         for register in [register for register in self.sums if register not in still]:
             if self.batch.registers[register] is not None:
-                raise Fault("a register is written while a product is still to be added to it")
+                raise FaultError("a register is written while a product is still to be added to it")
             self.batch.registers[register] = self.sums.pop(register)
 
 
@@ -93,7 +94,7 @@ class Product:
             value = product[:, :, row, column].reshape(batch.shape)
             if self.keeps:
                 if sums[register] is None:
-                    raise Fault("a product is added to a register without a value")
+                    raise FaultError("a product is added to a register without a value")
                 value = value + sums[register].view(np.float32)
             sums[register] = value.astype(np.float32).view(np.uint32)
 
@@ -116,7 +117,7 @@ class WarpgroupForm:
             raise UnknownInstructionError(f"no meaning of {instruction}")
         if self.a_is_registers:
             each = [reader(program, name, "b32") for name in members(a)]
-            self.read_a = lambda batch: (lambda later: [read(later) for read in each])
+            self.read_a = lambda batch: lambda later: [read(later) for read in each]
         else:
             self.read_a = _of_groups(reader(program, a, "b64"))
         self.read_b = _of_groups(reader(program, b, "b64"))
@@ -150,7 +151,7 @@ def _of_groups(read):
     def values(batch):
         by_group = np.broadcast_to(read(batch), batch.shape).reshape(len(batch.places), -1, GROUP)
         if (by_group != by_group[:, :, :1]).any():
-            raise Fault("threads of a warpgroup differ in where an operand of their product is")
+            raise FaultError("threads of a warpgroup differ in where an operand of their product is")
         return np.array(by_group[:, :, 0])
 
     return values
@@ -200,10 +201,10 @@ def _warpgroup_product(instruction, program):
 
     def multiply(batch, mask):
         if mask is not None and not mask.all():
-            raise Fault("a warpgroup's product that some of its threads skip")
+            raise FaultError("a warpgroup's product that some of its threads skip")
         keeps = np.unique(form.keeps(batch))
         if len(keeps) > 1:
-            raise Fault("threads of a warpgroup differ in whether a product is added")
+            raise FaultError("threads of a warpgroup differ in whether a product is added")
         batch.engine(Products).ask(Product(form, form.read_a(batch), form.read_b(batch), bool(keeps[0])))
 
     return multiply
@@ -214,7 +215,7 @@ def _warp_product(instruction, program):
     if not found:
         raise UnknownInstructionError(f"no meaning of {instruction}")
     numbers = FROM_NARROW[found[1]]
-    out, a, b, c = ([name for name in members(operand)] for operand in instruction.operands)
+    out, a, b, c = (list(members(operand)) for operand in instruction.operands)
     a, b = ([reader(program, name, "b32") for name in names] for names in (a, b))
     c = [reader(program, name, "f32") for name in c]
     out = [writer(program, name, "f32") for name in out]
@@ -239,7 +240,7 @@ def _matrices(instruction, program):
     """Matrices of 8 x 8 values of 16 bits between shared memory and registers: thread i has a row's address."""
     is_load = instruction.parts[0] == "ldmatrix"
     place, registers = instruction.operands[:: 1 if not is_load else -1]
-    place, registers = shared_places(instruction, program, place), members(registers)
+    place, registers = shared_places(program, place), members(registers)
     is_transposed = instruction.has("trans")
     if not instruction.has("b16"):
         raise UnknownInstructionError(f"no meaning of {instruction}")

@@ -3,7 +3,8 @@
 import numpy as np
 
 from .arithmetic import NUMBERS
-from .faults import Fault, UnknownInstructionError
+from .assembly import address
+from .faults import FaultError, UnknownInstructionError
 from .memory import SharedMemory
 
 MAPS = 1 << 60
@@ -59,6 +60,10 @@ class Batch:
                 self.parted.append((meeting_place, everyone, None))
                 self.at, self.active = others
 
+    def count_ended(self, count):
+        """Something that was on its way has ended at the instruction that is executed."""
+        self.launch.ended[self.at - 1] += count
+
     def engine(self, kind):
         return next(engine for engine in self.engines if isinstance(engine, kind))
 
@@ -83,7 +88,7 @@ def reader(program, operand, type_):
         def from_register(batch):
             value = batch.registers[place]
             if value is None:
-                raise Fault(f"{operand} is read before it has a value")
+                raise FaultError(f"{operand} is read before it has a value")
             if narrower:
                 value = value.astype(cut)
             return value if value.dtype == number else value.view(number)
@@ -143,3 +148,17 @@ def writer(program, operand, type_):
         batch.registers[place] = value
 
     return to_register
+
+
+def shared_places(program, operand):
+    """A function of a batch: the addresses in shared memory."""
+    base, offset = address(operand)
+    read = reader(program, base, "s32")
+    return lambda batch: np.broadcast_to(read(batch).astype(np.int64) + offset, batch.shape)
+
+
+def global_places(program, operand):
+    """A function of a batch: the addresses in global memory."""
+    base, offset = address(operand)
+    read = reader(program, base, "s64")
+    return lambda batch: np.broadcast_to(read(batch) + np.int64(offset), batch.shape).view(np.uint64)

@@ -1,7 +1,7 @@
-"""Copies that go on while a program does: by its threads (cp.async), and of tiles by the copy engine.
+"""Copies of tiles by the copy engine, and the barriers that tell when they have landed.
 
-At once they land where they are asked for; late only where they are waited for, when they read their source too, so
-that whoever overwrites it in between is found out.
+As those of threads they land at once, or late: loads one after the other where their barrier is waited for, stores and
+additions where it is waited until their source has been read.
 """
 
 import re
@@ -10,68 +10,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .assembly import address
-from .faults import Fault, UnknownInstructionError
-from .state import MAP_BYTES, MAPS, reader, writer
-
-SWIZZLE_MASKS = {0: 0, 1: 1, 2: 3, 3: 7}
-"""How many of the bits 7 to 9 of an address are added to the bits 4 to 6, by the mode of a tensor map."""
-
-
-def swizzled(addresses, mode):
-    return addresses ^ (((addresses >> 7) & SWIZZLE_MASKS[mode]) << 4)
-
-
-class ThreadCopies:
-    """cp.async of a batch: each thread's copies, in groups."""
-
-    def __init__(self, batch):
-        self.batch = batch
-        self.groups = np.zeros(batch.shape, np.int64)
-        self.pending = []
-
-    def of(self, batch, programs):
-        part = object.__new__(ThreadCopies)
-        part.batch, part.groups = batch, self.groups[programs]
-        part.pending = [tuple(v[programs] if isinstance(v, np.ndarray) else v for v in copy) for copy in self.pending]
-        return part
-
-    def ask(self, chosen, target, source, sizes, width):
-        copy = (np.where(chosen, self.groups, -1), target, source, sizes, width)
-        if self.batch.launch.late:
-            self.pending.append(copy)
-        else:
-            self._land(copy, chosen)
-
-    def commit(self, mask):
-        self.groups = self.groups + self.batch.everywhere(mask)
-
-    def wait(self, mask, allowed):
-        """Wait until no more than so many of the newest groups are on their way."""
-        waiting = []
-        for copy in self.pending:
-            group = copy[0]
-            done = (group >= 0) & (group < self.groups - allowed) & self.batch.everywhere(mask)
-            self._land(copy, done)
-            left = np.where(done, -1, group)
-            if (left >= 0).any():
-                waiting.append((left, *copy[1:]))
-        self.pending = waiting
-
-    def _land(self, copy, chosen):
-        _, target, source, sizes, width = copy
-        nothing = chosen & (sizes == 0)
-        whole = chosen & (sizes == width)
-        if (chosen & ~nothing & ~whole).any():
-            raise UnknownInstructionError("cp.async that fills up a part with zeros")
-        zeros = np.zeros((np.count_nonzero(nothing), width), np.uint8)
-        self.batch.shared.store(target, nothing, _in_words(zeros))
-        found = self.batch.launch.memory.load(source[whole], width // 4, np.uint32)
-        self.batch.shared.store(target, whole, found)
-
-
-def _in_words(content):
-    return np.ascontiguousarray(content).view(np.uint32)
+from .faults import FaultError, UnknownInstructionError
+from .memory import swizzled
+from .state import MAP_BYTES, MAPS, reader, shared_places, writer
 
 
 class TensorMap:
@@ -80,10 +21,13 @@ class TensorMap:
     def __init__(self, tensor, box, swizzle):
         self.start, self.strides, self.shape = tensor.data_ptr(), tensor.stride(), tuple(tensor.shape)
         self.itemsize, self.box, self.swizzle = tensor.itemsize, tuple(box), swizzle
+        self.unsigned = np.dtype(f"u{self.itemsize}")
         if len(self.shape) != 2 or self.strides[1] != 1:
             raise UnknownInstructionError("a tensor map that is not of rows")
         if self.start % 16 or self.strides[0] * self.itemsize % 16:
-            raise Fault(f"a tensor map's start and rows must be aligned to 16 bytes, got {self.start:#x}, {self.strides}")
+            raise FaultError(
+                f"a tensor map's start and rows must be aligned to 16 bytes, got {self.start:#x}, {self.strides}"
+            )
 
     @property
     def bytes(self):
@@ -93,7 +37,7 @@ class TensorMap:
         """(addresses in global memory, in shared memory, which of them are within the tensor), each [rows, columns]."""
         row, column = np.meshgrid(*map(np.arange, self.box), indexing="ij")
         if shared % 128:
-            raise Fault(f"the copy engine needs shared memory aligned to 128 bytes, got {shared:#x}")
+            raise FaultError(f"the copy engine needs shared memory aligned to 128 bytes, got {shared:#x}")
         here = swizzled(shared + (row * self.box[1] + column) * self.itemsize, self.swizzle)
         row, column = row + corner[1], column + corner[0]
         inside = (row >= 0) & (row < self.shape[0]) & (column >= 0) & (column < self.shape[1])
@@ -139,18 +83,20 @@ class EngineCopies:
 
     def barrier(self, program, place):
         if place not in self.barriers[program]:
-            raise Fault(f"there is no barrier at {place:#x}")
+            raise FaultError(f"there is no barrier at {place:#x}")
         return self.barriers[program][place]
 
     def start_barrier(self, program, place, count):
         if place % 8 or place + 8 > self.batch.shared.size:
-            raise Fault(f"a barrier must be aligned to 8 bytes within shared memory, got {place:#x}")
+            raise FaultError(f"a barrier must be aligned to 8 bytes within shared memory, got {place:#x}")
         if place in self.barriers[program]:
-            raise Fault(f"the barrier at {place:#x} is in use")
+            raise FaultError(f"the barrier at {place:#x} is in use")
         self.barriers[program][place] = Barrier(count)
 
     def load(self, program, tensor_map, corner, shared, place):
         barrier = self.barrier(program, place)
+        _, here, _ = tensor_map.places(corner, shared)
+        self.batch.shared.expect(*self._of_program(program, here), 1, tensor_map.unsigned)
         barrier.pending.append((tensor_map, corner, shared))
         if not self.batch.launch.late:
             self._land(program, barrier)
@@ -164,17 +110,21 @@ class EngineCopies:
     def has_ended(self, program, place, parity):
         """Whether the barrier's phase of this parity has."""
         barrier = self.barrier(program, place)
-        self._land(program, barrier)
+        while barrier.parity == parity and barrier.pending:
+            self.batch.count_ended(1)
+            self._land(program, barrier)
         if barrier.parity == parity:
-            raise Fault(
-                f"waits for ever at the barrier {place:#x}: it lacks {barrier.arrivals} arrivals and {barrier.bytes} bytes"
+            raise FaultError(
+                f"waits for ever at {place:#x}, which lacks {barrier.arrivals} arrivals and {barrier.bytes} bytes"
             )
         return True
 
     def store(self, program, thread, tensor_map, corner, shared, adds):
-        self.stores[program][thread].asked.append((tensor_map, corner, shared, adds))
-        if not self.batch.launch.late:
-            self._end(program, thread)
+        copy = tensor_map, corner, shared, adds
+        if self.batch.launch.late:
+            self.stores[program][thread].asked.append(copy)
+        else:
+            self._store(program, [copy])
 
     def commit_stores(self, program, thread):
         stores = self.stores[program][thread]
@@ -185,30 +135,23 @@ class EngineCopies:
         """Wait until no more than so many of the newest groups are on their way."""
         groups = self.stores[program][thread].groups
         while len(groups) > allowed:
+            self.batch.count_ended(len(groups[0]))
             self._store(program, groups.pop(0))
 
     def end(self):
-        """What nobody waits for is done before a launch ends."""
-        for program, by_thread in enumerate(self.stores):
-            for thread in by_thread:
-                self._end(program, thread)
-
-    def _end(self, program, thread):
-        self.wait_for_stores(program, thread, 0)
-        stores = self.stores[program][thread]
-        self._store(program, stores.asked)
-        stores.asked = []
+        """Shared memory is gone when its program ends: whoever has the copy engine read it waits for that."""
+        if any(stores.asked or stores.groups for by_thread in self.stores for stores in by_thread.values()):
+            raise FaultError("a program ends while the copy engine may still read its shared memory")
 
     def _land(self, program, barrier):
-        while barrier.pending:
-            tensor_map, corner, shared = barrier.pending.pop(0)
-            there, here, inside = tensor_map.places(corner, shared)
-            unsigned = np.dtype(f"u{tensor_map.itemsize}")
-            values = np.zeros((here.size, 1), unsigned)
-            values[inside.reshape(-1)] = self.batch.launch.memory.load(there[inside], 1, unsigned)
-            self.batch.shared.store(*self._of_program(program, here), values)
-            barrier.bytes -= tensor_map.bytes
-            barrier.check()
+        """The copy that was asked for first."""
+        tensor_map, corner, shared = barrier.pending.pop(0)
+        there, here, inside = tensor_map.places(corner, shared)
+        values = np.zeros((here.size, 1), tensor_map.unsigned)
+        values[inside.reshape(-1)] = self.batch.launch.memory.load(there[inside], 1, tensor_map.unsigned)
+        self.batch.shared.land(*self._of_program(program, here), values)
+        barrier.bytes -= tensor_map.bytes
+        barrier.check()
 
     def _store(self, program, group):
         for tensor_map, corner, shared, adds in group:
@@ -227,15 +170,8 @@ class EngineCopies:
 
 
 def decode(instruction, program):
-    """The instruction's function of a batch and a mask; None if it is no copy, nor a barrier of copies."""
+    """The instruction's function of a batch and a mask; None if it has nothing to do with the copy engine."""
     name = instruction.name
-    if name.startswith(("cp.async.ca.shared.global", "cp.async.cg.shared.global")):
-        return _thread_copy(instruction, program)
-    if name == "cp.async.commit_group":
-        return lambda batch, mask: batch.engine(ThreadCopies).commit(mask)
-    if name == "cp.async.wait_group":
-        allowed = int(instruction.operands[0], 0)
-        return lambda batch, mask: batch.engine(ThreadCopies).wait(mask, allowed)
     if name.startswith("mbarrier."):
         return _barrier_operation(instruction, program)
     if name.startswith("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier"):
@@ -248,33 +184,6 @@ def decode(instruction, program):
         allowed = int(instruction.operands[0], 0)
         return _for_each_thread(lambda batch, *one: batch.engine(EngineCopies).wait_for_stores(*one, allowed))
     return None
-
-
-def shared_places(instruction, program, operand):
-    """A function of a batch: the addresses in shared memory."""
-    base, offset = address(operand)
-    read = reader(program, base, "s32")
-    return lambda batch: np.broadcast_to(read(batch).astype(np.int64) + offset, batch.shape)
-
-
-def global_places(instruction, program, operand):
-    """A function of a batch: the addresses in global memory."""
-    base, offset = address(operand)
-    read = reader(program, base, "s64")
-    return lambda batch: np.broadcast_to(read(batch) + np.int64(offset), batch.shape).view(np.uint64)
-
-
-def _thread_copy(instruction, program):
-    target, source, width, *size = instruction.operands
-    target, source = shared_places(instruction, program, target), global_places(instruction, program, source)
-    width = int(width, 0)
-    size = reader(program, size[0], "u32") if size else (lambda batch: np.uint32(width))
-
-    def copy(batch, mask):
-        sizes = np.broadcast_to(size(batch), batch.shape).astype(np.int64)
-        batch.engine(ThreadCopies).ask(batch.everywhere(mask), target(batch), source(batch), sizes, width)
-
-    return copy
 
 
 def _each_thread(batch, mask):
@@ -294,7 +203,7 @@ def _for_each_thread(function):
 def _barrier_operation(instruction, program):
     kind = instruction.parts[1]
     operands = [operand for operand in instruction.operands if operand.startswith("[")]
-    place = shared_places(instruction, program, operands[0])
+    place = shared_places(program, operands[0])
     more = reader(program, instruction.operands[-1], "u32") if kind in ("init", "arrive", "try_wait") else None
     if kind == "try_wait":
         write = writer(program, instruction.operands[0], "pred")
@@ -339,7 +248,7 @@ def _tile(instruction, program, operand):
 
 def _tile_load(instruction, program):
     shared, tile, barrier = instruction.operands
-    shared, barrier = (shared_places(instruction, program, operand) for operand in (shared, barrier))
+    shared, barrier = (shared_places(program, operand) for operand in (shared, barrier))
     tile = _tile(instruction, program, tile)
 
     def load(batch, mask):
@@ -352,7 +261,7 @@ def _tile_load(instruction, program):
 
 def _tile_store(instruction, program):
     tile, shared = instruction.operands
-    tile, shared = _tile(instruction, program, tile), shared_places(instruction, program, shared)
+    tile, shared = _tile(instruction, program, tile), shared_places(program, shared)
     adds = instruction.parts[1] == "reduce"
     if adds and not instruction.has("add"):
         raise UnknownInstructionError(f"no meaning of {instruction}")
