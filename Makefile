@@ -1,7 +1,7 @@
 # make test    lint, types and tests
 # make bench   the main benchmark: table, plots and JSON under bench/results/latest
 # make paper   the paper's experiments in small: a page with pictures, bench/results/paper/index.html, in fifteen minutes
-# make machine  all of the Triton kernels' cases on the PTX machine, in a quarter of an hour; make test runs a part of them
+# make machine every kernel in every way that a CPU can execute it, in half an hour; writes tests/evidence.json
 # make fuzz    ten minutes of random networks against autograd; FUZZ_OPTIONS="--seed 7 --minutes 0" repeats one seed
 # All create .venv and install what they need on first use; PYTHON chooses the interpreter (>= 3.10).
 
@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 BENCH_OPTIONS ?=
 PAPER_OPTIONS ?=
 FUZZ_OPTIONS ?= --minutes 10
+EVIDENCE := $(CURDIR)/build/evidence.jsonl
 
 .PHONY: test bench paper machine fuzz lint format clean
 
@@ -24,7 +25,10 @@ paper: $(VENV)/installed
 	$(BIN)/python -m bench.paper $(PAPER_OPTIONS)
 
 machine: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 -m machine tests/machine
+	rm -f $(EVIDENCE)
+	mkdir -p $(dir $(EVIDENCE))
+	RESODE_EVIDENCE=$(EVIDENCE) $(BIN)/python -m pytest -n 2 -m "machine or not machine" tests/machine tests/fused tests/ops
+	$(BIN)/python -m tests.support.evidence --write $(EVIDENCE)
 
 fuzz: $(VENV)/installed
 	$(BIN)/python -m tests.support.fuzz $(FUZZ_OPTIONS)

@@ -3,7 +3,8 @@ usage='Everything that needs a GPU, in parts, of which a call takes as many as f
 
   [RESULTS=FOLDER] bench/gpu.sh [PART...]        (default: bench/results/gpu, and all parts in this order)
 
-  tests      the tests marked `gpu`: every kernel on hardware against the specification; at most 200 s
+  tests      the tests marked `gpu`: every kernel on hardware against the specification; at most 200 s. What has run
+             goes to evidence.jsonl, which `python -m tests.support.evidence --write` takes
   offsets    those of offsets beyond 32 bits, one by one: they need 36 GB of free device memory; 60 s
   mlp        a residual MLP as one op beside backprop of the same network, eager and compiled, and beside its matrix
              products; 170 s
@@ -18,10 +19,13 @@ usage='Everything that needs a GPU, in parts, of which a call takes as many as f
 
 Four calls run everything, each within nine minutes on a GPU with 40 GB of free memory:
 
-  bench/gpu.sh tests offsets memcheck racecheck
-  bench/gpu.sh mlp kernels overhead
-  bench/gpu.sh backends tiles
+  bench/gpu.sh tests tiles
+  bench/gpu.sh mlp backends
+  bench/gpu.sh offsets memcheck racecheck kernels overhead
   bench/gpu.sh bench
+
+The first two are worth most: what is wrong, and which tiles are fastest. docs/kernels.md has what they are predicted
+to give.
 
 Before the parts, always: the machine is described, the package is built in place for its GPU alone (by pip, and where
 that fails by CMake), and each kernel runs once on a few rows in a process of its own. A kernel that ends its process,
@@ -31,8 +35,8 @@ why. All this takes two to three minutes.
 Needs no network, but python3 with torch, pytest, pytest-benchmark, rich, scikit-learn, matplotlib, setuptools,
 pybind11, cmake and ninja, and nvcc; uses pytest-xdist and pytest-timeout where they are installed. FOLDER gets
 gpu.log.gz with what all parts printed, smoke.json with what became of each kernel, table.md with all tables,
-tiles.json, and the figures of mlp/, backends/, kernels/ and bench/: at most six files by one of the calls above. A
-part that fails does not stop the next; the exit status is 1 if any failed.'
+evidence.jsonl, tiles.json, and the figures of mlp/, backends/, kernels/ and bench/: at most six files by one of the
+calls above. A part that fails does not stop the next; the exit status is 1 if any failed.'
 set -uo pipefail
 parts=(tests offsets mlp backends tiles kernels overhead bench memcheck racecheck)
 for part in "$@"; do
@@ -54,7 +58,7 @@ mkdir -p "$RESULTS"
 RESULTS=$(cd "$RESULTS" && pwd)
 log=$RESULTS/gpu.log
 : >"$log"
-rm -f "$RESULTS"/{table.md,smoke.json,tiles.json,gpu.log.gz}
+rm -f "$RESULTS"/{table.md,smoke.json,tiles.json,evidence.jsonl,gpu.log.gz}
 trap 'gzip --force "$log"' EXIT
 export RESULTS PYTHONUNBUFFERED=1 NO_COLOR=1 COLUMNS=120
 unset RESODE_SKIP_CUDA FAILED_KERNELS
@@ -98,7 +102,8 @@ left_out() { # left_out NAME REASON
 run_tests() { # run_tests NAME SECONDS OPTIONS...: those marked `gpu`; a newer torch may warn of what is no error
   local name=$1 limit=$2
   shift 2
-  stage "$name" "$limit" python3 -m pytest -q -ra -m gpu -W default --tb=short --maxfail=60 --continue-on-collection-errors \
+  stage "$name" "$limit" env RESODE_EVIDENCE="$RESULTS/evidence.jsonl" \
+    python3 -m pytest -q -ra -m gpu -W default --tb=short --maxfail=60 --continue-on-collection-errors \
     "${time_limit[@]}" "$@"
 }
 

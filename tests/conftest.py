@@ -1,10 +1,12 @@
 """What every test starts from: a fixed seed, and a reason where a GPU is missing."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support import evidence
 from tests.support.host_build import build, load
 from tests.support.kernel_families import reason_to_skip
 from tests.support.once import once
@@ -22,6 +24,18 @@ def pytest_collection_modifyitems(items):
             reason = reason_to_skip(path, item.originalname) if torch.cuda.is_available() else "needs a CUDA device"
             if reason is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_configure(config):
+    if evidence.RECORD in os.environ:
+        noticing = evidence.noticing()
+        noticing.__enter__()
+        config.add_cleanup(lambda: noticing.__exit__(None, None, None))
+
+
+def pytest_runtest_logreport(report):
+    if evidence.RECORD in os.environ and report.when == "call":
+        evidence.take(report.passed, os.environ[evidence.RECORD])
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ NOTHING = ("fence",)
 """Parts of an instruction that does nothing here."""
 
 
-def run(gpu, gradient_form, late=True, change=lambda program: None):
+def run(gpu, gradient_form, late=True, change=None):
     torch.manual_seed(1)
     with fused_on(gpu, gradient_form, late=late, change=change) as record:
         check(triton_passes, CASE, torch.bfloat16)

@@ -28,8 +28,12 @@ class Record:
     ended: list[Counter] = field(default_factory=list)
 
 
+stands_for: int | None = None
+"""The GPU for which unspoiled kernels are being executed."""
+
+
 @contextmanager
-def executing(gpu, late=False, change=lambda program: None):
+def executing(gpu, late=False, change=None):
     """Launches in this context are executed on the memory of CPU tensors, as compiled for that GPU.
 
     late: whether copies and products end only where they are waited for. change: of a program, to spoil it before it
@@ -50,7 +54,8 @@ def executing(gpu, late=False, change=lambda program: None):
             source = ASTSource(kernel, signature, constants, attributes)
             compiled = triton.compile(source, target=target, options=options.__dict__)
             program = read(compiled.asm["ptx"])
-            change(program)
+            if change:
+                change(program)
             machines[key] = Machine(program), signature, compiled.metadata, Counter()
             record.programs.append(program)
             record.ended.append(machines[key][-1])
@@ -65,7 +70,12 @@ def executing(gpu, late=False, change=lambda program: None):
         # The machine needs no machine code, which takes as long to make as all that comes before.
         mock.patch.object(CUDABackend, "make_cubin", return_value=b""),
     ):
-        yield record
+        global stands_for
+        before, stands_for = stands_for, None if change else gpu
+        try:
+            yield record
+        finally:
+            stands_for = before
 
 
 _REAL = {"fp32": "<f", "fp64": "<d"}
