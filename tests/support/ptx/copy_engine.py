@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .faults import FaultError, UnknownInstructionError
-from .memory import swizzled
+from .shared_memory import swizzled
 from .state import MAP_BYTES, MAPS, reader, shared_places, writer
 
 
@@ -93,10 +93,10 @@ class EngineCopies:
             raise FaultError(f"the barrier at {place:#x} is in use")
         self.barriers[program][place] = Barrier(count)
 
-    def load(self, program, tensor_map, corner, shared, place):
+    def load(self, program, thread, tensor_map, corner, shared, place):
         barrier = self.barrier(program, place)
         _, here, _ = tensor_map.places(corner, shared)
-        self.batch.shared.expect(*self._of_program(program, here), 1, tensor_map.unsigned)
+        self.batch.shared.expect(*self._of_program(program, here), 1, tensor_map.unsigned, by=thread // 32)
         barrier.pending.append((tensor_map, corner, shared))
         if not self.batch.launch.late:
             self._land(program, barrier)
@@ -120,7 +120,7 @@ class EngineCopies:
         return True
 
     def store(self, program, thread, tensor_map, corner, shared, adds):
-        copy = tensor_map, corner, shared, adds
+        copy = thread, tensor_map, corner, shared, adds
         if self.batch.launch.late:
             self.stores[program][thread].asked.append(copy)
         else:
@@ -149,16 +149,17 @@ class EngineCopies:
         there, here, inside = tensor_map.places(corner, shared)
         values = np.zeros((here.size, 1), tensor_map.unsigned)
         values[inside.reshape(-1)] = self.batch.launch.memory.load(there[inside], 1, tensor_map.unsigned)
-        self.batch.shared.land(*self._of_program(program, here), values)
+        self.batch.shared.land(*self._of_program(program, here), values, is_seen_by_all=True)
         barrier.bytes -= tensor_map.bytes
         barrier.check()
 
     def _store(self, program, group):
-        for tensor_map, corner, shared, adds in group:
+        for thread, tensor_map, corner, shared, adds in group:
             there, here, inside = tensor_map.places(corner, shared)
             if tensor_map.itemsize != 4:
                 raise UnknownInstructionError("stores of tiles that are not of 32 bits")
-            values = self.batch.shared.load(*self._of_program(program, here), 1, np.float32)[inside.reshape(-1)]
+            values = self.batch.shared.load(*self._of_program(program, here), 1, np.float32, by=thread // 32)
+            values = values[inside.reshape(-1)]
             memory = self.batch.launch.memory
             (memory.add if adds else memory.store)(there[inside], values)
 
@@ -254,7 +255,7 @@ def _tile_load(instruction, program):
     def load(batch, mask):
         for one in _each_thread(batch, mask):
             places = int(shared(batch)[one]), int(barrier(batch)[one])
-            batch.engine(EngineCopies).load(one[0], *tile(batch, *one), *places)
+            batch.engine(EngineCopies).load(*one, *tile(batch, *one), *places)
 
     return load
 

@@ -18,8 +18,8 @@ LANES = 4096
 """Threads that go in lockstep, at the most, unless one program has more."""
 MOST_INSTRUCTIONS = 5_000_000
 """Instructions of a batch after which it is taken to run for ever."""
-NO_MEANING_IN_LOCKSTEP = ("bar", "fence", "membar", "griddepcontrol")
-"""Instructions that order what threads do, who here go in order anyway."""
+ORDERING = ("bar", "fence", "membar", "griddepcontrol")
+"""Instructions that order what threads do, who here go in order anyway: some are asked for nevertheless."""
 
 
 class Launch:
@@ -115,7 +115,7 @@ def _step(instruction, program):
     """The instruction's function of a batch and a mask; None at the end of the code."""
     if instruction.parts[0] in ("ret", "exit", "bra"):
         return None
-    if instruction.name.startswith("wgmma.fence") or instruction.parts[0] in NO_MEANING_IN_LOCKSTEP:
+    if instruction.name.startswith("wgmma.fence") or instruction.parts[0] in ORDERING:
         return _together(instruction)
     for kind in (thread_copies, copy_engine, products, accesses):
         if step := kind.decode(instruction, program):
@@ -129,6 +129,10 @@ def _together(instruction):
     def step(batch, mask):
         if mask is not None and instruction.parts[0] == "bar":
             raise FaultError("a barrier that some threads miss")
+        if instruction.parts[0] == "bar":
+            batch.shared.meet()
+        elif instruction.name.startswith("fence.proxy.async"):
+            batch.shared.fence()
 
     return step
 

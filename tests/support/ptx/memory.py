@@ -1,20 +1,10 @@
-"""The memories of the machine: global memory, which is that of CPU tensors, and a program's shared memory."""
+"""Global memory of the machine, which is that of CPU tensors."""
 
 import ctypes
 
 import numpy as np
 
 from .faults import FaultError
-
-POISON = 0xFF
-"""Bytes of shared memory that nothing was written to: NaN in every format."""
-
-_SWIZZLES = {0: 0, 1: 1, 2: 3, 3: 7}
-"""How many of the bits 7 to 9 of an address are added to the bits 4 to 6, by the mode of a tensor map."""
-
-
-def swizzled(addresses, mode):
-    return addresses ^ (((addresses >> 7) & _SWIZZLES[mode]) << 4)
 
 
 class GlobalMemory:
@@ -61,7 +51,7 @@ class GlobalMemory:
     def _areas(self, addresses, width):
         """(which addresses, bytes, the first one's address) of each area that is accessed."""
         addresses = np.asarray(addresses, np.uint64)
-        _check_alignment(addresses, width, "global")
+        check_alignment(addresses, width, "global")
         if not len(addresses):
             return
         found = np.searchsorted(self._starts, addresses, "right") - 1
@@ -76,75 +66,11 @@ class GlobalMemory:
             yield (slice(None) if (found == area).all() else found == area), content, first
 
 
-class SharedMemory:
-    """Shared memory of several programs, [programs, bytes]. Addresses are each program's own, from zero on.
-
-    Where copies are on their way to, nobody may read or write until they have landed.
-    """
-
-    def __init__(self, programs, size):
-        self.size = size
-        self._bytes = np.full((programs, -(-max(size, 1) // 16) * 16), POISON, np.uint8)
-        self._expects = np.zeros(self._bytes.shape, np.bool_)
-        self._expected = False
-
-    def load(self, addresses, chosen, count, dtype):
-        """`count` neighbouring values from each chosen address [programs, ...] on: [chosen, count]."""
-        values = self._bytes.view(dtype).reshape(-1)
-        places = self._places(addresses, chosen, count, values.itemsize)
-        self._check_that_nothing_is_expected(places, values.dtype)
-        return values[places]
-
-    def store(self, addresses, chosen, stored):
-        """Store [chosen, count] values at the chosen addresses."""
-        values = self._bytes.view(stored.dtype).reshape(-1)
-        places = self._places(addresses, chosen, stored.shape[1], stored.itemsize)
-        self._check_that_nothing_is_expected(places, values.dtype)
-        values[places] = stored
-
-    def expect(self, addresses, chosen, count, dtype):
-        """Values of a copy that is on its way."""
-        values = self._expects.view(dtype).reshape(-1)
-        places = self._places(addresses, chosen, count, values.itemsize)
-        self._check_that_nothing_is_expected(places, values.dtype)
-        values[places] = values.dtype.type(int.from_bytes(b"\1" * values.itemsize, "little"))
-        self._expected = True
-
-    def land(self, addresses, chosen, stored):
-        """Store values that were expected."""
-        values = self._bytes.view(stored.dtype).reshape(-1)
-        places = self._places(addresses, chosen, stored.shape[1], stored.itemsize)
-        values[places] = stored
-        self._expects.view(stored.dtype).reshape(-1)[places] = 0
-        self._expected = self._expects.any()
-
-    def of(self, programs):
-        """That of some of the programs, as their own from now on."""
-        part = SharedMemory(0, self.size)
-        part._bytes, part._expects = (np.ascontiguousarray(a[programs]) for a in (self._bytes, self._expects))
-        part._expected = part._expects.any()
-        return part
-
-    def _check_that_nothing_is_expected(self, places, dtype):
-        if self._expected and self._expects.view(dtype).reshape(-1)[places].any():
-            raise FaultError("shared memory is used while a copy is on its way to it")
-
-    def _places(self, addresses, chosen, count, itemsize):
-        program, *_ = np.nonzero(chosen)
-        addresses = np.broadcast_to(addresses, chosen.shape)[chosen].astype(np.int64)
-        width = count * itemsize
-        _check_alignment(addresses, width, "shared")
-        if len(addresses) and (addresses.min() < 0 or addresses.max() + width > self.size):
-            raise FaultError(f"{width} bytes of shared memory at {addresses.max():#x} are not within {self.size:#x}")
-        first = (program * self._bytes.shape[1] + addresses) // itemsize
-        return first[:, None] + np.arange(count)
-
-
 def _span(tensor):
     extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + extent * tensor.itemsize
 
 
-def _check_alignment(addresses, width, space):
+def check_alignment(addresses, width, space):
     if len(addresses) and (addresses % addresses.dtype.type(width)).any():
         raise FaultError(f"an access of {width} bytes of {space} memory is not aligned to them")

@@ -12,7 +12,7 @@ import numpy as np
 from .arithmetic import FROM_NARROW
 from .assembly import members
 from .faults import FaultError, UnknownInstructionError
-from .memory import swizzled
+from .shared_memory import MATRIX_UNITS, swizzled
 from .state import reader, shared_places, writer
 
 LANE = np.arange(32)
@@ -141,7 +141,8 @@ class WarpgroupForm:
             places = row // 8 * stride + row % 8 * width + k * 2
         places = swizzled(start.astype(np.int64)[:, :, None, None] + places, mode)
         flat = places.reshape(len(batch.places), -1)
-        bits = batch.shared.load(flat, np.ones(flat.shape, np.bool_), 1, np.uint16)
+        unit = MATRIX_UNITS + np.repeat(np.arange(start.shape[1]), rows * 16)
+        bits = batch.shared.load(flat, np.ones(flat.shape, np.bool_), 1, np.uint16, by=unit)
         return self.numbers(bits).reshape(-1, rows, 16)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 from .arithmetic import NUMBERS
 from .assembly import address
 from .faults import FaultError, UnknownInstructionError
-from .memory import SharedMemory
+from .shared_memory import SharedMemory
 
 MAPS = 1 << 60
 """Address of the first tensor map among a kernel's parameters, where no memory is."""
@@ -26,7 +26,7 @@ class Batch:
         self.program, self.launch, self.places = program, launch, places
         self.threads = program.threads
         self.registers = [None] * len(program.registers)
-        self.shared = SharedMemory(len(places), launch.shared_bytes)
+        self.shared = SharedMemory(len(places), launch.shared_bytes, program.threads)
         self.at, self.active, self.parted = 0, None, []
         self.engines = [engine(self) for engine in launch.engines]
 

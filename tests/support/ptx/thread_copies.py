@@ -55,8 +55,9 @@ class ThreadCopies:
         if (chosen & ~nothing & ~whole).any():
             raise UnknownInstructionError("cp.async that fills up a part with zeros")
         zeros = np.zeros((np.count_nonzero(nothing), width // 4), np.uint32)
-        self.batch.shared.land(target, nothing, zeros)
-        self.batch.shared.land(target, whole, self.batch.launch.memory.load(source[whole], width // 4, np.uint32))
+        found = self.batch.launch.memory.load(source[whole], width // 4, np.uint32)
+        self.batch.shared.land(target, nothing, zeros, is_seen_by_all=False)
+        self.batch.shared.land(target, whole, found, is_seen_by_all=False)
 
 
 def decode(instruction, program):
