@@ -33,8 +33,8 @@ HEAD = """
 STORE = "st.global.b32 [%rd2], %r2; ret;"
 
 
-def run(code, tensor, shared_bytes=256, grid=(1,), late=True):
-    machine = Machine(read(HEAD + code + "\n}\n"))
+def run(code, tensor, shared_bytes=256, grid=(1,), late=True, threads=32):
+    machine = Machine(read(HEAD.replace(".reqntid 32", f".reqntid {threads}") + code + "\n}\n"))
     arguments = [tensor.data_ptr(), 0]
     machine.run(Launch(grid, shared_bytes, GlobalMemory([tensor]), arguments, {}, late, Counter()))
     return tensor
@@ -163,6 +163,28 @@ def test_a_copy_that_nobody_waited_for_is_a_fault_only_where_it_is_late():
     assert run(code, torch.arange(32, dtype=torch.int32), late=False).tolist() == list(range(1, 33))
     with pytest.raises(FaultError, match="on its way"):
         run(code, torch.arange(32, dtype=torch.int32), late=True)
+
+
+STORE_AND_LOAD = """
+    shl.b32 %r3, %r1, 2;
+    st.shared.b32 [%r3], %r1;
+    MEET
+    xor.b32 %r4, %r3, OTHER;
+    ld.shared.b32 %r2, [%r4];
+"""
+
+
+@pytest.mark.parametrize("other", [4, 128], ids=["within a warp", "across warps"])
+def test_threads_of_several_warps_must_meet_before_they_read_what_others_wrote(other):
+    code = STORE_AND_LOAD.replace("OTHER", str(other)) + STORE
+    tensor = torch.zeros(64, dtype=torch.int32)
+    expected = [i ^ (other // 4) for i in range(64)]
+    assert run(code.replace("MEET", "bar.sync 0;"), tensor, threads=64).tolist() == expected
+    if other == 4:
+        assert run(code.replace("MEET", ""), tensor, threads=64).tolist() == expected
+    else:
+        with pytest.raises(FaultError, match="read what another has just written"):
+            run(code.replace("MEET", ""), tensor, threads=64)
 
 
 def test_conversions_to_16_bits_are_torch_s():

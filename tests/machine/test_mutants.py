@@ -67,6 +67,8 @@ MUTANTS = {
     "a register of mma.sync in the wrong row": (80, "two_pass", "adjoint_kernel", r"^mma\.sync", rows_swapped),
     "a copy of a thread that brings nothing": (80, "two_pass", "exact_kernel", r"cp\.async\.cg", nothing_copied),
     "a tile that is never copied": (90, "two_pass", "weight_gradient_kernel", r"bulk\.tensor.*mbarrier", dropped),
+    "a barrier that is missing": (90, "one_pass", "adjoint_kernel", r"^bar\.sync", dropped),
+    "a fence that is missing": (90, "one_pass", "adjoint_kernel", r"^fence\.proxy", dropped),
     "fewer bytes announced": (
         *(90, "two_pass", "adjoint_kernel", "expect_tx"),
         lambda one: replace(one, operands=(*one.operands[:-1], str(int(one.operands[-1]) // 2))),
