@@ -25,6 +25,7 @@ from resode_cuda.fused.triton.tiles import Tile, Tiles
 from resode_cuda.fused.triton.wide import WideTile
 from resode_cuda.ops import triton as triton_ops
 from resode_cuda.reverse import Reverse
+from tests.support import traffic
 from tests.support.fused_cases import CASES, STORED_CASES, Case, check, prefer_one_pass
 from tests.support.fused_networks import Calls
 
@@ -201,6 +202,24 @@ def test_products_of_wide_layers(reverse, products):
         return calls.products()
 
     assert count(6) - count(4) == 2 * products
+
+
+TRAFFIC = {
+    ("forward", "corrected"): [(6, 4), (5, 2)],
+    ("forward", "stored"): [(13, 4), (12, 2)],
+    ("adjoint", "paper"): [(19, 14), (15.5, 7)],
+    ("adjoint", "corrected"): [(23, 15), (19.5, 7.5)],
+    ("adjoint", "extrapolated"): [(20, 11), (17.5, 5.5)],
+    ("adjoint", "stored"): [(20, 11), (17.5, 5.5)],
+    ("exact", "corrected"): [(15, 13), (12.5, 6.5)],
+}
+"""Reads and writes of a step, of states and of hidden activations, in units of 4 bytes a value: float32, float16."""
+
+
+@pytest.mark.parametrize(("mode", "reverse"), TRAFFIC)
+def test_memory_traffic_of_wide_layers(mode, reverse):
+    counted = [traffic.per_step(mode, reverse, dtype=dtype) for dtype in (torch.float32, torch.float16)]
+    assert [(units.states, units.hidden) for units in counted] == TRAFFIC[mode, reverse]
 
 
 def test_wide_layers_are_the_backends_beyond_what_fits_on_chip(monkeypatch):

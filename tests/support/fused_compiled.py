@@ -167,6 +167,7 @@ def _tested():
         yield Configuration(gpu, 256, "checkpoint", scheme="heun", norm="layer")
     for gpu in GPUS:  # beyond what is kept on chip
         yield Configuration(gpu, 2048, "extrapolated", norm="layer")
+        yield Configuration(gpu, 2048, "stored", norm="layer")
     for dim in (64, 128):
         for reverse in ("corrected", "paper"):
             yield Configuration(90, dim, reverse)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ... import stored
-from ...squares import squared_norm
 from ..signature import ParameterGradients, SavedStates
 from ..storage import PackedSteps, RoundingSquares, StoredIncrements
 from .tile import RowTile
@@ -42,7 +41,7 @@ class StoringSweep:
         """Step from x_n to x_{n+1}, in place, and store the increment unless x_n is kept."""
         tile, method = self.tile, self.method
         if not method.is_stored(n):
-            tile.add_increment(x, x, n)
+            tile.step(x, x, n)
             if not method.ends_segment(n):
                 self._start(method.segment_of(n + 1), x)
             return
@@ -50,7 +49,10 @@ class StoringSweep:
         x_first = x.clone() if n == 0 else x
         if n == 0 and is_rounded:
             self._start(0, x_first)
-        tile.add_increment(x, self._companion if is_rounded else x, n)
+        if is_rounded:
+            tile.add_increment(x, self._companion, n)
+        else:
+            tile.step(x, x, n)
         if n == 0 and not is_rounded:
             self._start(0, x_first, x)
         self._store(n, x)
@@ -71,7 +73,7 @@ class StoringSweep:
         self.packed[place][rows], self.increments.scales[place, rows] = packed, scales
         squares, sample, shift = self.rounding
         for column, companion in enumerate((after, before)):
-            squares[n, column] += squared_norm(x_next - companion)
+            self.tile.add_square(squares[n, column], x_next, companion)
         if place == 0:
             first, stop = (-(-row >> shift) for row in (rows.start, rows.stop))
             sample[first:stop] = x_next[(first << shift) - rows.start :: 1 << shift]
@@ -91,24 +93,25 @@ class TakingBackSweep:
     def __init__(self, tile: RowTile, states: SavedStates, packed: PackedSteps, rows: slice) -> None:
         self.tile, self.method, self.rows = tile, tile.method, rows
         self.states, self.packed = states, packed
-        self.y = states.stored.companions.new_empty(0)
+        self.x = states.stored.companions.new_empty(0)
         """c_n, or the exact x_n where that is kept, of the step taken last."""
 
     def step_back(self, n: int, g: Tensor, gradients: ParameterGradients | None, squares: Tensor) -> None:
-        """Step back to y and g_n, in place; squares += |y - (c_{n+1} - Phi(y))|^2, |y|^2, |c_{n+1}|^2 for y = c_n."""
+        """Step back to x and g_n, in place; squares += |x - (c_{n+1} - Phi(x))|^2, |x|^2, |c_{n+1}|^2 for x = c_n."""
         tile, method, rows, kept = self.tile, self.method, self.rows, self.states.stored
         place = method.anchor_place(n)
-        defect = after = None
+        increment = after = None
         if place is not None:
-            self.y = self.states.anchored[place, rows]
+            self.x = self.states.anchored[place, rows]
         else:
             segment, place = method.segment_of(n), method.stored_place(n)
-            after = kept.companions[segment, rows] if method.ends_segment(n) else self.y
-            increment = self.packed[place][rows], kept.scales[place, rows], kept.units[segment, rows]
-            self.y = tile.take_back(after, *increment, method.solver.bits_of(n))
-            defect = torch.sub(self.y, after)
-        tile.evaluate(n, self.y, tile.points, defect, 1.0)
+            after = kept.companions[segment, rows] if method.ends_segment(n) else self.x
+            packed = self.packed[place][rows], kept.scales[place, rows], kept.units[segment, rows]
+            self.x = tile.take_back(after, *packed, method.solver.bits_of(n))
+            increment = torch.empty_like(after)
+        tile.evaluate(n, self.x, tile.points, increment, beta=0.0)
         tile.vjp(n, tile.points, g, gradients)
-        if defect is not None and after is not None:
-            for column, vector in enumerate((defect, self.y, after)):
-                squares[column] += squared_norm(vector)
+        if after is not None:
+            tile.add_square(squares[0], self.x, after, increment, n)
+            tile.add_square(squares[1], self.x)
+            tile.add_square(squares[2], after)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...method import Method
 from ...reverse import corrected
-from ...squares import square_dtype, squared_norm
+from ...squares import square_dtype
 from ..network import Network
 from ..signature import AdjointResult, ParameterGradients, SavedStates, Wanted
 from ..storage import defect_squares, unfilled, unmeasured
@@ -64,7 +64,7 @@ def forward(network: Network, method: Method, x: Tensor, *, kind: type[RowTile] 
             if storing is not None:
                 storing.step(n, state)
             elif n < count - saved:
-                tile.add_increment(state, state, n)
+                tile.step(state, state, n)
             else:
                 d = torch.zeros_like(state)
                 tile.add_increment(d, state, n)
@@ -96,11 +96,11 @@ def adjoint(
         if method.solver.is_stored:
             sweep = TakingBackSweep(tile, states, packed, rows)
         else:
-            sweep = ReverseSweep(tile, states, rows, None if x_first is None else x_first[rows])
+            sweep = ReverseSweep(tile, states, rows)
         for n in reversed(range(len(method))):
             sweep.step_back(n, g_first[rows], gradients, squares[n])
-        if x_first is not None and isinstance(sweep, TakingBackSweep):
-            x_first[rows] = sweep.y
+        if x_first is not None:
+            x_first[rows] = sweep.x
         del sweep  # or the next tile's would be made beside it
     return AdjointResult(g_first, gradients, defect_squares(squares), x_first)
 
@@ -130,16 +130,17 @@ def exact_adjoint(
         for begin in range(0, count - length, length):
             starts.append(state.clone())
             for n in range(begin, begin + length):
-                tile.add_increment(state, state, n)
+                tile.step(state, state, n)
         starts.append(state)
         for begin, state in zip(reversed(range(0, count, length)), reversed(starts), strict=True):
             segment = range(begin, min(begin + length, count))
             evaluated = []
             for n in segment:
                 points = tile.points[(n - begin) * per_step :][:per_step]
-                # A segment's end is the next one's start; the last segment needs no end state.
-                acc = state if n != segment[-1] else None
-                tile.evaluate(n, state, points, acc, 1.0)
+                if n != segment[-1]:
+                    tile.step(state, state, n, points)
+                else:  # the end is the next segment's start, or is not needed
+                    tile.evaluate(n, state, points)
                 evaluated.append(points)
             for n, points in zip(reversed(segment), reversed(evaluated), strict=True):
                 tile.vjp(n, points, g_first[rows], gradients)
@@ -152,15 +153,17 @@ class ReverseSweep:
     Args:
         states: of the whole batch.
         rows: of the tile.
-        x: memory for the rebuilt state, if that is wanted.
     """
 
-    def __init__(self, tile: RowTile, states: SavedStates, rows: slice, x: Tensor | None) -> None:
+    def __init__(self, tile: RowTile, states: SavedStates, rows: slice) -> None:
         assert states.x_last is not None, "what is rebuilt starts there"
         self.tile, self.method, self.sample_rows = tile, tile.method, states.sample_rows
         increments, self.anchored = states.increments[:, rows], states.anchored[:, rows]
-        self.x = states.x_last[rows].clone() if x is None else x.copy_(states.x_last[rows])
+        self.x = states.x_last[rows].clone()
         self.y = torch.empty_like(self.x)
+        self.d: Tensor | None = None
+        self.d_next: Tensor | None = None
+        """Memory for the increments of a step and of the next one; None where the solver does not extrapolate."""
         if self.method.extrapolates:
             torch.sub(self.x, increments[0], out=self.y)
             self.d = torch.empty_like(self.x)
@@ -174,33 +177,28 @@ class ReverseSweep:
         is_anchored = place is not None
         y = self._predicted(n) if place is None else self.anchored[place]
         is_rebuilt = method.reuses and not is_anchored
-        acc: Tensor | None
-        if method.extrapolates:
-            acc, sign = self.d.zero_(), 1.0
+        if self.d is None:
+            tile.evaluate(n, y, tile.points, x if is_rebuilt else None, -1.0)
         else:
-            acc, sign = x if is_rebuilt else None, -1.0
-        tile.evaluate(n, y, tile.points, acc, sign)
+            tile.evaluate(n, y, tile.points, self.d, beta=0.0)
         tile.vjp(n, tile.points, g, gradients)
-        weights = method.weights[n - 1] if method.extrapolates and n else None
-        if is_rebuilt and method.extrapolates:
-            self.d, self.d_next = tile.rebuild(x, y, self.d, self.d_next, weights, squares)
-            return
-        if not is_rebuilt:
-            x.copy_(y)
-            if weights is not None:
-                extrapolate_(x, self.y, self.d, self.d_next, weights)
-                self.d, self.d_next = self.d_next, self.d
-            if is_anchored:
-                return
+        if is_rebuilt:
+            tile.rebuild(n, x, y, squares, self.d, self.d_next)
         else:
-            squares[0] += squared_norm(y.sub_(x))
-        squares[1] += squared_norm(x)
+            if is_anchored:
+                x.copy_(y)
+            else:
+                self.x, self.y = y, x
+                tile.add_square(squares[1], y)
+            if n and self.d is not None and self.d_next is not None:
+                tile.add_last_bias(self.d, n)
+                extrapolate_(self.x, self.y, self.d, self.d_next, method.weights[n - 1])
+        self.d, self.d_next = self.d_next, self.d
 
     def _predicted(self, n: int) -> Tensor:
         x, y, solver = self.x, self.y, self.method.solver
         if not solver.extrapolates:
-            y.copy_(x)
-            self.tile.add_reverse_increment(y, x, n)
+            self.tile.step_back(y, x, n)
         if solver.corrections:
             samples = y.view(-1, self.sample_rows, y.shape[-1])
             self.y = corrected(solver, samples, lambda y: self._stepped_back(y, n)).view(y.shape)

@@ -73,10 +73,10 @@ class RowTile:
         self._cotangent = hidden
         self._middle = weight_in.new_empty((rows if self.is_heun else 0, network.dim), dtype=network.stream_dtype)
         self._keeps_inputs = keeps_inputs
-        needs_u = self.norm is not None or self._is_mixed or keeps_inputs
+        self._needs_u = self.norm is not None or self._is_mixed or keeps_inputs
         self.points = [
             Point(
-                weight_in.new_empty((rows if needs_u else 0, network.dim)),
+                weight_in.new_empty((rows if self._needs_u else 0, network.dim)),
                 weight_in.new_empty((rows, network.hidden)),
                 a if keeps_inputs else weight_in.new_empty((rows, network.hidden)),
             )
@@ -88,47 +88,67 @@ class RowTile:
         self._cotangent, self._middle = self._cotangent[:rows], self._middle[:rows]
         self.points = [Point(point.u_memory[:rows], point.z[:rows], point.a[:rows]) for point in self.points]
 
-    def add_increment(self, acc: Tensor, x: Tensor, n: int, sign: float = 1.0) -> None:
-        """acc += sign Phi_n(x). acc may be x."""
-        self._add_step(acc, x, n, n + 1, self.method.steps[n], sign)
+    def step(self, out: Tensor, x: Tensor, n: int, points: Sequence[Point] = ()) -> None:
+        """out = x + Phi_n(x), and the layers of step n at x, for `vjp`. out may be x; `vjp` then needs a tile that
+        keeps its points."""
+        self._step(out, x, n, n + 1, self.method.steps[n], points)
 
-    def add_reverse_increment(self, acc: Tensor, x: Tensor, n: int) -> None:
-        """acc += R_n(x) - x: the scheme run backwards."""
+    def step_back(self, out: Tensor, x: Tensor, n: int) -> None:
+        """out = R_n(x): the scheme run backwards."""
         first, second = (n + 1, n) if self.is_heun else (n, n)
-        self._add_step(acc, x, first, second, -self.method.steps[n], 1.0)
+        self._step(out, x, first, second, -self.method.steps[n])
 
-    def _add_step(self, acc: Tensor, x: Tensor, first: int, second: int, h: float, sign: float) -> None:
+    def _step(self, out: Tensor, x: Tensor, first: int, second: int, h: float, points: Sequence[Point] = ()) -> None:
+        points = points or self.points[:1] * 2
         if not self.is_heun:
-            self._add(acc, self._at(first, x, self.points[0]), sign * h)
+            self._layer_step(out, first, x, points[0], h)
             return
-        middle = self._middle.copy_(x)
-        self._add(middle, self._at(first, x, self.points[0]), h)
-        self._add_half(acc, x, middle, sign)
-        self._add(acc, self._at(second, middle, self.points[0]), 0.5 * sign * h)
+        # Heun's method is the mean of x and what two of Euler's steps make of it.
+        self._layer_step(self._middle, first, x, points[0], h)
+        self._layer_step(self._middle, second, self._middle, points[1], h)
+        torch.lerp(x, self._middle, 0.5, out=out)
 
-    @staticmethod
-    def _add_half(acc: Tensor, x: Tensor, middle: Tensor, sign: float) -> None:
-        """acc += sign (middle - x) / 2, Heun's first stage: middle = x + h k1."""
-        if acc is x:
-            acc.lerp_(middle, 0.5 * sign)
-        else:
-            acc.add_(middle, alpha=0.5 * sign).sub_(x, alpha=0.5 * sign)
+    def add_increment(self, acc: Tensor, x: Tensor, n: int, sign: float = 1.0) -> None:
+        """acc += sign Phi_n(x). acc may not be x."""
+        self.evaluate(n, x, self.points[:1] * 2, acc, sign)
+        self.add_last_bias(acc, n, sign)
 
-    def evaluate(self, n: int, x: Tensor, points: Sequence[Point], acc: Tensor | None, sign: float) -> None:
-        """The layers of step n at x, for `vjp`; and acc += sign Phi_n(x), unless acc is None. acc may be x if the
-        tile keeps its points."""
+    def evaluate(
+        self,
+        n: int,
+        x: Tensor,
+        points: Sequence[Point],
+        acc: Tensor | None = None,
+        sign: float = 1.0,
+        beta: float = 1.0,
+    ) -> None:
+        """The layers of step n at x, for `vjp`; and acc <- beta acc + sign Phi_n(x), unless acc is None, without the
+        last layer's b2: that is for a pass over acc that is made anyway, or for `add_last_bias`. acc may not be x."""
         h = self.method.steps[n]
-        first = self._at(n, x, points[0])
         if not self.is_heun:
+            point = self._at(n, x, points[0])
             if acc is not None:
-                self._add(acc, first, sign * h)
+                self._add_product(acc, point.a, self.weight_out_t[n], sign * h, beta)
             return
-        middle = self._middle.copy_(x)
-        self._add(middle, first, h)
-        second = self._at(n + 1, middle, points[1])
+        middle = self._middle
+        self._layer_step(middle, n, x, points[0], h)
+        point = self._at(n + 1, middle, points[1])
         if acc is not None:
-            self._add_half(acc, x, middle, sign)
-            self._add(acc, second, 0.5 * sign * h)
+            if not beta:
+                acc.zero_()
+            acc.add_(middle, alpha=0.5 * sign).sub_(x, alpha=0.5 * sign)  # the first stage: middle = x + h k1
+            self._add_product(acc, point.a, self.weight_out_t[n + 1], 0.5 * sign * h)
+
+    def add_last_bias(self, acc: Tensor, n: int, sign: float = 1.0) -> None:
+        """acc += what `evaluate` has left out."""
+        bias, h = self._last_bias(n)
+        if bias is not None:
+            acc.add_(bias, alpha=sign * h)
+
+    def _last_bias(self, n: int) -> tuple[Tensor | None, float]:
+        """b2 of the last layer of step n, and its factor in Phi_n."""
+        layer, factor = (n + 1, 0.5) if self.is_heun else (n, 1.0)
+        return None if self.bias_out is None else self.bias_out[layer], factor * self.method.steps[n]
 
     def vjp(self, n: int, points: Sequence[Point], g: Tensor, gradients: ParameterGradients | None) -> None:
         """g += (dPhi_n/dx)^T g, and the gradients of the layers."""
@@ -144,15 +164,16 @@ class RowTile:
 
     def _at(self, layer: int, x: Tensor, point: Point) -> Point:
         """u, z and a of a layer at x. u is x itself, unless it is to be kept."""
-        point.layer = layer
-        if self.norm is None and not self._is_mixed and not self._keeps_inputs:
+        if not self._needs_u:
             point.u = x
         else:
             point.u = point.u_memory
-            if self.norm is None:
-                point.u.copy_(x)
-            else:
-                self._normalize(x, point)
+            self._normalize(x, point)
+        return self._activate(layer, point)
+
+    def _activate(self, layer: int, point: Point) -> Point:
+        """z and a of a layer at the point's u."""
+        point.layer = layer
         if self.bias_in is None:
             torch.mm(point.u, self.weight_in_t[layer], out=point.z)
         else:
@@ -160,11 +181,14 @@ class RowTile:
         self.activation.forward(point.z, point.a)
         return point
 
-    def _add(self, acc: Tensor, point: Point, scale: float) -> None:
-        """acc += scale f(x), from the layer's evaluation at x."""
-        self._add_product(acc, point.a, self.weight_out_t[point.layer], scale)
+    def _layer_step(self, out: Tensor, layer: int, x: Tensor, point: Point, scale: float) -> None:
+        """out = x + scale f(x), with the layer's evaluation at x. out may be x."""
+        self._at(layer, x, point)
+        if out is not x:
+            out.copy_(x)
+        self._add_product(out, point.a, self.weight_out_t[layer], scale)
         if self.bias_out is not None:
-            acc.add_(self.bias_out[point.layer], alpha=scale)
+            out.add_(self.bias_out[layer], alpha=scale)
 
     def _layer_vjp(
         self, point: Point, cotangent: Tensor, scale: float, out: Tensor, gradients: ParameterGradients | None
@@ -190,19 +214,21 @@ class RowTile:
         else:
             self._norm_vjp(out, point, hidden @ self.weight_in[layer], last)
 
-    def _add_product(self, acc: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    def _add_product(self, acc: Tensor, a: Tensor, b: Tensor, scale: float, beta: float = 1.0) -> None:
+        """acc <- beta acc + scale a b, for beta 1 or 0."""
         if not self._is_mixed:
-            acc.addmm_(a, b, alpha=scale)
-        elif acc.is_cuda and adds_to_wider(acc.device, a.dtype):
-            torch.ops.aten.addmm.dtype_out(acc, a, b, acc.dtype, alpha=scale, out=acc)
-        else:
+            acc.addmm_(a, b, beta=beta, alpha=scale)
+        elif adds_to_wider(acc.device, a.dtype):
+            torch.ops.aten.addmm.dtype_out(acc, a, b, acc.dtype, beta=beta, alpha=scale, out=acc)
+        elif beta:
             acc.add_(torch.mm(a, b), alpha=scale)
+        else:
+            torch.mul(torch.mm(a, b), scale, out=acc)
 
     # What a subclass does in fewer passes over memory.
 
     def _normalize(self, x: Tensor, point: Point) -> None:
         """u and r of a point x."""
-        assert self.norm is not None
         point.r = normalize(self.norm, x, point.u)
 
     def _norm_vjp(self, out: Tensor, point: Point, cotangent: Tensor, scale: float) -> None:
@@ -226,19 +252,31 @@ class RowTile:
         return stored.take_back(companion, packed, scales, unit, bits)
 
     def rebuild(
-        self, x: Tensor, y: Tensor, d: Tensor, d_next: Tensor, weights: tuple[float, float] | None, squares: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """x <- x - d; squares += |y - x|^2, |x|^2; with weights (a, b), y <- x - (a d - b d_next), all in place.
+        self, n: int, x: Tensor, y: Tensor, squares: Tensor, d: Tensor | None = None, d_next: Tensor | None = None
+    ) -> None:
+        """x becomes x_n, and squares += |y - x_n|^2, |x_n|^2, once `evaluate` has subtracted Phi_n(y) from x or left it
+        in d. With d, which gets the bias that was left out, y <- the extrapolation to n - 1. What is not needed before
+        the first step may be left undone."""
+        if d is None:
+            self.add_last_bias(x, n, -1.0)
+        else:
+            self.add_last_bias(d, n)
+            x -= d
+        self.add_square(squares[0], y.sub_(x))
+        self.add_square(squares[1], x)
+        if n and d is not None and d_next is not None:
+            extrapolate_(x, y, d, d_next, self.method.weights[n - 1])
 
-        Returns:
-            Memory for the next increment, and d.
-        """
-        x -= d
-        squares[0] += squared_norm(y.sub_(x))
-        squares[1] += squared_norm(x)
-        if weights is not None:
-            extrapolate_(x, y, d, d_next, weights)
-        return d_next, d
+    def add_square(
+        self, square: Tensor, x: Tensor, minus: Tensor | None = None, increment: Tensor | None = None, n: int = 0
+    ) -> None:
+        """square += |x - minus + increment|^2, with the bias that `evaluate` has left out of the increment of step n.
+        The increment may be overwritten."""
+        difference = x if minus is None else x - minus
+        if increment is not None:
+            self.add_last_bias(increment, n)
+            difference += increment
+        square += squared_norm(difference)
 
 
 def extrapolate_(x: Tensor, y: Tensor, d: Tensor, d_next: Tensor, weights: tuple[float, float]) -> None:
@@ -250,6 +288,8 @@ def extrapolate_(x: Tensor, y: Tensor, d: Tensor, d_next: Tensor, weights: tuple
 @functools.cache
 def adds_to_wider(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch adds a product of this 16-bit dtype to a float32 matrix on this device, as newer ones do."""
+    if device.type != "cuda":
+        return False
     wide, narrow = torch.zeros(16, 16, device=device), torch.zeros(16, 16, device=device, dtype=dtype)
     try:
         torch.ops.aten.addmm.dtype_out(wide, narrow, narrow, wide.dtype, out=wide)

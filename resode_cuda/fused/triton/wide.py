@@ -26,12 +26,25 @@ RANGE_ROWS = 128
 class WideTile(RowTile):
     """`RowTile` of `reference/tile.py` with fewer passes over memory."""
 
-    def _normalize(self, x: Tensor, point: Point) -> None:
+    def _layer_step(self, out: Tensor, layer: int, x: Tensor, point: Point, scale: float) -> None:
+        if not self._needs_u:
+            super()._layer_step(out, layer, x, point, scale)
+            return
+        # What reads x for the norm adds b2 to it: the product is then all that is left to add.
+        bias = None if self.bias_out is None else self.bias_out[layer]
+        point.u = point.u_memory
+        self._normalize(x, point, None if bias is None and out is x else out, bias, scale)
+        self._add_product(out, self._activate(layer, point).a, self.weight_out_t[layer], scale)
+
+    def _normalize(
+        self, x: Tensor, point: Point, out: Tensor | None = None, bias: Tensor | None = None, scale: float = 0.0
+    ) -> None:
+        """u and r of a point x; and out = x + scale bias. out may be x."""
         from .wide_kernels import normalize_kernel
 
         rows, dim = x.shape
         point.r = x.new_empty(rows, 1)
-        self._launch(normalize_kernel, (rows,), _warps(dim), x.contiguous(), point.u, point.r)
+        self._launch(normalize_kernel, (rows,), _warps(dim), x.contiguous(), point.u, point.r, out, bias, scale)
 
     def _norm_vjp(self, out: Tensor, point: Point, cotangent: Tensor, scale: float) -> None:
         from .wide_kernels import norm_vjp_kernel
@@ -58,14 +71,27 @@ class WideTile(RowTile):
         return found
 
     def rebuild(
-        self, x: Tensor, y: Tensor, d: Tensor, d_next: Tensor, weights: tuple[float, float] | None, squares: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        nothing: tuple[Any, ...] = (None, None, None, 1.0, 1.0)
-        if weights is None:
-            ops.reverse_update_(x, y, d, None, 1.0, squares, *nothing)
-        else:
-            ops.reverse_extrapolate_(x, y, d_next, d, None, 1.0, *weights, squares, *nothing)
-        return d, d_next
+        self, n: int, x: Tensor, y: Tensor, squares: Tensor, d: Tensor | None = None, d_next: Tensor | None = None
+    ) -> None:
+        from .wide_kernels import rebuild_kernel
+
+        rows, dim = x.shape
+        sums = squares.new_empty(rows, 2)
+        a, b = (0.0, 0.0) if d is None or n == 0 else self.method.weights[n - 1]
+        operands = x, y, d, None if n == 0 else d_next, sums, *self._last_bias(n), a, b
+        self._launch(rebuild_kernel, (rows,), _warps(dim), *operands)
+        squares += sums.sum(0)
+
+    def add_square(
+        self, square: Tensor, x: Tensor, minus: Tensor | None = None, increment: Tensor | None = None, n: int = 0
+    ) -> None:
+        from .wide_kernels import squares_kernel
+
+        rows, dim = x.shape
+        sums = square.new_empty(rows)
+        bias = (None, 0.0) if increment is None else self._last_bias(n)
+        self._launch(squares_kernel, (rows,), _warps(dim), x, minus, increment, sums, *bias)
+        square += sums.sum()
 
     def _launch(self, kernel: Any, grid: tuple[int, ...], warps: int, *values: Any) -> None:
         network = self.network
