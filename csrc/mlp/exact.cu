@@ -3,7 +3,8 @@
 //     g_n = g_{n+1} + (dPhi_n/dx_n)^T g_{n+1}
 // with Heun's product as in adjoint.cu. u of each layer call, and r = 1 / RMS from its norm, wait in scratch memory for
 // the way back, which adds c, the cotangent of the layer's output without the factor h or h/2, for gradients.cu. x and g
-// are in registers, the operands of products and the weights in shared memory (layer.h).
+// are in registers, the operands of products and the weights in shared memory (layer.h). On the way back u of a call is read
+// while the call after it is computed, and that of the last call is in shared memory from the way forward.
 // Must match exact_adjoint of resode_cuda/fused/reference/passes.py.
 //
 // State: compiled for sm_80 to sm_120 and executed on a CPU (tests/fused/test_fused_cuda.py). It has not run on a GPU yet.
@@ -67,13 +68,16 @@ __global__ void __launch_bounds__(MlpShape<T, kDim>::kMostThreads, 1)
         for (int i = 0; i < 2; i++) r.of[i] = operands.inverse_rms[at + tile.row(2 * i)];
       }
       const auto c = map([](float g, float through) { return g + 2 * through; }, g, through);
-      tile.put(tile.u, tile.get(static_cast<const T*>(operands.layer_inputs) + at * kDim, kDim));
       tile.put(tile.c, c);
       tile.put(static_cast<T*>(operands.cotangents) + at * kDim, kDim, c);
       State f, du;
       const int next = k > 0 ? n : n > operands.first ? n - 1 + second : kNoLayer;
+      // After the first call its own again, unused: a branch would make registers of 16-bit values wait for it right here.
+      const int64_t at_next = next == kNoLayer ? at : at - operands.scratch_rows;
+      const auto u_ahead = tile.get_ahead(static_cast<const T*>(operands.layer_inputs) + at_next * kDim);
       layers.vjp(n + k, next, false, f, du);
       const auto through_norm = tile.norm_vjp(network.norm, r, map([scale](float du) { return scale * du; }, du));
+      tile.put(tile.u, u_ahead);
       if (k > 0) {
         through = through_norm;
       } else {

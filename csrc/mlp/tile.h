@@ -114,6 +114,22 @@ struct Tile {
     return x;
   }
 
+  // The thread's values of a state in memory, [16, kDim], in the parameters' dtype: held until an operand's memory is free.
+  struct Ahead {
+    Pack<T, 2> of[Shape::kTiles][2];
+  };
+  __device__ __forceinline__ Ahead get_ahead(const T* at) const {
+    Ahead x;
+#pragma unroll
+    for (int i = 0; i < Shape::kTiles * 2; i++) x.of[i / 2][i % 2] = ::load<2>(at + row(i % 2 * 2) * kDim + column(i / 2));
+    return x;
+  }
+  __device__ __forceinline__ void put(T* operand, const Ahead& x) const {
+#pragma unroll
+    for (int i = 0; i < Shape::kTiles * 2; i++)
+      ::store<2>(operand + row(i % 2 * 2) * Shape::kDimPitch + column(i / 2), x.of[i / 2][i % 2]);
+  }
+
   // Sums of kSums quantities over each row, for all threads that hold values of it: those of row(0), then those of row(2).
   // All threads of the block must come here.
   template <int kSums>
