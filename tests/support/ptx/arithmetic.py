@@ -214,7 +214,7 @@ def _comparison(instruction):
     def compared(a, b, *more, i):
         # Like numpy's, comparisons with NaN are false but for "not equal", which is false here too.
         found = function(a, b)
-        if i.type[0] == "f" and name not in ("num", "nan"):
+        if a.dtype.kind == "f" and name not in ("num", "nan"):
             unequal = np.isnan(a) | np.isnan(b)
             found = found | unequal if unordered else found & ~unequal
         return joined[i.parts[2]](found, *more) if more else found
