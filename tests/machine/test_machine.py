@@ -68,6 +68,9 @@ def test_threads_have_numbers_and_registers_of_their_own():
         ("mov.b32 %r3, 0f7FC00000; setp.ltu.f32 %p1, %r3, 0f00000000; selp.b32 %r2, 1, 0, %p1;", 1),
         ("mov.b32 %r3, 0f7FC00000; setp.ne.f32 %p1, %r3, 0f00000000; selp.b32 %r2, 1, 0, %p1;", 0),
         ("mov.b32 %r3, 0f7FC00000; max.f32 %r2, %r3, 0f3F800000;", 0x3F800000),
+        ("mov.b16 %rs1, 0xBC00; mov.b16 %rs2, 0; setp.le.f16 %p1, %rs1, %rs2; selp.b32 %r2, 1, 0, %p1;", 1),
+        ("mov.b32 %r3, 0x0000BF80; setp.lt.bf16x2 %p1|%p2, %r3, 0; selp.b32 %r2, 1, 0, %p1;", 1),
+        ("mov.b32 %r3, 0x0000BF80; setp.lt.bf16x2 %p1|%p2, %r3, 0; selp.b32 %r2, 1, 0, %p2;", 0),
     ],
 )
 def test_instructions(code, expected):

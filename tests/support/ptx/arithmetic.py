@@ -5,6 +5,8 @@ A value is taken for what the instruction's type says: `f32` are float32, `s32` 
 states as their largest, upwards or downwards as the result's bits fall.
 """
 
+import re
+
 import numpy as np
 
 from ..fused_multiply_add import FUSED
@@ -89,7 +91,7 @@ def meaning(instruction):
     if type_ == "pred" and kind in _LOGIC:
         count, function = _LOGIC[kind]
         return ["pred"] * count, "pred", lambda *values, i: function(*values)
-    if type_[0] in "bus" and kind in _INTEGER and not instruction.has("hi"):
+    if re.fullmatch(r"[bus]\d+", type_) and kind in _INTEGER and not instruction.has("hi"):
         count, function = _INTEGER[kind]
         return [type_] * count, type_, lambda *values, i: function(*values)
     return None
@@ -211,7 +213,10 @@ def _comparison(instruction):
     else:
         raise UnknownInstructionError(f"no meaning of {instruction}")
 
+    decoded = FROM_NARROW.get(instruction.type.removesuffix("x2"), lambda a: a)
+
     def compared(a, b, *more, i):
+        a, b = decoded(a), decoded(b)
         # Like numpy's, comparisons with NaN are false but for "not equal", which is false here too.
         found = function(a, b)
         if a.dtype.kind == "f" and name not in ("num", "nan"):

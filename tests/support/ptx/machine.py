@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 
 from . import accesses, copy_engine, products, thread_copies
-from .arithmetic import FROM_NARROW, meaning
+from .arithmetic import meaning
 from .assembly import members
 from .copy_engine import EngineCopies
 from .faults import FaultError, UnknownInstructionError
@@ -189,14 +189,13 @@ def _comparison_of_pairs(instruction, program, function):
     targets, *sources = instruction.operands
     if not instruction.type.endswith("x2"):
         raise UnknownInstructionError(f"no meaning of {instruction}")
-    numbers = FROM_NARROW[instruction.type[:-2]]
     reads = [reader(program, source, "u32") for source in sources]
     writes = [writer(program, name, "pred") for name in targets.split("|")]
 
     def compare(batch, mask):
         values = [np.asarray(read(batch)) for read in reads]
         for write, shift in zip(writes, (0, 16), strict=True):
-            halves = (numbers((value >> np.uint32(shift)).astype(np.uint16)) for value in values)
+            halves = ((value >> np.uint32(shift)).astype(np.uint16) for value in values)
             write(batch, mask, function(*halves, i=instruction))
 
     return compare
