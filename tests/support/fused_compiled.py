@@ -1,5 +1,8 @@
 """What the depth-fused Triton kernels compile to, for GPUs that need not be there, and how much of a GPU they take.
 
+Registers a thread, bytes of shared memory a program, bytes of local memory a thread, and "inner_local": the
+instructions of innermost matrix loops that load from or store to local memory.
+
     python -m tests.support.fused_compiled            writes budgets/fused.json, for what test_fused_triton.py compiles
     python -m tests.support.fused_compiled --only X   the configurations whose name contains X, and writes nothing
 
@@ -26,6 +29,7 @@ from resode_cuda.fused.signature import Wanted
 from resode_cuda.fused.triton import passes as triton_passes
 from resode_cuda.ops import triton as triton_ops
 from resode_cuda.reverse import PRESETS
+from tests.support.machine_code import MachineCode
 from tests.support.stepped_network import SteppedNetwork
 from tests.support.triton_compiled import PROGRAMS, compiling, resources
 
@@ -142,8 +146,11 @@ def _train(configuration):
 
 
 def used_by(configuration):
-    """What each kernel takes of a GPU."""
-    return {name.removesuffix("_kernel"): resources(kernel) for name, kernel in compiled(configuration)}
+    """What each kernel takes of a GPU, and how often it spills where that costs most: in its innermost matrix loops."""
+    return {
+        name.removesuffix("_kernel"): resources(kernel) | {"inner_local": MachineCode.of(kernel).inner_local}
+        for name, kernel in compiled(configuration)
+    }
 
 
 def _tested():
