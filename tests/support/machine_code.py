@@ -70,10 +70,11 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """A natural loop: the block at which it is entered, and all of its blocks."""
+    """A natural loop: the block at which it is entered, all of its blocks, and those that every trip passes through."""
 
     header: int
     blocks: frozenset[int]
+    always: frozenset[int]
 
 
 class MachineCode:
@@ -105,7 +106,10 @@ class MachineCode:
             for header in self.next[place]:
                 if header in dominators[place]:
                     ends.setdefault(header, []).append(place)
-        found = [Loop(header, frozenset(_reaching(latches, header, before))) for header, latches in ends.items()]
+        found = []
+        for header, latches in ends.items():
+            body = frozenset(_reaching(latches, header, before))
+            found.append(Loop(header, body, body.intersection(*(dominators[latch] for latch in latches))))
         return sorted(found, key=lambda loop: (loop.header, -len(loop.blocks)))
 
     @cached_property

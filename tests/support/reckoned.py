@@ -3,7 +3,8 @@
     python -m tests.support.reckoned                          the tiles in use on Hopper
     python -m tests.support.reckoned --dim 64 --kernel forward 64,32,4 128,64,8      these tiles of a kernel
 
-A layer is the innermost matrix loop times its trips, and the rest of the loop over the layers. Each unit of a processor
+A layer is the innermost matrix loop times its trips, and the rest of the loop over the layers, or where both are one
+loop what not every trip passes through. Each unit of a processor
 takes what is its own at a fixed rate, and all work side by side, so that the busiest is a bound, however many programs
 there are. A program alone takes longer: it multiplies, computes activations from the products, and waits for both, for
 its other warps and for memory. Programs on the same processor fill each other's waits, as many as registers, shared
@@ -16,6 +17,7 @@ confirmed it: take a difference below a third as none.
 """
 
 import argparse
+import math
 import re
 from dataclasses import dataclass
 from unittest import mock
@@ -70,7 +72,7 @@ class Reckoned:
 
     @property
     def cycles(self):
-        return max(self.busiest, self.alone / self.programs)
+        return max(self.busiest, self.alone / self.programs) if self.programs else math.inf
 
 
 @dataclass(frozen=True)
@@ -127,17 +129,14 @@ def _flops(instruction):
 
 
 def programs_at_once(used, warps):
-    """How many programs a processor holds."""
+    """How many programs a processor holds; none where one takes more shared memory than there is."""
     of_warp = -(-used["registers"] // 8) * 8 * 32
-    return max(
-        1,
-        min(
-            MOST_PROGRAMS,
-            WARPS // warps,
-            # Registers belong to the four schedulers.
-            REGISTERS // 4 // of_warp * 4 // warps,
-            SHARED // (used["shared"] + PROGRAM_SHARED),
-        ),
+    return min(
+        MOST_PROGRAMS,
+        WARPS // warps,
+        # Registers belong to the four schedulers.
+        REGISTERS // 4 // of_warp * 4 // warps,
+        (SHARED + PROGRAM_SHARED) // (used["shared"] + PROGRAM_SHARED),
     )
 
 
@@ -154,9 +153,10 @@ def reckon(kernel, code, used, tile, hidden):
     if kernel == "forward":
         loops = loops[:1]  # the other one is of the last steps, whose increments are saved
     for loop in loops:
-        work = work.plus(Work.of(code.instructions(loop.blocks)), trips)
+        work = work.plus(Work.of(code.instructions(loop.always)), trips)
+        work = work.plus(Work.of(code.instructions(loop.blocks - loop.always)))
     if kernel != "weight_gradient":  # whose loop is that over the rows
-        for layers in {code.around(loop) for loop in loops}:
+        for layers in {code.around(loop) for loop in loops} - {None}:
             rest = layers.blocks.difference(*(loop.blocks for loop in loops))
             work = work.plus(Work.of(code.instructions(rest)))
             work = work.plus(Work(waits=MEMORY_WAIT * sum(loop.blocks < layers.blocks for loop in loops)))
