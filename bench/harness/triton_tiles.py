@@ -19,6 +19,12 @@ MOST = 6
 """Tiles that are tried for a kernel."""
 LEAST = 16
 """Rows and chunk that a matrix product takes at least."""
+TRIED_TOO = {
+    ("HOPPER", 64): Tiles(Tile(128, 64, 8), Tile(128, 32, 8), Tile(64, 32, 8), Tile(128, 64, 8), Tile(32, 128, 8)),
+    ("HOPPER", 128): Tiles(Tile(128, 64, 8), Tile(64, 16, 8), Tile(64, 16, 8), Tile(128, 64, 8), Tile(32, 128, 8)),
+}
+"""Tiles that are tried too, by the row of the tables: large ones that spill no registers. A processor holds one program
+of them."""
 
 
 class Entry(NamedTuple):
@@ -41,20 +47,21 @@ def entry_at(table: str, key: int) -> Entry:
 
 
 def candidates(entry: Entry, kernel: str) -> list[Tile]:
-    """The tile in use, those of the other tables for the same dim, and neighbours of the one in use."""
+    """The tile in use, that of `TRIED_TOO`, its neighbours, and those of the other tables for the same dim."""
     current: Tile = getattr(entry.tiles, kernel)
+    rows, chunk, warps, stages = current
     found = [current]
-    found += [getattr(row, kernel) for name, key, row in _rows() if key == entry.key and name != "FLOAT32"]
-    half_rows, half_chunk = max(LEAST, current.rows // 2), max(LEAST, current.chunk // 2)
+    found += [getattr(tiles, kernel) for place, tiles in TRIED_TOO.items() if place == (entry.table, entry.key)]
     found += [
-        current._replace(rows=half_rows, warps=4),
-        current._replace(stages=2 if current.stages == 3 else 3),
-        current._replace(rows=half_rows),
-        current._replace(chunk=half_chunk),
-        current._replace(rows=2 * current.rows),
-        current._replace(warps=4 if current.warps == 8 else 8),
+        # Half as much for a program and its warps, and twice; warp groups are of four.
+        Tile(rows // 2, chunk, max(4, warps // 2), stages),
+        Tile(rows, chunk // 2, warps, stages),
+        Tile(2 * rows, chunk, min(8, 2 * warps), stages),
+        Tile(rows, 2 * chunk, warps, stages),
+        Tile(rows, chunk, warps, 2 if stages == 3 else 3),
     ]
-    return list(dict.fromkeys(found))[:MOST]
+    found += [getattr(row, kernel) for name, key, row in _rows() if key == entry.key and name != "FLOAT32"]
+    return [tile for tile in dict.fromkeys(found) if min(tile.rows, tile.chunk) >= LEAST][:MOST]
 
 
 @contextmanager

@@ -45,7 +45,7 @@ class Scratch(NamedTuple):
     inverse_rms: Tensor | None
     """r of the norm, [layer calls, rows], float32, which the exact adjoint takes back from here; else None."""
     cotangents: Tensor | None
-    """c, of the layer's output, without the factor h or h/2."""
+    """c, of the layer's output; whether with the factor h or h/2, the kernels agree among themselves."""
 
     @property
     def rows(self) -> int:
@@ -119,6 +119,11 @@ class NetworkKernels(ABC):
     def takes_two_passes(self, rows: int) -> bool:
         """Whether the gradients of parameters take a pass of their own."""
         return True
+
+    def wave(self, is_exact: bool) -> int:
+        """Rows that the state pass, or the exact one, takes at once on the GPU, a multiple of the unit; a unit where
+        the kernels' slabs need not be whole waves."""
+        return self.unit
 
     @abstractmethod
     def forward(
@@ -214,7 +219,8 @@ class SlabDriver:
         g_first = torch.empty_like(g)
         x_first = torch.empty_like(g) if wanted.input else None
         squares = g.new_zeros(count, 3 if method.solver.is_stored else 2, dtype=square_dtype(g.device))
-        slab_rows, length = slabs(rows, count, kernels.step_bytes(two_passes), 0, kernels.unit)
+        step_bytes, wave = kernels.step_bytes(two_passes), kernels.wave(is_exact=False)
+        slab_rows, length = slabs(rows, count, step_bytes, 0, kernels.unit, wave)
         scratch = kernels.scratch(min(slab_rows, rows), length) if two_passes else NO_SCRATCH
         for begin in range(0, rows, slab_rows):
             slab = slice(begin, min(begin + slab_rows, rows))
@@ -247,7 +253,8 @@ class SlabDriver:
         kernels = self.kernels(network, method)
         rows, count = len(g), len(method)
         g_first = torch.empty_like(g)
-        slab_rows, length = slabs(rows, count, kernels.step_bytes(True), g.itemsize * network.dim, kernels.unit)
+        step_bytes, start_bytes = kernels.step_bytes(True), g.itemsize * network.dim
+        slab_rows, length = slabs(rows, count, step_bytes, start_bytes, kernels.unit, kernels.wave(is_exact=True))
         most_rows = min(slab_rows, rows)
         scratch = kernels.scratch(most_rows, length)
         if network.norm is not None:

@@ -101,7 +101,7 @@ def test_slabs_of_rows_and_ranges_of_the_depth(monkeypatch, scheme, norm, revers
     case = Case(scheme, norm=norm, reverse=reverse, steps=4, rows=37, two_passes=True, anchors=(0, 3))
     for fitting_steps, length in ((4, 4), (3, 2)):
         monkeypatch.setattr(slabs, "SCRATCH_BYTES", 32 * fitting_steps * step_bytes)
-        assert slabs.slabs(case.rows, case.steps, step_bytes, 64, unit=32) == (32, length)
+        assert slabs.slabs(case.rows, case.steps, step_bytes, 64, unit=32, wave=256) == (32, length)
         check(triton_passes, case, torch.float32)
 
 

@@ -13,6 +13,7 @@ from resode_cuda.fused.reference import tile
 from resode_cuda.fused.signature import SavedStates, Wanted
 from resode_cuda.fused.storage import unfilled
 from resode_cuda.fused.triton import passes as triton_passes
+from resode_cuda.fused.triton.arguments import APPROXIMATED
 from tests.support.fused_cases import (
     CASES,
     STORED_CASES,
@@ -207,3 +208,13 @@ def test_offsets_beyond_32_bits():
     end = SavedStates(states.x_last[tail].contiguous(), *of_tail)
     expected = reference.adjoint(network, method, x[tail].contiguous(), end, wanted)
     torch.testing.assert_close(g_first[tail], expected.g, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", APPROXIMATED)
+def test_approximate_activations_are_within_their_bounds(name):
+    from tests.support.activation_accuracy import activated, bounds, exact  # which needs Triton
+
+    z = torch.linspace(-16, 16, 8192)
+    found = activated(name, True, z.cuda())
+    for one, other, bound in zip(found, exact(name, z), bounds(name, z), strict=True):
+        assert ((one.cpu() - other).abs() <= bound + 1e-6 * (1 + z.abs())).all()

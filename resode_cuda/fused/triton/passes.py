@@ -39,6 +39,9 @@ COPYING = (9, 0)
 """Compute capability of the first GPUs with a copy engine for tiles."""
 ADDING = (9, 10)
 """Major compute capabilities of GPUs with tiles for gradients that the copy engine adds up in memory."""
+WARPS_AT_ONCE, EXACT_WARPS_AT_ONCE = 8, 12
+"""Warps of a state pass that a processor has registers for, at up to 255 a thread; and of the exact one up to dim 64,
+which needs no more than 168, as it holds x on its way forward and g on its way back."""
 RANGES_PER_PROCESSOR = 4
 """Programs of the weight-gradient pass for each multiprocessor, where they may add to the same gradients."""
 
@@ -117,9 +120,9 @@ class TritonKernels(NetworkKernels):
     sums_by_dim = True
 
     def __init__(self, network: Network, method: Method) -> None:
-        is_plain = network.norm is None and method.scheme is Euler
+        self._is_plain = network.norm is None and method.scheme is Euler
         dim, capability = padded_dim(network.dim), capability_of(network.weight_in.device)
-        served = capability, dim, network.weight_in.itemsize, is_plain
+        served = capability, dim, network.weight_in.itemsize, self._is_plain
         self.tiles = tiles_for(*served)
         if method.solver.is_stored:
             self.tiles = storing(self.tiles, *served)
@@ -127,6 +130,18 @@ class TritonKernels(NetworkKernels):
 
     def takes_two_passes(self, rows: int) -> bool:
         return gradient_form(self.network, rows, self.device) == "two_pass"
+
+    def wave(self, is_exact: bool) -> int:
+        tile, warps = self.tiles.two_pass, WARPS_AT_ONCE
+        if is_exact:
+            tile = self.tiles.exact
+            warps = EXACT_WARPS_AT_ONCE if self._is_plain and self.dim <= 64 else WARPS_AT_ONCE
+        rows = self._processors * max(1, warps // tile.warps) * tile.rows
+        return max(self.unit, rows // self.unit * self.unit)
+
+    @property
+    def _processors(self) -> int:
+        return triton_ops.most_programs(self.device) // triton_ops.PROGRAMS_PER_PROCESSOR
 
     def squares(self, rows: int) -> Tensor:
         # A part for each tile, in either form.
@@ -230,10 +245,9 @@ class TritonKernels(NetworkKernels):
         tile = self.tiles.weights_for(self.hidden)
         chunks, layers = self.hidden // tile.chunk, len(steps) + self.layer_calls - 1
         written = self.whole(rows)
-        programs = triton_ops.most_programs(self.device) // triton_ops.PROGRAMS_PER_PROCESSOR
         ranges = 1
         if not torch.are_deterministic_algorithms_enabled():
-            ranges = max(1, min(-(-written // tile.rows), RANGES_PER_PROCESSOR * programs // (layers * chunks)))
+            ranges = max(1, min(-(-written // tile.rows), RANGES_PER_PROCESSOR * self._processors // (layers * chunks)))
         range_rows = -(-written // (ranges * tile.rows)) * tile.rows
         ranges = -(-written // range_rows)
         self._launch(
@@ -275,6 +289,7 @@ class TritonKernels(NetworkKernels):
             stages=tile.stages,
             precision=precision(network.dtype),
             scales_first=network.dtype != torch.float16,
+            approximates=network.dtype == torch.bfloat16 and network.activation in arguments.APPROXIMATED,
         )
 
     def _launch(self, kernel: Any, grid: tuple[int, ...], tile: Tile, *values: Any, **constants: Any) -> None:

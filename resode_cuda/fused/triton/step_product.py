@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..driver import Scratch
 from .arguments import Gradients, Weights
-from .layer import add_layer, layer_vjp, normalize, rounded
+from .layer import add_layer, layer_vjp, normalize, output_cotangent, rounded
 from .memory import store_scratch
 
 
@@ -38,21 +38,21 @@ def step_vjp(
         if WITH_P:
             p += 0.5 * (middle - y)
         u, r = normalize(middle, CONFIG)
-        u, c = rounded(u, weights), rounded(g, weights)
+        u, c = rounded(u, weights), output_cotangent(g, 0.5 * h, weights, CONFIG)
         if scratch.layer_inputs is not None:
             store_scratch(scratch.layer_inputs, u, 2 * (n - first) + 1, row, scratch_rows, CONFIG)
             store_scratch(scratch.cotangents, c, 2 * (n - first) + 1, row, scratch_rows, CONFIG)
         # (h/2) (df_{n+1}/dx)^T g
         through, p = layer_vjp(tl.zeros_like(g), p, u, r, c, 0.5 * h, n + 1, weights, gradients, WITH_P, CONFIG)
         u, r = normalize(y, CONFIG)
-        u, c = rounded(u, weights), rounded(g + 2 * through, weights)
+        u, c = rounded(u, weights), output_cotangent(g + 2 * through, 0.5 * h, weights, CONFIG)
         if scratch.layer_inputs is not None:
             store_scratch(scratch.layer_inputs, u, 2 * (n - first), row, scratch_rows, CONFIG)
             store_scratch(scratch.cotangents, c, 2 * (n - first), row, scratch_rows, CONFIG)
         g, p = layer_vjp(g + through, p, u, r, c, 0.5 * h, n, weights, gradients, False, CONFIG)
     else:
         u, r = normalize(y, CONFIG)
-        u, c = rounded(u, weights), rounded(g, weights)
+        u, c = rounded(u, weights), output_cotangent(g, h, weights, CONFIG)
         if scratch.layer_inputs is not None:
             store_scratch(scratch.layer_inputs, u, n - first, row, scratch_rows, CONFIG)
             store_scratch(scratch.cotangents, c, n - first, row, scratch_rows, CONFIG)

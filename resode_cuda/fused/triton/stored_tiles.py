@@ -1,8 +1,8 @@
 """How large the tiles of the Triton kernels that store increments are, in 16 bits.
 
-They hold a companion beside the state, and round it: chosen as those of `tiles.py`, by what compiles without spilling
-registers in bfloat16, with 8 bits, without a norm and without anchors. In float32 those tiles are small enough. None
-has been timed on a GPU yet.
+They hold a companion beside the state, and round it: chosen by what compiles without spilling registers within matrix
+loops in bfloat16, with 8 bits, without a norm and without anchors. In float32 those tiles are small enough. None has
+been timed on a GPU yet.
 """
 
 from __future__ import annotations

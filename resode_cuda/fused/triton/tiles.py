@@ -1,9 +1,13 @@
 """How large the Triton kernels' tiles are, by the padded dim, the bytes of a parameter and the GPU.
 
-Chosen by what compiles without spilling registers in bfloat16, without a norm, from 9.0 on (`tests/budgets/fused.json`
-has what other settings spill), and among that by the instructions of the inner loop for each row and hidden unit: warps
-lie along the rows, so that a tile of fewer than 16 rows a warp computes some of them twice, as registers force the
-adjoint to from dim 128 on. None has been timed on a GPU yet.
+Those of 9.0 up to dim 128 take the fewest cycles as reckoned from the machine code (`tests/support/reckoned.py`), in
+bfloat16, without a norm, and spill no registers within a matrix loop; what is spilled once a layer they allow. Programs
+of 4 warps won, of which a processor holds two or three: one computes activations while another multiplies.
+
+All others were chosen by what compiles without spilling registers, and among that by the instructions of the inner loop
+for each row and hidden unit: warps lie along the rows, so that a tile of fewer than 16 rows a warp computes some of
+them twice, as registers force the adjoint to from dim 128 on. `tests/budgets/fused.json` has what each setting spills.
+None has been timed on a GPU yet.
 """
 
 from __future__ import annotations
@@ -47,8 +51,8 @@ LARGEST_ONE_PASS_DIM = 64
 
 # By the largest padded dim that they serve. What holds more in registers than a plain Euler step counts for twice that.
 HOPPER = {
-    64: Tiles(Tile(128, 64, 8), Tile(128, 32, 8), Tile(64, 32, 8), Tile(128, 64, 8), Tile(32, 128, 8)),
-    128: Tiles(Tile(128, 64, 8), Tile(64, 16, 8), Tile(64, 16, 8), Tile(128, 64, 8), Tile(32, 128, 8)),
+    64: Tiles(Tile(64, 32, 4), Tile(64, 64, 4), Tile(64, 32, 4), Tile(64, 32, 4), Tile(64, 64, 4)),
+    128: Tiles(Tile(64, 64, 4), Tile(64, 32, 4), Tile(64, 32, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
     256: Tiles(Tile(32, 64, 8), Tile(32, 16, 8), Tile(32, 16, 8), Tile(32, 64, 8), Tile(32, 64, 8)),
     512: Tiles(Tile(32, 32, 8), Tile(16, 16, 8), Tile(16, 16, 8), Tile(32, 32, 8), Tile(16, 32, 8)),
 }
