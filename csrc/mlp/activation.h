@@ -1,4 +1,4 @@
-// a = s(z) and s'(z) of a residual MLP stack's activations, elementwise in fp32. All map 0 to 0.
+// a = s(z) and s'(z) of a residual MLP stack's activations, elementwise in fp32. All map 0 to 0, and are finite wherever z is.
 // Must match resode_cuda/fused/activations.py.
 #pragma once
 #include <cmath>
@@ -23,8 +23,9 @@ __device__ __forceinline__ Activated activated(float z) {
     const float probability = 0.5f + 0.5f * erff(z * 0.70710678f);
     return {z * probability, probability + z * (0.39894228f * fast_exp(-0.5f * z * z))};
   } else if constexpr (kActivation == Activation::kGeluTanh) {
-    // (1 + tanh(v)) / 2 = sigmoid(2 v),  v = sqrt(2 / pi) (z + 0.044715 z^3)
-    const float square = z * z, p = sigmoid(1.59576912f * z * (1 + 0.044715f * square));
+    // (1 + tanh(v)) / 2 = sigmoid(2 v),  v = sqrt(2 / pi) (z + 0.044715 z^3). From |z| = 10 on it is 0 or 1 to 37 digits; a square
+    // that grew further would overflow, and the slope be 0 times infinity.
+    const float square = fminf(z * z, 100), p = sigmoid(1.59576912f * z * (1 + 0.044715f * square));
     return {z * p, p + z * p * (1 - p) * (1.59576912f * (1 + 0.134145f * square))};
   } else if constexpr (kActivation == Activation::kSilu) {
     const float p = sigmoid(z);

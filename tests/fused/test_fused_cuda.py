@@ -74,6 +74,17 @@ def test_activations_with_every_norm(host, activation, dtype):
         check(host, Case(activation=activation, norm=norm, steps=2, rows=9), dtype)
 
 
+@pytest.mark.parametrize("activation", ["identity", "relu", "gelu", "gelu_tanh", "silu", "tanh"])
+@pytest.mark.parametrize("size", [1e3, 1.9e19, 1e25, 3e38])
+def test_slopes_are_finite_wherever_z_is(host, activation, size):
+    network, x, g = Case(activation=activation, steps=1).operands(torch.float32)
+    # A hidden unit that counts for nothing: its slope is multiplied by a cotangent of zero.
+    network.bias_in[:, ::2], network.bias_in[:, 1::2] = size, -size
+    network.weight_out.zero_()
+    g_first, _ = host.exact_adjoint(network, network.method(), g, x, True)
+    assert torch.equal(g_first, g)
+
+
 @pytest.mark.parametrize("scheme", ["euler", "heun"])
 def test_slabs_and_ranges_of_the_depth(monkeypatch, host, scheme):
     monkeypatch.setattr(slabs, "THINNEST_SLAB", 32)

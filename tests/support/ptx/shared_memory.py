@@ -85,7 +85,8 @@ class SharedMemory:
             self._writers.reshape(-1)[each] = _NOBODY
         else:
             self._write(each, self._who(chosen, None))
-            self._is_unfenced.reshape(-1)[each] = True
+            # Not unfenced: Triton has products read what cp.async has brought after its wait and a barrier, in all of
+            # its kernels for Hopper that load by pointer. The PTX ISA does not say of which proxy such a copy is.
 
     def meet(self):
         """All threads have come to a barrier."""
