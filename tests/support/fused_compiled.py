@@ -146,11 +146,16 @@ def _train(configuration):
 
 
 def used_by(configuration):
-    """What each kernel takes of a GPU, and how often it spills where that costs most: in its innermost matrix loops."""
-    return {
-        name.removesuffix("_kernel"): resources(kernel) | {"inner_local": MachineCode.of(kernel).inner_local}
-        for name, kernel in compiled(configuration)
-    }
+    """What each kernel takes of a GPU, and how often it spills where that costs most: in its innermost matrix loops.
+
+    Of a kernel that is compiled in several ways, the most of each.
+    """
+    found = {}
+    for name, kernel in compiled(configuration):
+        used = resources(kernel) | {"inner_local": MachineCode.of(kernel).inner_local}
+        before = found.setdefault(name.removesuffix("_kernel"), used)
+        before.update({what: max(figure, before[what]) for what, figure in used.items()})
+    return found
 
 
 def _tested():

@@ -22,17 +22,18 @@ import triton.language as tl
 from .arguments import Activated, Gradients, Weights
 
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+LOG2_E = tl.constexpr(1.4426950408889634)
+"""exp(z) is 2 to the power of so many z; formulas have it in their constants."""
 
 
-# By the special function units alone; tl.exp and the division spend twice as much on denormal numbers, here flushed to
+# By the special function units alone; tl.exp2 and the division spend twice as much on denormal numbers, here flushed to
 # zero. Relative errors are below 1e-6 up to |z| = 10, and grow with |z|, where sigmoids differ less and less.
 @triton.jit
-def exponential(z: tl.tensor) -> tl.tensor:
+def power_of_two(z: tl.tensor) -> tl.tensor:
     if INTERPRETED:
-        return tl.exp(z)
+        return tl.exp2(z)
     else:
-        power = z * 1.4426950408889634
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [power], tl.float32, True, 1)
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [z], tl.float32, True, 1)
 
 
 @triton.jit
@@ -44,8 +45,9 @@ def reciprocal(z: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def sigmoid(z: tl.tensor) -> tl.tensor:
-    return reciprocal(1 + exponential(-z))
+def sigmoid(log2_z: tl.tensor) -> tl.tensor:
+    """Of z, given as LOG2_E z."""
+    return reciprocal(1 + power_of_two(-log2_z))
 
 
 @triton.jit
@@ -53,7 +55,7 @@ def plain_tanh(z: tl.tensor) -> tl.tensor:
     # Near zero 1 - e cancels; the next term of the series is below 1e-8 of z there.
     square = z * z
     series = z * (1 + square * (-1 / 3 + square * (2 / 15 - square * (17 / 315))))
-    e = exponential(-2 * tl.abs(z))
+    e = power_of_two((-2 * LOG2_E) * tl.abs(z))
     quotient = (1 - e) * reciprocal(1 + e)
     return tl.where(tl.abs(z) < 0.15, series, tl.where(z < 0, -quotient, quotient))
 
@@ -69,15 +71,23 @@ def approximate_tanh(z: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def gated(z: tl.tensor, v: tl.tensor, CONFIG: tl.constexpr) -> tl.tensor:
-    """(z p, p) with p = sigmoid(v)."""
+def gated(z: tl.tensor, first: tl.constexpr, third: tl.constexpr, square: tl.tensor, CONFIG: tl.constexpr) -> tl.tensor:
+    """(z p, p) with p = sigmoid(first z + third z^3); square is z^2, and not used where there is no third."""
     if CONFIG.approximates:
-        t = approximate_tanh(0.5 * v)
+        t = approximate_tanh(z * polynomial(0.5 * first, 0.5 * third, square))
         half_z = 0.5 * z
         return half_z * t + half_z, 0.5 * t + 0.5
     else:
-        p = sigmoid(v)
+        p = sigmoid(z * polynomial(LOG2_E * first, LOG2_E * third, square))
         return z * p, p
+
+
+@triton.jit
+def polynomial(constant: tl.constexpr, linear: tl.constexpr, x: tl.tensor) -> tl.tensor:
+    if linear == 0:
+        return constant
+    else:
+        return constant + linear * x
 
 
 @triton.jit
@@ -93,16 +103,16 @@ def activate(z: tl.tensor, CONFIG: tl.constexpr) -> Activated:
         return Activated(tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL), tl.where(z <= 0, 0.0, 1.0))
     elif CONFIG.activation == "gelu":
         probability = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
-        density = 0.3989422804014327 * exponential(-0.5 * z * z)
+        density = 0.3989422804014327 * power_of_two((-0.5 * LOG2_E) * z * z)
         return Activated(z * probability, probability + z * density)
     elif CONFIG.activation == "gelu_tanh":
         # (1 + tanh(v / 2)) / 2 = sigmoid(v),  v = 2 sqrt(2 / pi) (z + 0.044715 z^3). From |z| = 10 on it is 0 or 1 to
         # 37 digits; a square that grew further would overflow, and the slope be 0 times infinity.
         square = tl.minimum(z * z, 100.0)
-        value, p = gated(z, z * (1.5957691216057308 + 0.07135481627260025 * square), CONFIG)
+        value, p = gated(z, 1.5957691216057308, 0.07135481627260025, square, CONFIG)
         return Activated(value, p + (value - value * p) * (1.5957691216057308 + 0.21406444881780076 * square))
     elif CONFIG.activation == "silu":
-        value, p = gated(z, z, CONFIG)
+        value, p = gated(z, 1.0, 0.0, z, CONFIG)
         return Activated(value, p + (value - value * p))
     else:
         tl.static_assert(CONFIG.activation == "tanh", "activate lacks a name of arguments.ACTIVATIONS; add its formula")
