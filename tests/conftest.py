@@ -34,8 +34,8 @@ def pytest_configure(config):
 
 
 def pytest_runtest_logreport(report):
-    if evidence.RECORD in os.environ and report.when == "call":
-        evidence.take(report.passed, os.environ[evidence.RECORD])
+    if evidence.RECORD in os.environ:
+        evidence.take(report.when == "call" and report.passed, os.environ[evidence.RECORD])
 
 
 @pytest.fixture(autouse=True)

@@ -239,11 +239,11 @@ def test_products_are_as_precise_as_torch_is_told_by_either_name():
     try:
         for value, told in (("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")):
             settings.fp32_precision = value
-            assert triton_passes.precision(torch.float32) == told
-            assert triton_passes.precision(torch.bfloat16) == "ieee"
+            assert arguments.precision(torch.float32) == told
+            assert arguments.precision(torch.bfloat16) == "ieee"
         for value, told in (("high", "tf32"), ("highest", "ieee")):
             torch.set_float32_matmul_precision(value)
-            assert triton_passes.precision(torch.float32) == told
+            assert arguments.precision(torch.float32) == told
     finally:
         torch.set_float32_matmul_precision("highest")
         settings.fp32_precision = before

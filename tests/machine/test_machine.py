@@ -138,9 +138,26 @@ def test_faults(code, reason, monkeypatch):
         run(code, torch.zeros(32, dtype=torch.int32))
 
 
-def test_what_has_no_meaning_is_told():
-    with pytest.raises(UnknownInstructionError, match="vadd4"):
-        run("vadd4.u32.u32.u32 %r2, %r1, %r1, %r1; ret;", torch.zeros(32))
+@pytest.mark.parametrize(
+    "code",
+    [
+        "vadd4.u32.u32.u32 %r2, %r1, %r1, %r1",
+        "add.sat.s32 %r2, %r1, %r1",
+        "add.rz.f32 %r2, %r1, %r1",
+        "min.xorsign.abs.f32 %r2, %r1, %r1",
+        "cvt.rn.relu.bf16x2.f32 %r2, %r1, %r1",
+        "cvt.rn.satfinite.f16.f32 %rs2, %r1",
+        "mul.hi.s32 %r2, %r1, %r1",
+        "bfe.u32 %r2, %r1, %r1, 4",
+        "bar.sync 1",
+        "bar.arrive 1, 64",
+        "fence.proxy.async.global",
+        "setp.eq.u32 %p1, %r1, 0; @%p1 ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r2}, [%r3]",
+    ],
+)
+def test_what_has_no_meaning_is_told(code):
+    with pytest.raises(UnknownInstructionError):
+        run(f"mov.b32 %r3, 0; {code}; ret;", torch.zeros(32))
 
 
 COPY = """
@@ -183,11 +200,12 @@ def test_threads_of_several_warps_must_meet_before_they_read_what_others_wrote(o
     tensor = torch.zeros(64, dtype=torch.int32)
     expected = [i ^ (other // 4) for i in range(64)]
     assert run(code.replace("MEET", "bar.sync 0;"), tensor, threads=64).tolist() == expected
-    if other == 4:
-        assert run(code.replace("MEET", ""), tensor, threads=64).tolist() == expected
-    else:
-        with pytest.raises(FaultError, match="read what another has just written"):
-            run(code.replace("MEET", ""), tensor, threads=64)
+    for meeting in ("", "bar.warp.sync -1;"):
+        if other == 4:
+            assert run(code.replace("MEET", meeting), tensor, threads=64).tolist() == expected
+        else:
+            with pytest.raises(FaultError, match="read what another has just written"):
+                run(code.replace("MEET", meeting), tensor, threads=64)
 
 
 def test_conversions_to_16_bits_are_torch_s():

@@ -17,10 +17,9 @@ from tests.support.ptx.assembly import members
 from tests.support.ptx.copy_engine import TensorMap
 from tests.support.ptx.faults import FaultError
 from tests.support.ptx.fused import fused_on
+from tests.support.ptx.machine import NOTHING
 
 CASE = Case(reverse="extrapolated", dim=64, hidden=128, rows=70, steps=2)
-NOTHING = ("fence",)
-"""Parts of an instruction that does nothing here."""
 
 
 class Backend:
@@ -117,7 +116,7 @@ def test_tiles_that_are_not_swizzled_are_caught():
         return TensorMap(tensor, box, 0)
 
     with mock.patch.object(launching, "TensorMap", unswizzled), pytest.raises(AssertionError):
-        run(90, "two_pass", "forward_kernel")
+        run(90, "two_pass", "forward_kernel", change=lambda program: None)
 
 
 @pytest.mark.parametrize("kernel", ["forward_kernel", "adjoint_kernel", "exact_kernel", "weight_gradient_kernel"])
@@ -163,8 +162,10 @@ def test_every_wait_that_is_dropped_is_caught(gpu, gradient_form, kernel):
             if len(compiled) == number + 1:
                 wait = program.instructions[at]
                 program.instructions[at] = dropped(wait)
-                if wait.parts[0] == "mbarrier":  # and the branch that tries again
-                    program.instructions[at + 1] = dropped(program.instructions[at + 1])
+                if wait.parts[0] == "mbarrier":
+                    again = program.instructions[at + 1]
+                    assert (again.parts[0], again.guard) == ("bra", "!complete")
+                    program.instructions[at + 1] = dropped(again)
 
         try:
             run(gpu, gradient_form, kernel, change=without)

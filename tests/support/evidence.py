@@ -33,8 +33,10 @@ PACKAGE, CSRC = ROOT / "resode_cuda", ROOT / "csrc"
 FILE = ROOT / "tests" / "evidence.json"
 RECORD = "RESODE_EVIDENCE"
 """The environment variable that names the file to which tests add their rows."""
-TILES = ("fused/triton/tiles.py", "fused/triton/stored_tiles.py")
-"""Files that decide what the depth-fused Triton kernels are compiled to."""
+COMPILED_BY = [
+    PACKAGE / "fused" / name for name in ("norms.py", "triton/tiles.py", "triton/stored_tiles.py", "triton/wide.py")
+]
+"""Files with what the depth-fused Triton kernels are compiled for, beside their own."""
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 MEANS = {"host": "H", "interpreter": "I", "machine": "M", "gpu": "G"}
 
@@ -142,7 +144,7 @@ def sources():
     for path in sorted(PACKAGE.rglob("*.py")):
         for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE):
             if files := _kernel_files(path):
-                files |= {PACKAGE / tiles for tiles in TILES if path.parent.name == "triton"}
+                files |= set(COMPILED_BY if path.parent.name == "triton" else ())
                 found["triton", name] = _digest(_python_code(file) for file in sorted(files))
     common = sorted((CSRC / "common").glob("*"))
     for folder, pattern in (("pointwise", r'define\(module, "(\w+)"'), ("mlp", r'define\(module, "(mlp_\w+)"')):

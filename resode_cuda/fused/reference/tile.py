@@ -275,7 +275,7 @@ class RowTile:
         difference = x if minus is None else x - minus
         if increment is not None:
             self.add_last_bias(increment, n)
-            difference += increment
+            difference = difference + increment
         square += squared_norm(difference)
 
 

@@ -14,12 +14,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import torch
+
 SCHEMES = ("euler", "heun")
 ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu", "tanh")
 """Names that `layer.activate` has formulas of."""
 APPROXIMATED = ("silu", "tanh")
-"""Names of those whose value and slope by the approximate tanh are off by less than bfloat16 rounds, up to |z| = 8.
-The slope of "gelu_tanh" multiplies the error of a sigmoid near 1 by z^3."""
+"""Names of those whose value and slope by the approximate tanh are off by less, up to |z| = 8, than bfloat16 rounds off
+a number of z's size and off 1: small values, of z far below zero, are lost in that. The slope of "gelu_tanh" multiplies
+the error of a sigmoid near 1 by z^3."""
 NORMS = (None, "rms", "layer")
 """Names that `layer.normalize` and `layer.norm_vjp` have formulas of."""
 
@@ -37,6 +40,22 @@ def reason_against(scheme: str, activation: str, norm: str | None) -> str | None
     return None
 
 
+def precision(dtype: torch.dtype) -> str:
+    """Precision of products of float32 operands, as torch is told; others ignore it."""
+    # torch.get_float32_matmul_precision() raises where this has been set by name.
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def scales_first(dtype: torch.dtype) -> bool:
+    """Whether increments and cotangents are scaled by h before they are rounded to the parameters' dtype."""
+    return dtype != torch.float16  # which would lose small ones
+
+
+def approximates(activation: str, dtype: torch.dtype) -> bool:
+    """Whether tanh, and sigmoids by it, are those of the special function unit."""
+    return dtype == torch.bfloat16 and activation in APPROXIMATED
+
+
 @dataclass(frozen=True)
 class KernelConfig:
     """What a kernel is compiled for: the formulas of a network, and the tile that a program takes.
@@ -45,9 +64,7 @@ class KernelConfig:
         is_heun: whether a step is Heun's, of two layers, or Euler's, of one.
         dim, padded_dim: values of a row, and columns of its tile.
         rows, chunk, stages: as in `tiles.Tile`.
-        precision: how products of float32 operands are computed, "ieee" or "tf32".
-        scales_first: whether increments and cotangents are scaled by h before they are rounded.
-        approximates: whether tanh, and sigmoids by it, are those of the special function unit.
+        precision, scales_first, approximates: what the functions of these names say.
     """
 
     is_heun: bool

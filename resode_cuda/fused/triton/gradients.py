@@ -2,6 +2,7 @@
 
     dW1 = sum of u dz^T (transposed), dW2 = sum of c a^T, db1 = sum of dz, db2 = sum of c
 
+each times h or h/2 in float16, in which c lacks it (CONFIG.scales_first).
 z, a and dz are computed again from u and c; a call's sums stay in registers over a range of rows. `memory.py` says how
 memory is laid out.
 Must match `RowTile` of `reference/tile.py`.

@@ -46,7 +46,7 @@ def reciprocal(z: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def sigmoid(log2_z: tl.tensor) -> tl.tensor:
-    """Of z, given as LOG2_E z."""
+    """The sigmoid of z, given as LOG2_E z."""
     return reciprocal(1 + power_of_two(-log2_z))
 
 
@@ -282,10 +282,15 @@ def layer_vjp(
         w2_chunk = load_w2(weights, layer, j, CONFIG)
         activated = hidden_units(u, w1_chunk, weights, layer, j, CONFIG)
         dz = tl.dot(c, w2_chunk, input_precision=CONFIG.precision) * activated.slope
-        a = rounded(activated.value, weights)
         if WITH_P:
+            # Rounded as `add_layer` rounds it: what is taken back from a state is what the forward pass has added.
+            if CONFIG.scales_first:
+                a = rounded(activated.value * scale, weights)
+            else:
+                a = rounded(activated.value, weights)
             total = tl.dot(a, w2_chunk.T, total, input_precision=CONFIG.precision)
         if ADDS_GRADIENTS:
+            a = rounded(activated.value, weights)
             product = tl.dot(c.T, a, input_precision=CONFIG.precision)
             gradients.dw2.atomic_add([layer * D, j], product * last_scale)
         if ADDS_GRADIENTS and gradients.db1 is not None:
@@ -297,7 +302,10 @@ def layer_vjp(
             product = tl.dot(u.T, dz, input_precision=CONFIG.precision)
             gradients.dw1.atomic_add([layer * D, j], product * last_scale)
     if WITH_P:
-        p += scale * (total + output_bias(layer, weights, CONFIG))
+        if CONFIG.scales_first:
+            p += total + scale * output_bias(layer, weights, CONFIG)
+        else:
+            p += scale * (total + output_bias(layer, weights, CONFIG))
     if ADDS_GRADIENTS and gradients.db2 is not None:
         sums = last_scale * tl.sum(c.to(tl.float32), 0)
         tl.atomic_add(gradients.db2 + layer * D + tl.arange(0, D), sums, sem="relaxed")

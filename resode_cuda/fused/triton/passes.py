@@ -287,20 +287,14 @@ class TritonKernels(NetworkKernels):
             rows=tile.rows,
             chunk=tile.chunk,
             stages=tile.stages,
-            precision=precision(network.dtype),
-            scales_first=network.dtype != torch.float16,
-            approximates=network.dtype == torch.bfloat16 and network.activation in arguments.APPROXIMATED,
+            precision=arguments.precision(network.dtype),
+            scales_first=arguments.scales_first(network.dtype),
+            approximates=arguments.approximates(network.activation, network.dtype),
         )
 
     def _launch(self, kernel: Any, grid: tuple[int, ...], tile: Tile, *values: Any, **constants: Any) -> None:
         with triton_ops.launch_lock, torch.cuda.device_of(self.w1):
             kernel[grid](*values, **constants, CONFIG=self._config(tile), num_warps=tile.warps)
-
-
-def precision(dtype: torch.dtype) -> str:
-    """Precision of products of float32 operands, as torch is told; others ignore it."""
-    # torch.get_float32_matmul_precision() raises where this has been set by name.
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _descriptor(tensor: Tensor, block: list[int]) -> Any:

@@ -9,7 +9,8 @@ some threads miss, copies whose bytes were not announced, threads at odds over s
 Two schedules bracket the hardware's: in the one, copies land and products are added at once; in the other (`late`) only
 when they are waited for. Code that is right gives the same under both.
 
-What it does not show: races over global memory, how long anything takes, what ptxas makes of the PTX. Approximate
-instructions are off by as much as the PTX ISA allows (`arithmetic.py`); a matrix product is summed in float64 and
-rounded once, where hardware rounds in an order, and to a width, that nobody states.
+What it does not show: races over global memory, a missing wgmma.fence, how long anything takes, what ptxas makes of the
+PTX. Operands of late products count as read where these are waited for: that they were there in time shows in the other
+schedule. Approximate instructions are off by as much as the PTX ISA allows (`arithmetic.py`); a matrix product is
+summed in float64 and rounded once, where hardware rounds in an order, and to a width, that nobody states.
 """

@@ -80,6 +80,8 @@ def meaning(instruction):
     kind = instruction.parts[0]
     if kind == "cvt":
         return _conversion(instruction)
+    if not {part for part in instruction.parts[1:-1] if part not in _COMPARISONS} <= _UNDERSTOOD:
+        return None
     if kind in ("setp", "selp", "prmt", "bfe", "shl", "shr"):
         return _SPECIAL[kind](instruction)
     if instruction.has("wide"):
@@ -217,6 +219,8 @@ def _comparison(instruction):
 
     def compared(a, b, *more, i):
         a, b = decoded(a), decoded(b)
+        if i.has("ftz"):
+            a, b = flushed(a), flushed(b)
         # Like numpy's, comparisons with NaN are false but for "not equal", which is false here too.
         found = function(a, b)
         if a.dtype.kind == "f" and name not in ("num", "nan"):
@@ -256,6 +260,8 @@ def _bit_field(instruction):
     bits = int(type_[1:])
 
     def extracted(a, place, length, i):
+        if np.min(place) != np.max(place) or np.min(length) != np.max(length):
+            raise UnknownInstructionError(f"threads that take different fields: {i}")
         place, length = int(np.max(place)), int(np.max(length))
         real = a.dtype.type
         left = bits - min(length, bits - place)
@@ -279,6 +285,10 @@ def _shift(instruction):
     return [type_, "u32"], type_, shifted
 
 
+_UNDERSTOOD = {"rn", "ftz", "approx", "full", "lo", "wide", "NaN", "num", "nan", "and", "or", "xor", "to", "global"} | {
+    f"{name}u" for name in _COMPARISONS
+}
+"""Parts between an instruction's kind and its type that are known here, beside comparisons' names."""
 _SPECIAL = {
     "setp": _comparison,
     "selp": _choice,
@@ -292,11 +302,12 @@ _ROUNDED = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
 def _conversion(instruction):
-    modes = [part for part in instruction.parts[1:] if part[0] == "r"]
+    modes = [part for part in instruction.parts[1:] if part in ("rn", "rz", *_ROUNDED)]
     mode = modes[0] if modes else None
-    target, source = (part for part in instruction.parts[1:] if part not in (*modes, "ftz", "sat"))
-    if instruction.has("sat") or instruction.has("satfinite"):
+    types = [part for part in instruction.parts[1:] if part not in (*modes, "ftz")]
+    if len(types) != 2 or not set(types) <= NUMBERS.keys():
         raise UnknownInstructionError(f"no meaning of {instruction}")
+    target, source = types
     if target.endswith("x2"):
         narrow = TO_NARROW[target[:-2]]
 
@@ -306,7 +317,7 @@ def _conversion(instruction):
         return ["f32", "f32"], "b32", packed
     is_real = source[0] != "u" and source[0] != "s"
     decoded = FROM_NARROW.get(source, lambda a: a)
-    if target in TO_NARROW and source == "f32":
+    if target in TO_NARROW and source == "f32" and mode in ("rn", "rz"):
         return [source], target, lambda a, i: TO_NARROW[target](a, mode)
     if is_real and target[0] in "us" and mode in _ROUNDED:
         return [source], target, lambda a, i: _to_integer(_ROUNDED[mode](decoded(a)), NUMBERS[target])

@@ -18,8 +18,10 @@ LANES = 4096
 """Threads that go in lockstep, at the most, unless one program has more."""
 MOST_INSTRUCTIONS = 5_000_000
 """Instructions of a batch after which it is taken to run for ever."""
-ORDERING = ("bar", "fence", "membar", "griddepcontrol")
+ORDERING = ("bar", "barrier", "fence", "membar", "griddepcontrol", "nothing")
 """Instructions that order what threads do, who here go in order anyway: some are asked for nevertheless."""
+NOTHING = ("nothing",)
+"""Parts of an instruction that does nothing, for those that are to be left out."""
 
 
 class Launch:
@@ -126,12 +128,24 @@ def _step(instruction, program):
 
 
 def _together(instruction):
+    name = instruction.name
+    is_barrier = name == "bar.sync" and instruction.operands == ("0",)
+    is_fence = name == "fence.proxy.async.shared::cta"
+    # Threads of a warp go in order, and nobody else is asked for by these.
+    is_for_others = (
+        name.startswith(("bar.warp.sync", "wgmma.fence", "membar", "griddepcontrol")) or name == "fence.acq_rel.gpu"
+    )
+    if not (is_barrier or is_fence or is_for_others or instruction.parts == NOTHING):
+        raise UnknownInstructionError(f"no meaning of {instruction}")
+
     def step(batch, mask):
-        if mask is not None and instruction.parts[0] == "bar":
-            raise FaultError("a barrier that some threads miss")
-        if instruction.parts[0] == "bar":
+        if is_barrier:
+            if mask is not None:
+                raise FaultError("a barrier that some threads miss")
             batch.shared.meet()
-        elif instruction.name.startswith("fence.proxy.async"):
+        elif is_fence:
+            if mask is not None:
+                raise UnknownInstructionError("a fence that some threads skip")
             batch.shared.fence()
 
     return step

@@ -8,7 +8,10 @@ from .faults import FaultError
 
 
 class GlobalMemory:
-    """What the tensors of a launch may be read and written at: no byte before, between or after their values."""
+    """What the tensors of a launch may be read and written at: from their first value to their last.
+
+    What lies between the rows of a view counts as the view's.
+    """
 
     def __init__(self, tensors):
         spans = sorted(_span(tensor) for tensor in tensors if tensor.numel())

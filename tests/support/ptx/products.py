@@ -161,7 +161,7 @@ def _of_groups(read):
 def _fields(descriptors):
     """(start, leading stride, stride) in bytes, of each; and the mode of the swizzle, the same for all."""
     strides = np.unique(descriptors >> np.uint64(16))
-    if len(strides) > 1:
+    if len(strides) > 1 or int(strides[0]) >> 33 & 7:  # a base offset
         raise UnknownInstructionError("operands of wgmma that lie in different ways")
     rest = int(strides[0])
     mode = {0: 0, 1: 3, 2: 2, 3: 1}[rest >> 46]
@@ -222,6 +222,7 @@ def _warp_product(instruction, program):
     out = [writer(program, name, "f32") for name in out]
 
     def multiply(batch, mask):
+        _all_take_part(mask)
         left = _fragment([read(batch) for read in a], numbers)
         right = np.empty((len(batch.places), batch.threads // WARP, 8, 16), np.float32)
         for place, read in enumerate(b):
@@ -251,6 +252,7 @@ def _matrices(instruction, program):
         registers = [reader(program, name, "b32") for name in registers]
 
     def load(batch, mask):
+        _all_take_part(mask)
         by_warp = place(batch).reshape(len(batch.places), -1, WARP)
         for number, write in enumerate(registers):
             rows = _of_matrix(by_warp, number)
@@ -260,6 +262,7 @@ def _matrices(instruction, program):
             write(batch, mask, np.ascontiguousarray(matrix).view(np.uint32).reshape(batch.shape))
 
     def store(batch, mask):
+        _all_take_part(mask)
         by_warp = place(batch).reshape(len(batch.places), -1, WARP)
         for number, read in enumerate(registers):
             matrix = np.ascontiguousarray(read(batch)).view(np.uint16).reshape(-1, 8, 8)
@@ -269,6 +272,11 @@ def _matrices(instruction, program):
             batch.shared.store(rows, np.ones(rows.shape, np.bool_), np.ascontiguousarray(matrix).reshape(-1, 8))
 
     return load if is_load else store
+
+
+def _all_take_part(mask):
+    if mask is not None:
+        raise UnknownInstructionError("an instruction of whole warps that some threads skip")
 
 
 def _of_matrix(by_warp, number):
