@@ -27,7 +27,7 @@ paper: $(VENV)/installed
 machine: $(VENV)/installed
 	rm -f $(EVIDENCE)
 	mkdir -p $(dir $(EVIDENCE))
-	RESODE_EVIDENCE=$(EVIDENCE) $(BIN)/python -m pytest -n 2 -m "machine or not machine" tests/machine tests/fused tests/ops
+	RESODE_EVIDENCE=$(EVIDENCE) $(BIN)/python -m pytest -n 2 --dist worksteal -m "machine or not machine" tests/machine tests/fused tests/ops
 	$(BIN)/python -m tests.support.evidence --write $(EVIDENCE)
 
 fuzz: $(VENV)/installed

@@ -31,7 +31,7 @@ if HAS_TRITON:
     from triton.backends.nvidia.driver import make_launcher
 
     from tests.support import fused_compiled
-    from tests.support.fused_compiled import TESTED, Configuration
+    from tests.support.fused_compiled import EVERYDAY, TESTED, Configuration
 
     EVERY_KERNEL = [
         Configuration(90, 64, "extrapolated", gradient_form="one_pass"),
@@ -41,7 +41,7 @@ if HAS_TRITON:
         Configuration(90, 64, "stored"),
     ]
 else:
-    TESTED = EVERY_KERNEL = []
+    TESTED = EVERYDAY = EVERY_KERNEL = []
 
 
 pytestmark = pytest.mark.usefixtures("triton_cache")
@@ -58,9 +58,12 @@ def test_activations_in_the_interpreter():
 
 
 @needs_triton
-@pytest.mark.parametrize("configuration", TESTED, ids=str)
+@pytest.mark.parametrize(
+    "configuration",
+    [pytest.param(c, id=str(c), marks=() if c in EVERYDAY else pytest.mark.machine) for c in TESTED],
+)
 def test_compiles_within_its_budget(configuration):
-    budget = json.loads(fused_compiled.BUDGET.read_text())[str(configuration)]
+    budget = fused_compiled.budget()[str(configuration)]
     used = fused_compiled.used_by(configuration)
     assert used.keys() == budget.keys()
     above = {
@@ -74,7 +77,14 @@ def test_compiles_within_its_budget(configuration):
 
 @needs_triton
 def test_the_budget_is_of_what_is_tested():
-    assert list(json.loads(fused_compiled.BUDGET.read_text())) == list(map(str, TESTED))
+    assert list(fused_compiled.budget()) == list(map(str, TESTED))
+    assert set(EVERYDAY) <= set(TESTED)
+
+
+@needs_triton
+def test_the_kernels_are_not_newer_than_the_budget():
+    found = json.loads(fused_compiled.BUDGET.read_text())["source"]
+    assert found == fused_compiled.source(), "run python -m tests.support.fused_compiled"
 
 
 @needs_triton
@@ -83,7 +93,7 @@ def test_the_presets_spill_no_registers_in_matrix_loops_on_hopper_and_later():
 
     "corrected" at dim 128 has one load in each of its two loops, of more than 200 instructions.
     """
-    budget = json.loads(fused_compiled.BUDGET.read_text())
+    budget = fused_compiled.budget()
     allowed = {(Configuration(90, 128, "corrected"), "adjoint"): 2}
     for configuration in TESTED:
         is_tuned = configuration == Configuration(configuration.gpu, configuration.dim, configuration.reverse)
@@ -94,7 +104,7 @@ def test_the_presets_spill_no_registers_in_matrix_loops_on_hopper_and_later():
 
 @needs_triton
 def test_every_program_fits_in_shared_memory():
-    for name, kernels in json.loads(fused_compiled.BUDGET.read_text()).items():
+    for name, kernels in fused_compiled.budget().items():
         gpu = int(re.match(r"sm_(\d+)", name)[1])
         for kernel, used in kernels.items():
             assert used["shared"] <= fused_compiled.SHARED[gpu], f"{name} {kernel}"

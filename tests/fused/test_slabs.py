@@ -1,7 +1,6 @@
 """How backward passes are cut into slabs of rows and ranges of the depth."""
 
 import importlib.util
-import json
 
 import pytest
 import torch
@@ -53,5 +52,5 @@ def test_waves_are_those_of_the_compiled_code(monkeypatch, dim, kernel, is_exact
     kernels = triton_passes.TritonKernels(network, network.method())
     tile = kernels.tiles.exact if is_exact else kernels.tiles.two_pass
     reverse = "checkpoint" if is_exact else "extrapolated"
-    used = json.loads(fused_compiled.BUDGET.read_text())[str(fused_compiled.Configuration(90, dim, reverse))][kernel]
+    used = fused_compiled.budget()[str(fused_compiled.Configuration(90, dim, reverse))][kernel]
     assert kernels.wave(is_exact) == 132 * programs_at_once(used, tile.warps) * tile.rows

@@ -11,6 +11,7 @@ is compiled instead.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -21,6 +22,7 @@ from tempfile import TemporaryDirectory
 from unittest import mock
 
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
@@ -29,6 +31,7 @@ from resode_cuda.fused.signature import Wanted
 from resode_cuda.fused.triton import passes as triton_passes
 from resode_cuda.ops import triton as triton_ops
 from resode_cuda.reverse import PRESETS
+from tests.support import evidence
 from tests.support.machine_code import MachineCode
 from tests.support.stepped_network import SteppedNetwork
 from tests.support.triton_compiled import PROGRAMS, compiling, resources
@@ -145,6 +148,17 @@ def _train(configuration):
     return names
 
 
+def source():
+    """A digest of the kernels' code and of the compiler's version."""
+    kernels = [f"{kernel} {digest}" for (backend, kernel), digest in evidence.sources().items() if backend == "triton"]
+    return hashlib.sha256("\n".join([triton.__version__, *sorted(kernels)]).encode()).hexdigest()[:12]
+
+
+def budget():
+    """By configuration and kernel, what fused.json has."""
+    return {name: used for name, used in json.loads(BUDGET.read_text()).items() if name != "source"}
+
+
 def used_by(configuration):
     """What each kernel takes of a GPU, and how often it spills where that costs most: in its innermost matrix loops.
 
@@ -193,6 +207,18 @@ def _tested():
 
 
 TESTED = list(_tested())
+EVERYDAY = [
+    Configuration(80, 64, "extrapolated"),
+    Configuration(90, 16, "checkpoint"),
+    Configuration(90, 64, "extrapolated"),
+    Configuration(90, 64, "extrapolated", gradient_form="one_pass"),
+    Configuration(90, 128, "extrapolated"),
+    Configuration(90, 64, "stored"),
+    Configuration(100, 64, "stored"),
+    Configuration(120, 64, "extrapolated"),
+    Configuration(90, 2048, "extrapolated", norm="layer"),
+]
+"""A part of TESTED that is compiled whatever has changed: all, with `make machine`, once the kernels' code has."""
 
 
 def main():
@@ -209,7 +235,7 @@ def main():
                     print(f"{configuration!s:45} {name:16} {used}", flush=True)
     if not only:
         lines = (f"  {json.dumps(name)}: {json.dumps(used)}" for name, used in found.items())
-        BUDGET.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        BUDGET.write_text("{\n" + ",\n".join([f'  "source": "{source()}"', *lines]) + "\n}\n")
     sys.exit(0)
 
 
