@@ -7,7 +7,6 @@ bfloat16 is left out, as in `tests/ops/interpreted.py`.
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import numpy as np
 import pytest
@@ -17,16 +16,14 @@ from triton.runtime import interpreter
 
 from resode_cuda import stored
 from resode_cuda.fused import slabs
-from resode_cuda.fused.reference import passes as reference
 from resode_cuda.fused.signature import Wanted
 from resode_cuda.fused.triton import passes as triton_passes
 from resode_cuda.fused.triton import wide
 from resode_cuda.fused.triton.tiles import Tile, Tiles
-from resode_cuda.fused.triton.wide import WideTile
 from resode_cuda.ops import triton as triton_ops
 from resode_cuda.reverse import Reverse
 from tests.support import traffic
-from tests.support.fused_cases import CASES, STORED_CASES, Case, check, prefer_one_pass
+from tests.support.fused_cases import CASES, STORED_CASES, Case, Wide, check, prefer_one_pass
 from tests.support.fused_networks import Calls
 
 assert triton.knobs.runtime.interpret, "run this file with TRITON_INTERPRET=1"
@@ -154,14 +151,6 @@ def test_companions_come_back_to_the_last_bit_over_many_steps(bits):
     found = triton_passes.adjoint(network, method, g, states, Wanted(parameters=False, input=True)).x
     unit = states.stored.units[0].repeat_interleave(stored.GROUP, 1)[:, :40]
     assert torch.equal(found, (x / unit).round() * unit)
-
-
-class Wide:
-    """The backend for wide layers, at sizes that are not."""
-
-    forward = staticmethod(partial(reference.forward, kind=WideTile))
-    adjoint = staticmethod(partial(reference.adjoint, kind=WideTile))
-    exact_adjoint = staticmethod(partial(reference.exact_adjoint, kind=WideTile))
 
 
 WIDE = [

@@ -13,14 +13,11 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from dataclasses import replace
-from functools import partial
 
-from resode_cuda.fused.reference import passes as reference
 from resode_cuda.fused.signature import Wanted
 from resode_cuda.fused.triton import passes as triton_passes
-from resode_cuda.fused.triton.wide import WideTile
 from resode_cuda.reverse import PRESETS, Reverse
-from tests.support.fused_cases import CASES, STORED_CASES, Case, check
+from tests.support.fused_cases import CASES, STORED_CASES, Case, Wide, check
 from tests.support.ptx.fused import fused_on
 
 pytestmark = pytest.mark.usefixtures("off_the_kink")
@@ -99,14 +96,6 @@ def test_what_is_taken_back_from_a_state_is_what_was_added_to_it():
         states = triton_passes.forward(network, method, x)
         rebuilt = triton_passes.adjoint(network, method, g, states, Wanted(parameters=False, input=True)).x
     assert (rebuilt - x).norm() <= 1.3e-4 * x.norm()
-
-
-class Wide:
-    """The backend for wide layers, at sizes that are not."""
-
-    forward = staticmethod(partial(reference.forward, kind=WideTile))
-    adjoint = staticmethod(partial(reference.adjoint, kind=WideTile))
-    exact_adjoint = staticmethod(partial(reference.exact_adjoint, kind=WideTile))
 
 
 WIDE = [

@@ -15,9 +15,8 @@ import triton
 import triton.language as tl
 
 from resode_cuda.fused.triton.layer import activate
+from tests.support.ptx.arithmetic import LARGEST_ERRORS
 
-TANH_ERROR = 2**-11
-"""Largest relative error of tanh.approx.f32, as the PTX manual has it."""
 REACHES = 1, 4, 8
 GATED = "silu", "gelu_tanh", "tanh"
 """Names of activations that have an approximate form, whether the kernels take it or not."""
@@ -64,7 +63,7 @@ def bounds(name, z):
     z = z.double()
     worst = torch.zeros_like(z), torch.zeros_like(z)
     for sign in (1, -1):
-        factor = 1 + sign * TANH_ERROR
+        factor = 1 + sign * LARGEST_ERRORS["tanh"]
         if name == "tanh":
             a = torch.tanh(z) * factor
             found = a, 1 - a * a

@@ -6,6 +6,7 @@ parameters' dtype, and an epsilon of that dtype.
 
 import itertools
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -16,6 +17,7 @@ from resode_cuda.fused.reference import passes as reference
 from resode_cuda.fused.signature import SavedStates, Wanted
 from resode_cuda.fused.storage import StoredIncrements
 from resode_cuda.fused.triton import passes as triton_passes
+from resode_cuda.fused.triton.wide import WideTile
 from resode_cuda.reverse import PRESETS, Reverse
 from tests.support.stepped_network import SteppedNetwork
 
@@ -99,6 +101,14 @@ STORED_CASES = [
     *(Case(reverse="stored", rows=rows) for rows in (0, 1, 16)),
     Case(reverse="stored", dim=1, hidden=3, steps=1, bias=False),
 ]
+
+
+class Wide:
+    """The backend for wide layers, at sizes that are not."""
+
+    forward = staticmethod(partial(reference.forward, kind=WideTile))
+    adjoint = staticmethod(partial(reference.adjoint, kind=WideTile))
+    exact_adjoint = staticmethod(partial(reference.exact_adjoint, kind=WideTile))
 
 
 def prefer_one_pass(monkeypatch):

@@ -4,11 +4,10 @@
     python -m tests.support.reckoned --dim 64 --kernel forward 64,32,4 128,64,8      these tiles of a kernel
 
 A layer is the innermost matrix loop times its trips, and the rest of the loop over the layers, or where both are one
-loop what not every trip passes through. Each unit of a processor
-takes what is its own at a fixed rate, and all work side by side, so that the busiest is a bound, however many programs
-there are. A program alone takes longer: it multiplies, computes activations from the products, and waits for both, for
-its other warps and for memory. Programs on the same processor fill each other's waits, as many as registers, shared
-memory and threads allow:
+loop what not every trip passes through. Each unit of a processor takes what is its own at a fixed rate, and all work
+side by side, so that the busiest is a bound, however many programs there are. A program alone takes longer: it
+multiplies, computes activations from the products, and waits for both, for its other warps and for memory. Programs on
+the same processor fill each other's waits, as many as registers, shared memory and threads allow:
 
     cycles = max(busiest, alone / programs),    alone = matrix products + the busiest of the others + waits
 

@@ -3,7 +3,7 @@
     from c and g after a range of steps to c and g before it: c_n = c_{n+1} - q_n, and the step's product at y = c_n
 
 At a kept state y is that, and where a segment ends c is read. No state is rebuilt. Must match `TakingBackSweep` of
-`reference/companion.py`. It is compiled and interpreted, not yet run on a GPU.
+`reference/companion.py`. It was executed on a CPU, not yet on a GPU.
 """
 
 import triton

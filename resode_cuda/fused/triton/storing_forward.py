@@ -3,8 +3,8 @@
     x_N from x_0, the anchored states, and each step's increment in BITS bits a value
 
 The companion stays in registers beside x: what is stored is all that this moves through memory. Before it starts, it is
-the state that it is to start at. Must match `StoringSweep` of `reference/companion.py`. It is compiled and interpreted,
-not yet run on a GPU.
+the state that it is to start at. Must match `StoringSweep` of `reference/companion.py`. It was executed on a CPU, not
+yet on a GPU.
 """
 
 import triton

@@ -5,9 +5,7 @@ import numpy as np
 from .arithmetic import NUMBERS
 from .assembly import members
 from .faults import UnknownInstructionError
-from .state import global_places, reader, shared_places, writer
-
-WARP = 32
+from .state import WARP, global_places, reader, shared_places, writer
 
 
 def decode(instruction, program):

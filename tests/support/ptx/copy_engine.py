@@ -12,7 +12,7 @@ import numpy as np
 
 from .faults import FaultError, UnknownInstructionError
 from .shared_memory import swizzled
-from .state import MAP_BYTES, MAPS, reader, shared_places, writer
+from .state import MAP_BYTES, MAPS, WARP, reader, shared_places, writer
 
 
 class TensorMap:
@@ -96,7 +96,7 @@ class EngineCopies:
     def load(self, program, thread, tensor_map, corner, shared, place):
         barrier = self.barrier(program, place)
         _, here, _ = tensor_map.places(corner, shared)
-        self.batch.shared.expect(*self._of_program(program, here), 1, tensor_map.unsigned, by=thread // 32)
+        self.batch.shared.expect(*self._of_program(program, here), 1, tensor_map.unsigned, by=thread // WARP)
         barrier.pending.append((tensor_map, corner, shared))
         if not self.batch.launch.late:
             self._land(program, barrier)
@@ -158,7 +158,7 @@ class EngineCopies:
             there, here, inside = tensor_map.places(corner, shared)
             if tensor_map.itemsize != 4:
                 raise UnknownInstructionError("stores of tiles that are not of 32 bits")
-            values = self.batch.shared.load(*self._of_program(program, here), 1, np.float32, by=thread // 32)
+            values = self.batch.shared.load(*self._of_program(program, here), 1, np.float32, by=thread // WARP)
             values = values[inside.reshape(-1)]
             memory = self.batch.launch.memory
             (memory.add if adds else memory.store)(there[inside], values)

@@ -13,11 +13,11 @@ from .arithmetic import FROM_NARROW
 from .assembly import members
 from .faults import FaultError, UnknownInstructionError
 from .shared_memory import MATRIX_UNITS, swizzled
-from .state import reader, shared_places, writer
+from .state import WARP, reader, shared_places, writer
 
 LANE = np.arange(32)
 ROW, COLUMN = LANE // 4, LANE % 4 * 2
-WARP, GROUP = 32, 128
+GROUP = 4 * WARP
 
 
 class Products:

@@ -7,6 +7,8 @@ from .assembly import address
 from .faults import FaultError, UnknownInstructionError
 from .shared_memory import SharedMemory
 
+WARP = 32
+"""Threads of a warp."""
 MAPS = 1 << 60
 """Address of the first tensor map among a kernel's parameters, where no memory is."""
 MAP_BYTES = 128
