@@ -1,7 +1,7 @@
 """Layers too wide to keep on chip: torch's matrix products, and Triton's kernels for all that lies between them.
 
-The tiles, the solver and the products are those of `reference/passes.py`; a pass over memory is what is saved. Compiled
-and interpreted, not yet run on a GPU.
+The tiles, the solver and the products are those of `reference/passes.py`; a pass over memory is what is saved. Executed
+on a CPU, not yet on a GPU.
 """
 
 from __future__ import annotations
